@@ -1,0 +1,129 @@
+"""`CaptureSpec`: which sites a run returns, and the plan that a program is compiled for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from .models.llama.config import LlamaConfig
+from .sites import SITES, Site, unknown_site
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """Which values of a run to return; static.
+
+    Args:
+        sites: a site name, or several.
+        layers: which layers, in the order wanted; None for all.
+        positions: which token positions (query positions of `[H, T, S]` sites), counting real tokens, negative ones from
+            the last; None for all.
+        dtype: what to store them as; None for what the pass used.
+    """
+
+    sites: str | Sequence[str]
+    layers: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
+    dtype: Any = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One site of a plan, hashable: `layers` are true layer numbers, empty for a site outside the layers."""
+
+    site: Site
+    layers: tuple[int, ...]
+    positions: tuple[int, ...] | None
+    dtype: str | None
+
+    def shape(self, config: LlamaConfig, n_tokens: int) -> tuple[int, ...]:
+        """The shape of the capture for a prompt of `n_tokens`."""
+        sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}
+        inner = [sizes[letter] for letter in self.site.axes]
+        if self.positions is not None:
+            inner[self.site.axes.index("T")] = len(self.positions)
+        return (*((len(self.layers),) if self.site.layered else ()), *inner)
+
+
+def integers(values: Any, what: str) -> tuple[int, ...]:
+    """A tuple of ints from any sequence of them (ranges and NumPy arrays too)."""
+    if isinstance(values, int | np.integer):
+        values = (values,)
+    try:
+        array = np.asarray(list(values))
+    except TypeError:
+        raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.") from None
+    if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
+        raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.")
+    return tuple(int(value) for value in array)
+
+
+def check_layers(layers: Any, config: LlamaConfig, what: str = "layers") -> tuple[int, ...]:
+    """The layers asked for as a tuple, all of them for None; ValueError for ones the model does not have."""
+    n_layers = config.num_hidden_layers
+    if layers is None:
+        return tuple(range(n_layers))
+    chosen = integers(layers, what)
+    wrong = [layer for layer in chosen if not 0 <= layer < n_layers]
+    if wrong:
+        raise ValueError(f"{what} holds {wrong}, but this model has {n_layers} layers: 0 to {n_layers - 1}.")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"{what} names a layer twice: {list(chosen)}.")
+    if not chosen:
+        raise ValueError(f"{what} is empty; leave it out for all layers.")
+    return chosen
+
+
+def plan(capture: Any, config: LlamaConfig, n_tokens: int) -> tuple[Reading, ...]:
+    """What `forward`'s `capture` argument asks for, checked and in canonical form.
+
+    Args:
+        capture: a site name, a `CaptureSpec`, or a list or tuple of those.
+        config: the model's config.
+        n_tokens: `T`.
+    """
+    if isinstance(capture, str | CaptureSpec):
+        capture = (capture,)
+    if not isinstance(capture, list | tuple):
+        raise TypeError(f"capture is {capture!r}; give site names, a CaptureSpec, or a tuple of those.")
+    readings: dict[str, Reading] = {}
+    problems: list[str] = []
+    for spec in capture:
+        spec = CaptureSpec(spec) if isinstance(spec, str) else spec
+        if not isinstance(spec, CaptureSpec):
+            raise TypeError(f"capture holds {spec!r}; give site names, a CaptureSpec, or a tuple of those.")
+        positions = None if spec.positions is None else integers(spec.positions, "CaptureSpec.positions")
+        if positions is not None and not all(-n_tokens <= p < n_tokens for p in positions):
+            problems.append(f"CaptureSpec.positions is {list(positions)}, and the prompt has {n_tokens} tokens.")
+        if positions == ():
+            problems.append("CaptureSpec.positions is empty; leave it out for all positions.")
+        try:
+            dtype = None if spec.dtype is None else jnp.dtype(spec.dtype).name
+            if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+                problems.append(f"CaptureSpec.dtype is {dtype}, and a floating-point dtype is needed.")
+        except TypeError:
+            dtype = None
+            problems.append(f"CaptureSpec.dtype is {spec.dtype!r}, which is not a dtype.")
+        try:
+            layers = check_layers(spec.layers, config, "CaptureSpec.layers")
+        except ValueError as error:
+            layers = ()
+            problems.append(str(error))
+        for name in (spec.sites,) if isinstance(spec.sites, str) else tuple(spec.sites):
+            site = SITES.get(name) if isinstance(name, str) else None
+            if site is None:
+                problems.append(unknown_site(name))
+            elif name in readings:
+                problems.append(f"The site {name!r} is captured twice; name it once.")
+            elif not site.layered and spec.layers is not None:
+                problems.append(f"The site {name!r} occurs once, outside the layers; capture it without layers.")
+            else:
+                keep = None if name == "allowed" else dtype
+                readings[name] = Reading(site, layers if site.layered else (), positions, keep)
+    if problems:
+        raise ValueError(" ".join(problems))
+    return tuple(readings.values())

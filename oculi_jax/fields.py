@@ -1,0 +1,371 @@
+"""Kinds of fields of an intervention: what each accepts, and the one canonical form it has inside a program.
+
+A value that the host can see (Python, NumPy) is checked by value; a JAX array by shape and dtype, since reading it would
+wait for the device; a tracer by shape. After that an index is a strong int32 scalar, a strength a float32 scalar, a set of
+positions a bool `[T]`, and an array has its site's dtype: so numbers of any Python type share one compiled program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .models.llama.config import LlamaConfig
+from .sites import SITES, Site, unknown_site
+
+T = TypeVar("T")
+
+WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residual dimensions", "F": "neurons",
+         "D": "head dimensions", "T": "tokens", "S": "key positions"}  # fmt: skip
+
+
+def on_device(value: Any) -> bool:
+    """Whether a value is a JAX array or tracer, which is checked by shape and dtype alone."""
+    return isinstance(value, jax.Array)
+
+
+def known(value: Any) -> bool:
+    """Whether the host may look at the numbers."""
+    return not on_device(value)
+
+
+def listing(shape: Sequence[object]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the run fixes that interventions are checked against.
+
+    Attributes:
+        config: the model's config.
+        dtype: the dtype of its residual stream.
+        n_tokens: `T`, padding included.
+        mask: which tokens are real, bool `[T]`; None where all are.
+    """
+
+    config: LlamaConfig
+    dtype: np.dtype
+    n_tokens: int
+    mask: np.ndarray | Array | None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**self.config.sizes, "T": self.n_tokens, "S": self.n_tokens}
+
+    def axes(self, site: Site) -> list[int]:
+        return [self.sizes[letter] for letter in site.axes]
+
+    def site_dtype(self, site: Site) -> np.dtype:
+        if site.name == "allowed":
+            return np.dtype(bool)
+        return np.dtype(np.float32) if site.name == "scores" or site.name.endswith("_scale") else self.dtype
+
+    def positions(self, ranks: Sequence[int] | Array, where: str) -> np.ndarray | Array:
+        """bool `[T]`, true at the given ranks among the real tokens; a negative rank counts from the last."""
+        mask = self.mask
+        if mask is None:
+            mask = np.ones(self.n_tokens, bool)
+        xp = np if known(mask) and known(ranks) else jnp
+        real = xp.cumsum(mask) - 1  # the rank of each token among the real ones
+        n_real = xp.sum(mask)
+        if known(ranks):
+            ranks = np.asarray(ranks)
+            if known(mask) and ranks.size and not bool(np.all((ranks >= -n_real) & (ranks < n_real))):
+                raise ValueError(
+                    f"{where} is {ranks.tolist()}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
+                    f"or −1 to −{n_real} from the end."
+                )
+        wanted = xp.reshape(xp.where(ranks < 0, ranks + n_real, ranks), (-1, 1))
+        return xp.any((real[None, :] == wanted) & mask[None, :], axis=0)
+
+
+class Kind:
+    """How one field becomes canonical. `owner` is the intervention, for fields that depend on its site or head."""
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        raise NotImplementedError
+
+
+def _refuse_axes(shape: tuple[int, ...], where: str) -> None:
+    if shape:
+        raise ValueError(
+            f"{where} has axes {listing(shape)}, which makes it a sweep of many interventions, and forward runs one: "
+            "use a scalar, or map forward over it (sweep, or jax.vmap)."
+        )
+
+
+def owner_site(owner: Any) -> Site:
+    """The site of an intervention; ValueError where it names none."""
+    site = SITES.get(owner.site) if isinstance(owner.site, str) else None
+    if site is None:
+        raise ValueError(unknown_site(owner.site))
+    return site
+
+
+@dataclass(frozen=True)
+class Index(Kind):
+    """A position on an axis, counted from 0.
+
+    Attributes:
+        of: the axis's letter; `"head"` for the site's own head axis, `"last"` for its last one.
+        optional: whether None is allowed.
+    """
+
+    of: str
+    optional: bool = False
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        letter: str | None = self.of
+        if letter == "head":
+            letter = owner_site(owner).head_axis
+            if letter is None and value is not None:
+                raise ValueError(f"{where} is given, but the site {owner.site!r} has no heads: it is {owner_site(owner).shape}.")
+        elif letter == "last":
+            letter = owner_site(owner).axes[-1]
+        elif letter == "L" and hasattr(owner, "site") and not owner_site(owner).layered:
+            if value is not None:
+                raise ValueError(f"{where} is {value}, but the site {owner.site!r} occurs once, outside the layers: use None.")
+            return None
+        if value is None:
+            if self.optional:
+                return None
+            raise TypeError(f"{where} is None, and an integer is needed.")
+        assert letter is not None
+        size = frame.sizes[letter]
+        if on_device(value):
+            if not jnp.issubdtype(value.dtype, jnp.integer):
+                raise TypeError(f"{where} is an array of {value.dtype}, and integers are needed.")
+            _refuse_axes(value.shape, where)
+            return jax.lax.convert_element_type(value, np.int32)
+        array = np.asarray(value)
+        if isinstance(value, bool) or array.dtype.kind not in "iu":
+            raise TypeError(f"{where} is {value!r}, and an integer is needed.")
+        _refuse_axes(array.shape, where)
+        if not 0 <= array < size:
+            raise ValueError(f"{where} is {array}, but there are {size} {WORDS[letter]}: it must be 0 to {size - 1}.")
+        return array.astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Strength(Kind):
+    """A finite number; `positive` ones must be above 0."""
+
+    positive: bool = False
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        if on_device(value):
+            if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
+                raise TypeError(f"{where} is an array of {value.dtype}, and a number is needed.")
+            _refuse_axes(value.shape, where)
+            return jax.lax.convert_element_type(value, np.float32)
+        array = np.asarray(value)
+        if isinstance(value, bool) or array.dtype.kind not in "iuf":
+            raise TypeError(f"{where} is {value!r}, and a number is needed.")
+        _refuse_axes(array.shape, where)
+        if not np.isfinite(array):
+            raise ValueError(f"{where} is {array}, and a finite number is needed.")
+        if self.positive and not array > 0:
+            raise ValueError(f"{where} is {array}, and must be above 0 (1 changes nothing).")
+        return array.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Positions(Kind):
+    """A set of token positions: an integer, a list of them, or a bool mask `[T]`; None, where `optional`, is all.
+
+    Integers count real tokens, negative ones from the last; a mask lies along the token array, padding included.
+    """
+
+    optional: bool = False
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        if value is None:
+            if self.optional:
+                return np.ones(frame.n_tokens, bool)
+            raise TypeError(f"{where} is None, and a position is needed.")
+        array = value if on_device(value) else np.asarray(value)
+        if array.dtype == bool:
+            if array.shape != (frame.n_tokens,):
+                raise ValueError(f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}].")
+            return array
+        if isinstance(value, list | tuple) and not value:
+            raise ValueError(f"{where} is empty: no position would be edited. Leave it out for all positions.")
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{where} is {value!r}, and an integer, a list of integers or a bool mask [T] is needed.")
+        if isinstance(value, list | tuple):
+            if array.ndim != 1:
+                raise TypeError(f"{where} is {value!r}, and a flat list of integers is needed.")
+        elif array.ndim:
+            raise ValueError(
+                f"{where} is an integer array {listing(array.shape)}, which would be a sweep over positions; "
+                "for a set of positions give a list."
+            )
+        return frame.positions(array, where)
+
+
+@dataclass(frozen=True)
+class Values(Kind):
+    """An array that broadcasts to the site's axes, in the site's dtype.
+
+    It leaves out the head axis where the intervention names a head, and leads with `L` (or is a scalar) where the
+    intervention acts at every layer.
+
+    Attributes:
+        site: the site, where the intervention is about a fixed one.
+        per_layer: whether it may lead with `L`, by having one axis more than the site, also where one layer is named.
+    """
+
+    site: str | None = None
+    per_layer: bool = True
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        site = SITES[self.site] if self.site else owner_site(owner)
+        axes = frame.axes(site)
+        if getattr(owner, "head", None) is not None and site.head_axis:
+            axes = axes[1:]
+        dense = site.layered and getattr(owner, "layer", None) is None
+        return _fit(value, axes, frame, frame.site_dtype(site), where, site, lead="must" if dense else self.per_layer)
+
+
+@dataclass(frozen=True)
+class Mask(Kind):
+    """A bool array that broadcasts to the site's axes, leading with `L` where the edit acts at every layer."""
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        site = owner_site(owner)
+        dtype = value.dtype if on_device(value) else np.asarray(value).dtype
+        if dtype != bool:
+            raise TypeError(f"{where} has dtype {dtype}, and bool is needed.")
+        dense = site.layered and owner.layer is None
+        return _fit(value, frame.axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False)
+
+
+@dataclass(frozen=True)
+class Table(Kind):
+    """An array of exactly these letters' sizes; float32."""
+
+    letters: str
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        want = tuple(frame.sizes[letter] for letter in self.letters)
+        array = value if on_device(value) else np.asarray(value)
+        if array.shape != want:
+            raise ValueError(f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed.")
+        return _cast(array, np.dtype(np.float32), where)
+
+
+@dataclass(frozen=True)
+class Anything(Kind):
+    """Any pytree of arrays, for an `apply` edit's own function."""
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        def leaf(x: Any) -> Any:
+            if on_device(x):
+                return x
+            array = np.asarray(x)
+            if array.dtype.kind not in "biuf" and array.dtype != jnp.bfloat16:
+                raise TypeError(f"{where} holds {x!r}, which is not an array of numbers.")
+            if array.dtype.kind == "f" and np.isnan(array).any():
+                raise ValueError(f"{where} holds NaN.")
+            small = {"i": np.int32, "u": np.int32, "f": np.float32}
+            return array.astype(small[array.dtype.kind]) if array.dtype.kind in small else array
+
+        return jax.tree.map(leaf, value)
+
+
+def _fit(
+    value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str, site: Site, lead: bool | str
+) -> Any:
+    """Checks that `value` broadcasts to `axes`, perhaps after a leading `L`, and casts it."""
+    array = value if on_device(value) else np.asarray(value)
+    shape = array.shape
+    inner = shape
+    if shape and (lead == "must" or (lead and len(shape) == len(axes) + 1)):
+        n_layers = frame.sizes["L"]
+        if shape[0] != n_layers:
+            raise ValueError(
+                f"{where} has shape {listing(shape)}; acting at every layer, it must be a scalar or lead with L = {n_layers}."
+            )
+        inner = shape[1:]
+    fits = len(inner) <= len(axes) and all(
+        have in (1, want) for have, want in zip(reversed(inner), reversed(axes), strict=False)
+    )
+    if not fits:
+        extra = ", or to that behind a leading L" if lead else ""
+        raise ValueError(
+            f"{where} has shape {listing(shape)}, and must broadcast to {listing(axes)}, "
+            f"the axes of {site.name!r} {site.shape}{'' if len(axes) == len(site.axes) else ' at one head'}{extra}."
+        )
+    return _cast(array, dtype, where)
+
+
+def _cast(array: Any, dtype: np.dtype, where: str) -> Any:
+    if on_device(array):
+        return jax.lax.convert_element_type(array, dtype)
+    if array.dtype.kind not in "biuf" and array.dtype.name not in ("bfloat16", "float16"):
+        raise TypeError(f"{where} has dtype {array.dtype}, and numbers are needed.")
+    if array.dtype.kind != "b" and np.isnan(array.astype(np.float32)).any():
+        raise ValueError(f"{where} holds NaN.")
+    return array.astype(dtype)
+
+
+def field(kind: Kind | None, default: Any = dataclasses.MISSING) -> Any:
+    """A field of an intervention: `kind` for data, None for what is static (names, functions)."""
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
+def pytree(cls: type[T]) -> type[T]:
+    """Makes a class with `field`s a frozen dataclass and a pytree whose leaves are the fields that have a kind."""
+    cls = dataclass(frozen=True, eq=False)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    data = [f.name for f in fields if f.metadata["kind"] is not None]
+    static = [f.name for f in fields if f.metadata["kind"] is None]
+    jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+    return cls
+
+
+def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
+    """Every intervention with its fields checked and in canonical form; one error lists all problems."""
+    if hasattr(interventions, "edits"):
+        interventions = (interventions,)
+    if not isinstance(interventions, list | tuple):
+        raise TypeError(f"interventions is a {type(interventions).__name__}; give an intervention or a list of them.")
+    problems: list[Exception] = []
+    done = []
+    for number, intervention in enumerate(interventions):
+        if not hasattr(intervention, "edits") or not dataclasses.is_dataclass(intervention):
+            raise TypeError(f"interventions[{number}] is a {type(intervention).__name__}, not an intervention.")
+        name = type(intervention).__name__
+        where = name if len(interventions) == 1 else f"{name} (number {number})"
+        try:
+            getattr(intervention, "check", lambda: None)()
+            if hasattr(intervention, "site"):
+                owner_site(intervention)
+        except (ValueError, TypeError) as error:
+            problems.append(type(error)(f"{where}: {error}"))
+            continue
+        leaves = {}
+        for item in dataclasses.fields(intervention):
+            if (kind := item.metadata["kind"]) is None:
+                continue
+            try:
+                value = getattr(intervention, item.name)
+                leaves[item.name] = kind.canonical(value, intervention, frame, f"{where}.{item.name}")
+            except (ValueError, TypeError) as error:
+                problems.append(error)
+        if not problems:
+            done.append(dataclasses.replace(intervention, **leaves))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        kind = TypeError if all(isinstance(p, TypeError) for p in problems) else ValueError
+        raise kind("These interventions cannot be run:\n  " + "\n  ".join(map(str, problems)))
+    return tuple(done)

@@ -1,0 +1,303 @@
+"""`forward`, the one pure function: a model, tokens and interventions in; logits and activations out. And `lens`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from .capture_spec import Reading, plan
+from .edits import Edit, apply_edit
+from .fields import Frame, canonical, listing, on_device
+from .models.llama.rope import rotary
+from .sites import SITES
+
+if TYPE_CHECKING:
+    from .models.llama.model import Llama
+
+LOGITS = ("all", "last", "none")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["logits", "activations", "applied"], meta_fields=[])
+@dataclass(frozen=True)
+class Output:
+    """What `forward` returns.
+
+    Attributes:
+        logits: float32 `[T, V]`; `[V]` at the last real token for `logits="last"`; None for `"none"`.
+        activations: site → its captured values, layered sites stacked on a leading `L` over the layers asked for.
+        applied: int32 `[number of interventions]`: on how many of the layers that ran each one changed at least one
+            element. 0 says that it never matched, or changed nothing.
+    """
+
+    logits: Float[Array, "T V"] | Float[Array, "V"] | None
+    activations: Mapping[str, Array]
+    applied: Int[Array, "N"]
+
+    def __repr__(self) -> str:
+        def shape(x: Any) -> str:
+            return "None" if x is None else listing(getattr(x, "shape", ()))
+
+        captured = ", ".join(f"{site} {shape(value)}" for site, value in self.activations.items())
+        return f"Output(logits {shape(self.logits)}, activations {{{captured}}}, applied {shape(self.applied)})"
+
+
+def forward(
+    model: Llama,
+    tokens: Any,
+    interventions: Any = (),
+    *,
+    capture: Any = (),
+    logits: Literal["all", "last", "none"] = "all",
+    mask: Any = None,
+    remat: bool = False,
+) -> Output:
+    """Runs a model on one sequence, with edits, and returns whatever is asked for. Pure; compiled once a kind of call.
+
+    `capture`, `logits` and `remat` are static, as are the kinds of the interventions and the length; all else is data,
+    so other layers, heads, positions and strengths run the same program. For a batch, `vmap` it over `tokens`.
+
+    Args:
+        model: a `Llama`.
+        tokens: ids `[T]`, integers.
+        interventions: one intervention or a list of them, applied in order (see `oculi_jax.intervention`).
+        capture: site names, a `CaptureSpec`, or a tuple of those.
+        logits: `"all"`, `"last"` (at the last real token) or `"none"`; for the last, layers that no capture needs are
+            not run.
+        mask: bool `[T]`, True at real tokens. Padding on either side changes nothing at the real ones.
+        remat: recompute each layer in the backward pass instead of keeping its intermediates.
+
+    Returns:
+        An `Output`.
+
+    Raises:
+        ValueError, TypeError: something that can be seen to be wrong, before anything runs.
+    """
+    if logits not in LOGITS:
+        raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
+    config = model.config
+    tokens = _check_tokens(tokens, config.vocab_size)
+    mask = _check_mask(mask, tokens.shape[0])
+    frame = Frame(config, model.dtype, tokens.shape[0], mask)
+    edits = canonical(interventions, frame)
+    readings = plan(capture, config, tokens.shape[0])
+    return _forward(model, tokens, mask, edits, readings, logits, bool(remat))
+
+
+def _check_tokens(tokens: Any, vocab_size: int) -> Any:
+    array = tokens if on_device(tokens) else np.asarray(tokens)
+    if array.ndim != 1:
+        hint = " Map forward over a batch with jax.vmap." if array.ndim == 2 else ""
+        raise ValueError(f"tokens has shape {listing(array.shape)}, and one sequence [T] is needed.{hint}")
+    if array.shape[0] == 0:
+        raise ValueError("The prompt is empty: tokens has shape [0], and at least one token is needed.")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"tokens has dtype {array.dtype}, and integers are needed.")
+    if on_device(array):
+        return jax.lax.convert_element_type(array, np.int32)
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if wrong.size:
+        raise ValueError(
+            f"tokens[{wrong[0]}] is {array[wrong[0]]}, and this model's vocabulary has ids 0 to {vocab_size - 1}."
+        )
+    return array.astype(np.int32)
+
+
+def _check_mask(mask: Any, n_tokens: int) -> Any:
+    if mask is None:
+        return None
+    array = mask if on_device(mask) else np.asarray(mask)
+    if array.shape != (n_tokens,):
+        raise ValueError(f"mask has shape {listing(array.shape)}, and tokens [{n_tokens}].")
+    if array.dtype != bool:
+        raise TypeError(f"mask has dtype {array.dtype}, and bool is needed: True at real tokens.")
+    if not on_device(array) and not array.any():
+        raise ValueError("mask is False everywhere: there is no real token.")
+    return array
+
+
+class _Taps:
+    """The `tap` of one layer while it is traced: edits what is to be edited, remembers what is to be captured.
+
+    Attributes:
+        seen: site → value, of the sites wanted.
+        changed: one bool for each intervention: whether it changed an element here.
+    """
+
+    def __init__(self, edits: list[tuple[int, Edit]], wanted: set[str], n_interventions: int, layer: Array | None):
+        self.edits, self.wanted, self.layer = edits, wanted, layer
+        self.seen: dict[str, Array] = {}
+        self.changed: list[Array] = [jnp.zeros((), bool)] * n_interventions
+
+    def __call__(self, site: str, value: Array) -> Array:
+        for number, edit in self.edits:
+            if edit.site == site:
+                before, value = value, apply_edit(edit, value, self.layer)
+                self.changed[number] = self.changed[number] | jnp.any(value != before)
+        if site in self.wanted:
+            self.seen[site] = value
+        return value
+
+    def counts(self) -> Int[Array, "N"]:
+        return jnp.stack(self.changed).astype(jnp.int32) if self.changed else jnp.zeros(0, jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
+def _forward(
+    model: Llama,
+    tokens: Int[Array, "T"],
+    mask: Bool[Array, "T"] | None,
+    interventions: tuple[Any, ...],
+    readings: tuple[Reading, ...],
+    logits: str,
+    remat: bool,
+) -> Output:
+    config = model.config
+    n_tokens = tokens.shape[0]
+    edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(config)]
+    wanted = {reading.site.name for reading in readings}
+
+    def taps(layer: Array | None) -> _Taps:
+        return _Taps(edits, wanted, len(interventions), layer)
+
+    if mask is None:
+        positions, length = jnp.arange(n_tokens), n_tokens
+    else:
+        positions = jnp.maximum(jnp.cumsum(mask) - 1, 0)
+        length = jnp.sum(mask)
+    rotation = rotary(config, positions, length)
+    allowed = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
+    if mask is not None:
+        allowed = allowed & mask[:, None] & mask[None, :]
+
+    def read(reading: Reading, value: Array) -> Array:
+        if reading.positions is not None:
+            value = jnp.take(value, _token_index(reading.positions, positions, mask, length), axis=reading.site.axes.index("T"))
+        return value if reading.dtype is None else value.astype(reading.dtype)
+
+    outside = taps(None)
+    resid = model.embed_tokens(tokens, outside)
+
+    whole = logits != "none" or any(name in wanted for name in ("final_scale", "final_norm"))
+    layered = [reading for reading in readings if reading.site.layered]
+    n_run = config.num_hidden_layers if whole else max((max(r.layers) + 1 for r in layered), default=0)
+    # Where each layer's value goes in its buffer, which holds the layers asked for and no others; −1: nowhere.
+    slots = {
+        r.site.name: np.array([r.layers.index(i) if i in r.layers else -1 for i in range(n_run)], np.int32)
+        for r in layered
+    }
+
+    def layer_step(resid: Array, layer: Array, block: Any) -> tuple[Array, dict[str, Array], Array]:
+        tap = taps(layer)
+        resid = block(resid, rotation, allowed, config, tap)
+        return resid, {r.site.name: read(r, tap.seen[r.site.name]) for r in layered}, tap.counts()
+
+    if remat:
+        layer_step = jax.checkpoint(layer_step)
+
+    def step(carry: tuple[Array, dict[str, Array], Array], xs: tuple[Array, Any]) -> tuple[Any, None]:
+        resid, buffers, applied = carry
+        layer, block = xs
+        if block is None:
+            block = jax.tree.map(lambda leaf: leaf[layer], model.layers)
+        resid, values, counts = layer_step(resid, layer, block)
+        buffers = {name: _store(buffers[name], value, slots[name], layer) for name, value in values.items()}
+        return (resid, buffers, applied + counts), None
+
+    applied = jnp.zeros(len(interventions), jnp.int32)
+    buffers: dict[str, Array] = {}
+    if n_run:
+        first = jax.eval_shape(
+            lambda r: layer_step(r, jnp.int32(0), jax.tree.map(lambda leaf: leaf[0], model.layers))[1], resid
+        )
+        buffers = {
+            r.site.name: jnp.zeros((len(r.layers), *first[r.site.name].shape), first[r.site.name].dtype) for r in layered
+        }
+        # The scan slices the weights where all layers run; where few do, indexing them copies no more than those few.
+        blocks = model.layers if n_run == config.num_hidden_layers else None
+        (resid, buffers, applied), _ = jax.lax.scan(step, (resid, buffers, applied), (jnp.arange(n_run), blocks))
+
+    out = None
+    if whole:
+        normalised = model.normalise(resid, outside)
+        if logits == "last":
+            out = model.logits(normalised[_token_index((-1,), positions, mask, length)[0]])
+        elif logits == "all":
+            out = model.logits(normalised)
+    activations = {
+        r.site.name: buffers[r.site.name] if r.site.layered else read(r, outside.seen[r.site.name]) for r in readings
+    }
+    return Output(out, activations, applied + outside.counts())
+
+
+def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, length: Any) -> Int[Array, "N"]:
+    """Where in the token array the given ranks among the real tokens lie."""
+    ranks = jnp.asarray([p if p >= 0 else p + length for p in wanted])
+    if mask is None:
+        return ranks
+    return jnp.argmax((positions[None, :] == ranks[:, None]) & mask[None, :], axis=1)
+
+
+def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array) -> Array:
+    """Writes one layer's value into its slot of a carried buffer; a layer without one leaves it as it is."""
+    slot = jnp.asarray(slots)[layer]
+    if (slots < 0).any():
+        kept = jax.lax.dynamic_index_in_dim(buffer, jnp.maximum(slot, 0), keepdims=False)
+        value = jnp.where(slot >= 0, value, kept)
+        slot = jnp.maximum(slot, 0)
+    return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+
+
+def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: Any = None) -> Any:
+    """The logit lens: the final norm, then the unembedding, of any point of the residual stream (nostalgebraist 2020).
+
+    Args:
+        model: a `Llama`.
+        resid: `[..., E]`.
+        top_k: return only the k largest logits and their token ids; `[..., V]` is never held for more than one row of the
+            leading axis at a time.
+        tokens: return only the logits of these ids `[N]`; the others are not computed.
+
+    Returns:
+        float32 logits `[..., V]`; with `top_k`, `(logits, ids)`, each `[..., k]`; with `tokens`, logits `[..., N]`.
+    """
+    config = model.config
+    resid = jnp.asarray(resid)
+    if resid.ndim == 0 or resid.shape[-1] != config.hidden_size:
+        raise ValueError(f"resid has shape {listing(resid.shape)}, and [..., E] with E = {config.hidden_size} is needed.")
+    if top_k is not None and tokens is not None:
+        raise ValueError("Give either top_k or tokens.")
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(f"top_k is {top_k}, and must be 1 to {config.vocab_size}.")
+    if tokens is not None:
+        tokens = _check_tokens(np.atleast_1d(tokens) if not on_device(tokens) else tokens, config.vocab_size)
+    return _lens(model, resid, top_k, tokens)
+
+
+@partial(jax.jit, static_argnums=(2,), inline=True)
+def _lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -> Any:
+    rows = resid.reshape(-1, 1, resid.shape[-1]) if resid.ndim < 3 else resid.reshape(-1, *resid.shape[-2:])
+    lead = resid.shape[:-1]
+
+    def one(row: Array) -> Any:
+        normalised = model.normalise(row, lambda _, value: value)
+        if tokens is not None:
+            return jnp.einsum(
+                "te,ne->tn", normalised, model.lm_head.weight[tokens],
+                precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+            )  # fmt: skip
+        logits = model.logits(normalised)
+        return logits if top_k is None else jax.lax.top_k(logits, top_k)
+
+    out = one(rows.reshape(-1, rows.shape[-1])) if top_k is None else jax.lax.map(one, rows)
+    return jax.tree.map(lambda x: x.reshape(*lead, x.shape[-1]), out)
+
+
+__all__ = ["LOGITS", "SITES", "Output", "forward", "lens"]

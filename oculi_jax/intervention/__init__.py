@@ -1,0 +1,29 @@
+"""Interventions: `Edit`, the primitive, and the named ones that lower to it."""
+
+from ..edits import Edit
+from .named import (
+    Ablation,
+    ActivationPatch,
+    AttentionKnockout,
+    DirectionAblation,
+    HeadAblation,
+    HeadMask,
+    KScaler,
+    QScaler,
+    SpectraScaler,
+    Steer,
+)
+
+__all__ = [
+    "Ablation",
+    "ActivationPatch",
+    "AttentionKnockout",
+    "DirectionAblation",
+    "Edit",
+    "HeadAblation",
+    "HeadMask",
+    "KScaler",
+    "QScaler",
+    "SpectraScaler",
+    "Steer",
+]

@@ -1,0 +1,251 @@
+"""The interventions that researchers name, each a small pytree that lowers to `Edit`s.
+
+Layers, heads and neurons count from 0. Positions count real tokens and may be negative, from the last one. Index and
+strength fields are scalars here; give them axes and `vmap` to sweep. Float fields are differentiable.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from ..edits import Edit
+from ..fields import Index, Positions, Strength, Table, Values, field, pytree
+from ..models.llama.config import LlamaConfig
+from ..sites import SITES
+
+
+def _at(site: str, config: LlamaConfig, *, head: Any = None, positions: Any = None) -> Array | bool:
+    """A mask on the site's axes: one entry of its head axis, some of its token axis."""
+    axes = SITES[site].axes
+    mask: Any = True
+    if head is not None:
+        chosen = jnp.arange(config.sizes[axes[0]]) == head
+        mask = chosen.reshape(-1, *(1,) * (len(axes) - 1))
+    if positions is not None:
+        along = jnp.asarray(positions)
+        along = along.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T")))
+        mask = along if mask is True else mask & along[None]
+    return mask
+
+
+def _at_layer(value: Any, layer: Any, rank: int, *, head: bool = False) -> Array:
+    """The layer's row of a value that leads with `L`, and room for the head axis where the value has none."""
+    value = jnp.asarray(value)
+    if value.ndim == rank + 1:
+        value = value[layer]
+    return value[None] if head and value.ndim == rank else value
+
+
+@pytree
+class HeadAblation:
+    """Replaces the output `z` of one head: by zero, or by `replacement`.
+
+    Args:
+        layer: from 0.
+        head: query head, from 0.
+        replacement: what `z` becomes: a scalar, `[D]` (a mean over a data set, for instance) or `[T, D]`; it may lead
+            with `L`, and then its row of `layer` is taken.
+    """
+
+    layer: Any = field(Index("L"))
+    head: Any = field(Index("H"))
+    replacement: Any = field(Values("z"), 0.0)
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        value = _at_layer(self.replacement, self.layer, 2, head=True)
+        return (Edit("z", "set", self.layer, _at("z", config, head=self.head), value),)
+
+
+def _blend(z: Array, value: tuple[Array, Array]) -> Array:
+    keep, replacement = value
+    keep = jnp.broadcast_to(keep, z.shape).astype(jnp.float32)
+    return keep * z.astype(jnp.float32) + (1.0 - keep) * jnp.broadcast_to(replacement, z.shape).astype(jnp.float32)
+
+
+@pytree
+class HeadMask:
+    """Many heads at once, as one table: `z ← keep · z + (1 − keep) · replacement`.
+
+    Args:
+        keep: `[L, H]`, 1 (or True) for heads that stay, 0 for heads that are replaced; values between mix, so the table
+            has a gradient (Michel, Levy and Neubig 2019, arXiv:1905.10650).
+        replacement: a scalar, or an array that leads with `L` and then broadcasts to `[H, T, D]`: `[L, H, 1, D]` for a
+            mean per head.
+    """
+
+    keep: Any = field(Table("LH"))
+    replacement: Any = field(Values("z"), 0.0)
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        keep = jnp.asarray(self.keep)[:, :, None, None]
+        replacement = jnp.asarray(self.replacement)
+        if replacement.ndim:  # a row of the right rank for every layer
+            replacement = replacement.reshape(-1, *(1,) * (4 - replacement.ndim), *replacement.shape[1:])
+        else:
+            replacement = jnp.broadcast_to(replacement, (config.num_hidden_layers, 1, 1, 1))
+        return (Edit("z", "apply", None, True, (keep, replacement), _blend),)
+
+
+@pytree
+class QScaler:
+    """Scales the rotated queries of one head: `q ← α q`."""
+
+    layer: Any = field(Index("L"))
+    head: Any = field(Index("H"))
+    alpha: Any = field(Strength())
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        return (Edit("q", "scale", self.layer, _at("q", config, head=self.head), self.alpha),)
+
+
+@pytree
+class KScaler:
+    """Scales the rotated keys of one key/value head, `k ← α k`: for all the query heads that read it."""
+
+    layer: Any = field(Index("L"))
+    kv_head: Any = field(Index("K"))
+    alpha: Any = field(Strength())
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        return (Edit("k", "scale", self.layer, _at("k", config, head=self.kv_head), self.alpha),)
+
+
+@pytree
+class SpectraScaler:
+    """Sharpens (`alpha` > 1) or flattens (< 1) one head's attention: its scores are multiplied by `alpha`.
+
+    Heads that share its keys under grouped-query attention do not move.
+    """
+
+    layer: Any = field(Index("L"))
+    head: Any = field(Index("H"))
+    alpha: Any = field(Strength(positive=True))
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        return (Edit("scores", "scale", self.layer, _at("scores", config, head=self.head), self.alpha),)
+
+
+@pytree
+class ActivationPatch:
+    """Puts another run's activation in place.
+
+    Args:
+        site: a name of the site table; static.
+        layer: from 0; None for a site outside the layers.
+        value: broadcasts to the site's axes, without the head axis where `head` is given. It may lead with `L`, as a
+            whole run's capture does: the row of `layer` is taken inside the program.
+        head: one entry of the site's head axis (`K` for k and v); None for all.
+        positions: which tokens are patched: an integer, a list, or a bool mask `[T]`; None for all. They only mask:
+            `value` keeps its token axis.
+    """
+
+    site: str = field(None)
+    layer: Any = field(Index("L"))
+    value: Any = field(Values())
+    head: Any = field(Index("head", optional=True), None)
+    positions: Any = field(Positions(optional=True), None)
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        with_head = self.head is not None
+        rank = len(SITES[self.site].axes) - with_head
+        value = _at_layer(self.value, self.layer, rank, head=with_head)
+        mask = _at(self.site, config, head=self.head, positions=self.positions)
+        return (Edit(self.site, "set", self.layer, mask, value),)
+
+
+@pytree
+class Steer:
+    """Adds a direction: `x ← x + scale · vector`.
+
+    Args:
+        layer: from 0; None for a site outside the layers.
+        vector: broadcasts to the site's axes (`[E]` for the residual stream); it may lead with `L`.
+        scale: strength.
+        site: static.
+        positions: which tokens; None for all.
+    """
+
+    layer: Any = field(Index("L"))
+    vector: Any = field(Values())
+    scale: Any = field(Strength(), 1.0)
+    site: str = field(None, "resid_pre")
+    positions: Any = field(Positions(optional=True), None)
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        vector = _at_layer(self.vector, self.layer, len(SITES[self.site].axes))
+        value = vector.astype(jnp.float32) * self.scale
+        return (Edit(self.site, "add", self.layer, _at(self.site, config, positions=self.positions), value),)
+
+
+def _project_out(x: Array, direction: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    d = jnp.broadcast_to(direction.astype(jnp.float32), x.shape)
+    length = jnp.sum(d * d, axis=-1, keepdims=True)
+    along = jnp.sum(wide * d, axis=-1, keepdims=True) / jnp.where(length == 0.0, 1.0, length)
+    return wide - along * d
+
+
+@pytree
+class DirectionAblation:
+    """Removes the component along a direction: `x ← x − (x · d̂) d̂` over the site's last axis, d̂ of unit length.
+
+    Args:
+        site: static.
+        layer: from 0; None for a site outside the layers.
+        direction: broadcasts to the site's axes, of any length but zero; it may lead with `L`.
+        positions: which tokens; None for all.
+    """
+
+    site: str = field(None)
+    layer: Any = field(Index("L"))
+    direction: Any = field(Values())
+    positions: Any = field(Positions(optional=True), None)
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        direction = _at_layer(self.direction, self.layer, len(SITES[self.site].axes))
+        mask = _at(self.site, config, positions=self.positions)
+        return (Edit(self.site, "apply", self.layer, mask, direction, _project_out),)
+
+
+@pytree
+class AttentionKnockout:
+    """Forbids a head to look from `query` at `key`; the rest of the row renormalises (Geva et al. 2023, arXiv:2304.14767).
+
+    It edits which keys are allowed, not the scores; a row with nothing left is zero. `query` and `key` are positions: an
+    integer, or a list for every edge between two sets.
+    """
+
+    layer: Any = field(Index("L"))
+    head: Any = field(Index("H"))
+    query: Any = field(Positions())
+    key: Any = field(Positions())
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        edge = jnp.asarray(self.query)[:, None] & jnp.asarray(self.key)[None, :]
+        mask = _at("allowed", config, head=self.head) & edge[None]
+        return (Edit("allowed", "set", self.layer, mask, False),)
+
+
+@pytree
+class Ablation:
+    """Sets a whole component to zero, or one index of the site's last axis (a neuron of `act`, a dimension of a stream).
+
+    Args:
+        site: static.
+        layer: from 0; None for a site outside the layers.
+        index: from 0; None for everything.
+    """
+
+    site: str = field(None)
+    layer: Any = field(Index("L"))
+    index: Any = field(Index("last", optional=True), None)
+
+    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+        mask: Any = True
+        if self.index is not None:
+            axes = SITES[self.site].axes
+            mask = (jnp.arange(config.sizes[axes[-1]]) == self.index).reshape(*(1,) * (len(axes) - 1), -1)
+        return (Edit(self.site, "set", self.layer, mask, 0.0),)

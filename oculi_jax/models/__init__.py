@@ -1,0 +1,1 @@
+"""Models: the networks, and the guide's object API over them."""

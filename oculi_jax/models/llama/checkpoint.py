@@ -1,0 +1,304 @@
+"""Checkpoints in Hugging Face's layout: find the files, check every tensor before anything is allocated, load, save."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ...utils.devices import find_device
+from ...utils.files import write_aside
+from ...utils.progress import progress
+from .config import LlamaConfig
+from .model import Llama
+from .parameters import Parameter, parameter_table
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# safetensors' names for the dtypes that a Llama's weights may have.
+_FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Buffers that old versions of transformers wrote and that follow from the config.
+_DERIVED = ".rotary_emb.inv_freq"
+_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any,
+    device: Any,
+    mesh: jax.sharding.Mesh | None,
+    revision: str | None,
+    local_files_only: bool,
+    ignore_fields: tuple[str, ...],
+) -> Llama:
+    """See `Llama.from_pretrained`."""
+    place = _placement(device, mesh)
+    directory = _find(source, revision, local_files_only)
+    config = LlamaConfig.from_pretrained(directory, ignore_fields=ignore_fields)
+    table = parameter_table(config)
+    stored = _read_headers(directory)
+    _check(directory, config, table, stored)
+    target = _target_dtype(dtype, config, stored, table)
+
+    params: dict[str, Array] = {}
+    total = sum(int(np.prod(row.shape)) * target.itemsize for row in table)
+    with progress(f"Loading {directory.name}", total) as advance:
+        # The largest first: while a parameter is copied to its device it exists twice.
+        for row in sorted(table, key=lambda row: -int(np.prod(row.shape))):
+            sharding = place(row)
+
+            def read(index: tuple[slice, ...], row: Parameter = row) -> np.ndarray:
+                return _read(row, index, stored, target, advance)
+
+            params[row.name] = jax.make_array_from_callback(row.shape, sharding, read)
+            params[row.name].block_until_ready()
+    return Llama(config, params)
+
+
+def save(model: Llama, directory: str | os.PathLike[str]) -> None:
+    """See `Llama.save_pretrained`."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / INDEX).exists():
+        raise ValueError(f"{directory} holds a sharded checkpoint; save to a directory without {INDEX}.")
+    arrays = named_parameters(model)
+    tensors: dict[str, np.ndarray] = {}
+    for row in parameter_table(model.config):
+        array = np.asarray(arrays[row.name])
+        parts = array if row.stacked else array[None]
+        for name, part in zip(row.tensors(), parts, strict=True):
+            tensors[name] = np.ascontiguousarray(part.reshape(row.stored))
+    config = {**model.config.to_dict(), "dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
+    with write_aside(directory / SINGLE) as weights, write_aside(directory / "config.json") as text:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def named_parameters(model: Llama) -> dict[str, Array]:
+    """The parameters of a model under the names of the table."""
+    named: dict[str, Array] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = ".".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path)
+        named[name.removesuffix(".value").replace(".act_params.", ".act_fn.")] = leaf
+    return named
+
+
+def _placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Parameter], jax.sharding.Sharding]:
+    if mesh is None:
+        single = jax.sharding.SingleDeviceSharding(find_device(device))
+        return lambda row: single
+    if device is not None:
+        raise ValueError("Give either device or mesh: a mesh already says which devices are used.")
+    if "model" not in mesh.axis_names or not set(mesh.axis_names) <= {"data", "model"}:
+        raise ValueError(f"The mesh has axes {mesh.axis_names}, and must have 'data' and 'model'.")
+    if any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"The mesh's axes are {tuple(str(kind) for kind in mesh.axis_types)}, and must be Auto: with explicit axes JAX "
+            "asks for a sharding at every gather and contraction. Make it with jax.make_mesh(shape, ('data', 'model'), "
+            "axis_types=(jax.sharding.AxisType.Auto,) * 2)."
+        )
+    size = mesh.shape["model"]
+    return lambda row: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*row.split(size)))
+
+
+def _find(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> Path:
+    """The directory that holds the checkpoint, downloaded where `source` is an id on the Hub."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    text = os.fspath(source)
+    if path.is_file():
+        raise NotADirectoryError(f"{text!r} is a file; give the directory that holds config.json and the weights.")
+    parts = text.split("/")
+    if len(parts) != 2 or not all(parts) or text[0] in "./~" or path.is_absolute():
+        raise FileNotFoundError(f"There is no directory {text!r}, and it has not the form 'owner/name' of a Hub id.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                text,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"],
+                ignore_patterns=["original/*"],
+            )
+        )
+    except Exception as error:  # the Hub's errors have many types; ours is one, with the reason kept
+        where = "in the local cache" if local_files_only else "on the Hugging Face Hub, nor a directory here"
+        raise OSError(f"Could not find {text!r} {where}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, closed after use so that its pages leave memory; failures name the file."""
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except FileNotFoundError:
+        raise FileNotFoundError(f"The weights file {str(file)!r} is missing.") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def _read_headers(directory: Path) -> dict[str, Stored]:
+    """Every tensor that the checkpoint's files hold. Reads headers alone."""
+    index = directory / INDEX
+    if (directory / SINGLE).exists():
+        files = {SINGLE: None}
+    elif index.exists():
+        files = _read_index(index)
+    else:
+        raise FileNotFoundError(
+            f"There are no weights in {str(directory)!r}: neither {SINGLE} nor {INDEX}. "
+            "Other formats (.bin, .pth, .gguf) are not read; convert them to safetensors first."
+        )
+    missing = [name for name in files if not (directory / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{index} names files that are missing: {', '.join(sorted(missing))}.")
+    stored: dict[str, Stored] = {}
+    for name, expected in files.items():
+        file = directory / name
+        with _opened(file) as handle:
+            for tensor in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                part = handle.get_slice(tensor)
+                stored[tensor] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            absent = sorted((expected or set()) - set(handle.keys()))
+        if absent:
+            raise ValueError(f"{index} places {', '.join(absent[:5])} in {name}, which does not hold it.")
+    return stored
+
+
+def _read_index(index: Path) -> dict[str, set[str]]:
+    """Shard file → the tensors that the index places in it."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        items = [(str(tensor), str(name)) for tensor, name in places.items()]
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a shard index with a 'weight_map' of tensors to files: {error!r}.") from None
+    files: dict[str, set[str]] = {}
+    for tensor, name in items:
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise ValueError(f"{index} places {tensor!r} in {name!r}; shards must be plain file names in its own directory.")
+        files.setdefault(name, set()).add(tensor)
+    return files
+
+
+def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored: dict[str, Stored]) -> None:
+    """Compares what the config needs with what the files hold, both ways; one error lists everything."""
+    problems: list[str] = []
+    expected = {tensor: row for row in table for tensor in row.tensors()}
+    for tensor, row in expected.items():
+        found = stored.get(tensor)
+        if found is None:
+            problems.append(f"missing: {tensor} {list(row.stored)}")
+        elif found.shape != row.stored:
+            problems.append(f"shape: {tensor} is {list(found.shape)} in {found.file.name}, config.json makes it {list(row.stored)}")
+        elif found.dtype not in _FLOATS:
+            problems.append(
+                f"dtype: {tensor} is {found.dtype} in {found.file.name}; only {', '.join(_FLOATS)} can be loaded"
+            )
+    for tensor, found in stored.items():
+        if tensor in expected or tensor.endswith(_DERIVED):
+            continue
+        if tensor == "lm_head.weight" and config.tie_word_embeddings:
+            if not _same(found, stored.get("model.embed_tokens.weight"), tensor, "model.embed_tokens.weight"):
+                problems.append("unexpected: lm_head.weight differs from the embedding that config.json ties it to")
+            continue
+        problems.append(f"unexpected: {tensor} {list(found.shape)} in {found.file.name}")
+    if problems:
+        hint = ""
+        if any(name.startswith("layers.") for name in stored):
+            hint = " (These look like weights of a bare LlamaModel: names lack the 'model.' prefix.)"
+        raise ValueError(
+            f"The weights in {str(directory)!r} do not match its config.json{hint}:\n  " + "\n  ".join(problems)
+        )
+
+
+def _same(one: Stored, other: Stored | None, one_name: str, other_name: str) -> bool:
+    if other is None or one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    with _opened(one.file) as first, _opened(other.file) as second:
+        a, b = first.get_slice(one_name), second.get_slice(other_name)
+        step = max(1, _CHUNK_BYTES // max(1, 4 * one.shape[-1]))
+        return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, one.shape[0], step))
+
+
+def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], table: list[Parameter]) -> np.dtype:
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = config.dtype or _FLOATS[stored[table[0].tensors()[0]].dtype]
+    try:
+        target = jnp.dtype(dtype)
+    except TypeError:
+        target = None
+    if target is None or target.name not in _FLOATS.values():
+        raise ValueError(f"dtype is {dtype!r}; it can be 'auto', {', '.join(map(repr, _FLOATS.values()))}.")
+    return target
+
+
+def _read(
+    row: Parameter,
+    index: tuple[slice, ...],
+    stored: dict[str, Stored],
+    dtype: np.dtype,
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    """The slice `index` of a parameter, read from the files into one buffer of the final dtype."""
+    bounds = [slice(*part.indices(size)) for part, size in zip(index, row.shape, strict=True)]
+    out = _aligned_empty([part.stop - part.start for part in bounds], dtype)
+    tensors = row.tensors()
+    layers = range(bounds[0].start, bounds[0].stop) if row.stacked else (0,)
+    inner = bounds[1:] if row.stacked else bounds
+    for slot, layer in enumerate(layers):
+        part = out[slot] if row.stacked else out
+        _read_tensor(tensors[layer], stored[tensors[layer]].file, row, inner, part)
+        advance(part.nbytes)
+    return out
+
+
+def _read_tensor(name: str, file: Path, row: Parameter, inner: list[slice], out: np.ndarray) -> None:
+    """One tensor's slice into `out`, in chunks of rows of its first axis, each with the file opened anew."""
+    if not row.stored:
+        with _opened(file) as handle:
+            out[...] = handle.get_tensor(name)
+        return
+    sizes = row.shape[1:] if row.stacked else row.shape
+    # An axis in the file may be two of ours: (H D) → H, D. Its rows then come in groups of D.
+    group = sizes[1] if row.stored[0] != sizes[0] else 1
+    tail = (group, *row.stored[1:]) if group > 1 else row.stored[1:]
+    step = max(1, _CHUNK_BYTES // max(1, 4 * int(np.prod(tail, dtype=np.int64))))
+    first = inner[0]
+    for start in range(first.start, first.stop, step):
+        stop = min(start + step, first.stop)
+        with _opened(file) as handle:
+            rows = handle.get_slice(name)[start * group : stop * group]
+        rows = rows.reshape(stop - start, *sizes[1:])
+        np.copyto(out[start - first.start : stop - first.start], rows[(slice(None), *inner[1:])], casting="unsafe")
+
+
+def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array on a 64-byte boundary, which a CPU backend can adopt without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,0 +1,288 @@
+"""`Llama`: the network itself, as an immutable pytree of parameters whose pieces call `tap(site, value)` at each site.
+
+The model knows one sequence `[T]` and nothing of edits or captures: whoever runs it decides what `tap` returns.
+Layers are one `Block` whose leaves lead with `L`; `forward.py` scans over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from .activations import ACTIVATIONS
+from .config import LlamaConfig
+from .rope import rotate
+
+if TYPE_CHECKING:
+    import os
+
+Tap = Callable[[str, Array], Array]
+
+
+def einsum(equation: str, *operands: Array, dtype: Any = None) -> Array:
+    """`jnp.einsum` at full float32 precision for float32 operands on every platform; `dtype` is the result's."""
+    full = operands[0].dtype == jnp.float32
+    return jnp.einsum(
+        equation, *operands, precision=jax.lax.Precision.HIGHEST if full else None, preferred_element_type=dtype
+    )
+
+
+def expand_kv(x: Float[Array, "... K T D"], config: LlamaConfig) -> Float[Array, "... H T D"]:
+    """Repeats keys or values so that entry `h` of the head axis is what query head `h` reads (`config.kv_head(h)`).
+
+    Args:
+        x: keys or values `[..., K, T, D]`, for instance a capture `[L, K, T, D]`.
+        config: the model's config.
+
+    Returns:
+        The same values as `[..., H, T, D]`.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if x.ndim < 3 or x.shape[-3] != kv_heads:
+        raise ValueError(f"expand_kv takes [..., K, T, D] with K = {kv_heads} key/value heads, and was given {x.shape}.")
+    return jnp.repeat(x, heads // kv_heads, axis=-3)
+
+
+class Linear(nnx.Module):
+    """A weight, output axes before input axes as in a checkpoint, and perhaps a bias over the output axes."""
+
+    def __init__(self, weight: Array, bias: Array | None = None):
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, equation: str, x: Array) -> Array:
+        y = einsum(equation, x, self.weight[...])
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        # Heads come out as [H, T, D]: the token axis of a head bias is the one before last.
+        return y + (bias[:, None, :] if bias.ndim == 2 else bias[None, :])
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation, Zhang and Sennrich (2019), arXiv:1910.07467, its statistics in float32."""
+
+    def __init__(self, weight: Array):
+        self.weight = nnx.Param(weight)
+
+    def scale(self, x: Float[Array, "T E"], eps: float) -> Float[Array, "T"]:
+        """1 / √(mean(x²) + eps), float32."""
+        wide = x.astype(jnp.float32)
+        return jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
+
+    def __call__(self, x: Float[Array, "T E"], scale: Float[Array, "T"]) -> Float[Array, "T E"]:
+        return self.weight[...][None, :] * (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. Weights: q `[H, D, E]`, k and v `[K, D, E]`, o `[E, H, D]`."""
+
+    def __init__(self, q: Linear, k: Linear, v: Linear, o: Linear):
+        self.q, self.k, self.v, self.o = q, k, v, o
+
+    def __call__(
+        self, x: Float[Array, "T E"], rotation: tuple[Array, Array], allowed: Bool[Array, "T S"], tap: Tap
+    ) -> Float[Array, "T E"]:
+        q = tap("q", rotate(tap("q_pre_rope", self.q("te,hde->htd", x)), rotation))
+        k = tap("k", rotate(tap("k_pre_rope", self.k("te,kde->ktd", x)), rotation))
+        v = tap("v", self.v("te,kde->ktd", x))
+        n_heads, n_tokens, head_dim = q.shape
+        n_kv = k.shape[0]
+
+        grouped = q.reshape(n_kv, n_heads // n_kv, n_tokens, head_dim)
+        scores = einsum("kgtd,ksd->kgts", grouped, k, dtype=jnp.float32) * head_dim**-0.5
+        scores = tap("scores", scores.reshape(n_heads, n_tokens, n_tokens))
+        may = tap("allowed", jnp.broadcast_to(allowed, scores.shape))
+        pattern = tap("pattern", masked_softmax(scores, may).astype(x.dtype))
+        grouped = pattern.reshape(n_kv, n_heads // n_kv, n_tokens, n_tokens)
+        z = tap("z", einsum("kgts,ksd->kgtd", grouped, v).reshape(n_heads, n_tokens, head_dim))
+        return tap("attn_out", self.o("htd,ehd->te", z))
+
+
+def masked_softmax(scores: Float[Array, "H T S"], allowed: Bool[Array, "H T S"]) -> Float[Array, "H T S"]:
+    """Softmax over the allowed keys; a row with none is zero. No value or gradient of it is ever NaN."""
+    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    weights = jnp.where(allowed, jnp.exp(scores - top), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0.0, 1.0, total)
+
+
+class MLP(nnx.Module):
+    """Gated MLP, Shazeer (2020), arXiv:2002.05202. Weights: gate and up `[F, E]`, down `[E, F]`.
+
+    `act_params` are the parameters of a learned activation, empty for all the usual ones.
+    """
+
+    def __init__(self, gate: Linear, up: Linear, down: Linear, act_params: Mapping[str, Array]):
+        self.gate, self.up, self.down = gate, up, down
+        self.act_params = nnx.data({name: nnx.Param(value) for name, value in act_params.items()})
+
+    def __call__(self, x: Float[Array, "T E"], hidden_act: str, tap: Tap) -> Float[Array, "T E"]:
+        gate = tap("gate", self.gate("te,fe->tf", x))
+        up = tap("up", self.up("te,fe->tf", x))
+        learned = {name: param[...] for name, param in self.act_params.items()}
+        gate_act = tap("gate_act", ACTIVATIONS[hidden_act](gate, **learned).astype(gate.dtype))
+        act = tap("act", gate_act * up)
+        return tap("mlp_out", self.down("tf,ef->te", act))
+
+
+class Block(nnx.Module):
+    """One layer; with leaves that lead with `L`, all of them."""
+
+    def __init__(self, attn_norm: RMSNorm, attn: Attention, mlp_norm: RMSNorm, mlp: MLP):
+        self.attn_norm, self.attn, self.mlp_norm, self.mlp = attn_norm, attn, mlp_norm, mlp
+
+    def __call__(
+        self,
+        resid: Float[Array, "T E"],
+        rotation: tuple[Array, Array],
+        allowed: Bool[Array, "T S"],
+        config: LlamaConfig,
+        tap: Tap,
+    ) -> Float[Array, "T E"]:
+        resid = tap("resid_pre", resid)
+        scale = tap("attn_scale", self.attn_norm.scale(resid, config.rms_norm_eps))
+        with jax.named_scope("attention"):
+            out = self.attn(tap("attn_in", self.attn_norm(resid, scale)), rotation, allowed, tap)
+        resid = tap("resid_mid", resid + out)
+        scale = tap("mlp_scale", self.mlp_norm.scale(resid, config.rms_norm_eps))
+        with jax.named_scope("mlp"):
+            out = self.mlp(tap("mlp_in", self.mlp_norm(resid, scale)), config.hidden_act, tap)
+        return tap("resid_post", resid + out)
+
+
+class Unembedding:
+    """What `model.lm_head` is: `.weight` `[V, E]`, the embedding itself where the config ties them."""
+
+    def __init__(self, weight: Array):
+        self.weight = weight
+
+
+class Llama(nnx.Module):
+    """A Llama as a pytree: transform it with `jax.tree.map`, pass it to `forward`, differentiate with respect to it.
+
+    Attributes:
+        config: its `LlamaConfig`; static.
+        embed: token embeddings `[V, E]`.
+        layers: a `Block` whose leaves lead with `L`.
+        norm: the final norm.
+        unembed: `[V, E]`, or None where tied. Read `lm_head.weight`, which serves both.
+    """
+
+    def __init__(self, config: LlamaConfig, params: Mapping[str, Array]):
+        """Builds the model from its parameters, named and shaped as `parameters.parameter_table` says."""
+
+        def linear(name: str) -> Linear:
+            return Linear(params[f"{name}.weight"], params.get(f"{name}.bias"))
+
+        act = "layers.mlp.act_fn."
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.layers = Block(
+            RMSNorm(params["layers.attn_norm.weight"]),
+            Attention(*(linear(f"layers.attn.{name}") for name in "qkvo")),
+            RMSNorm(params["layers.mlp_norm.weight"]),
+            MLP(
+                *(linear(f"layers.mlp.{name}") for name in ("gate", "up", "down")),
+                {name.removeprefix(act): value for name, value in params.items() if name.startswith(act)},
+            ),
+        )
+        self.norm = RMSNorm(params["norm.weight"])
+        self.unembed = nnx.Param(params["unembed"]) if "unembed" in params else None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        dtype: Any = "auto",
+        device: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        *,
+        ignore_fields: tuple[str, ...] = (),
+    ) -> Llama:
+        """Loads a Llama from a directory or a Hugging Face Hub id. torch is not needed.
+
+        Args:
+            source: a directory with `config.json` and safetensors files (one, or shards with an index), or a Hub id.
+            dtype: `"auto"` (the config's, else that of the file), or float32, bfloat16 or float16 as a string or dtype.
+            device: a `jax.Device` or a platform name (`"cpu"`, `"gpu"`, `"tpu"`); JAX's default where None.
+            mesh: a mesh with axes `("data", "model")`, both Auto: parameters are sharded over `model`, and each device
+                reads only its slice. Not together with `device`.
+            revision: branch, tag or commit on the Hub.
+            local_files_only: never look at the network.
+            ignore_fields: config fields to load without, although this library does not implement them.
+
+        Raises:
+            OSError: something is not there or cannot be read. ValueError: it is there and is not a Llama that can be
+                loaded exactly; one message lists every missing, unexpected and mis-shaped tensor.
+        """
+        from .checkpoint import load
+
+        return load(
+            source, dtype=dtype, device=device, mesh=mesh, revision=revision, local_files_only=local_files_only,
+            ignore_fields=ignore_fields,
+        )  # fmt: skip
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` in Hugging Face's layout; transformers loads the same bits.
+
+        Files are written aside and renamed, so a half-written checkpoint never exists under its name.
+        """
+        from .checkpoint import save
+
+        save(self, directory)
+
+    @property
+    def lm_head(self) -> Unembedding:
+        """`.weight` is the unembedding `[V, E]`, tied or not."""
+        return Unembedding(self.embed[...] if self.unembed is None else self.unembed[...])
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the parameters and of the residual stream."""
+        return np.dtype(self.embed[...].dtype)
+
+    @property
+    def device(self) -> jax.Device | jax.sharding.Sharding:
+        """The device that holds the model, or how its embedding is sharded where there are several."""
+        devices = self.embed[...].devices()
+        return next(iter(devices)) if len(devices) == 1 else self.embed[...].sharding
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, the embedding counted once where it is tied."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self))
+
+    def embed_tokens(self, tokens: Int[Array, "T"], tap: Tap) -> Float[Array, "T E"]:
+        # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.
+        rows = self.embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return tap("embed", rows)
+
+    def normalise(self, resid: Float[Array, "T E"], tap: Tap) -> Float[Array, "T E"]:
+        """The final norm."""
+        scale = tap("final_scale", self.norm.scale(resid, self.config.rms_norm_eps))
+        return tap("final_norm", self.norm(resid, scale))
+
+    def logits(self, normalised: Float[Array, "... E"]) -> Float[Array, "... V"]:
+        """The unembedding; float32 whatever the weights."""
+        return einsum("...e,ve->...v", normalised, self.lm_head.weight, dtype=jnp.float32)
+
+    def __repr__(self) -> str:
+        c = self.config
+        sizes = (
+            f"L={c.num_hidden_layers}, H={c.num_attention_heads}, K={c.num_key_value_heads}, D={c.head_dim}, "
+            f"E={c.hidden_size}, F={c.intermediate_size}, V={c.vocab_size}"
+        )
+        return f"Llama({self.n_params / 1e6:.1f}M parameters, {self.dtype}, {sizes})"
+
+    __str__ = __repr__

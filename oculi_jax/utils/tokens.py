@@ -1,0 +1,58 @@
+"""Between text and token ids, for any tokenizer of Hugging Face's. The one door to `transformers`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
+    """The tokenizer beside a checkpoint (`transformers.AutoTokenizer`), never running code that comes with it."""
+    from transformers import AutoTokenizer
+
+    local = Path(source).is_dir()
+    try:
+        return AutoTokenizer.from_pretrained(
+            os.fspath(source), revision=revision, local_files_only=local, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many types here
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"There is no usable tokenizer in {os.fspath(source)!r}: {reason}") from error
+
+
+def to_single_token(tokenizer: Any, text: str) -> int:
+    """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        pieces = [tokenizer.decode([i]) for i in ids]
+        hint = ""
+        if text and not text.startswith(" ") and len(tokenizer.encode(" " + text, add_special_tokens=False)) == 1:
+            hint = f" {' ' + text!r}, with a space before it, is one."
+        raise ValueError(f"{text!r} is not one token but {len(ids)}: {pieces}.{hint}")
+    return int(ids[0])
+
+
+def str_tokens(tokenizer: Any, text_or_ids: Any) -> list[str]:
+    """The text of each token, of a text (with the special tokens that the tokenizer adds) or of ids `[T]` or `[1, T]`."""
+    ids = tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids)
+    ids = np.asarray(ids)
+    ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
+    if ids.ndim != 1:
+        raise ValueError(f"str_tokens takes one text or ids [T], and was given an array {list(ids.shape)}.")
+    return [tokenizer.decode([int(i)]) for i in ids]
+
+
+def first_difference(tokenizer: Any, one: str | Sequence[int], other: str | Sequence[int]) -> int | None:
+    """The first position at which two prompts' tokens differ; None where they are the same.
+
+    Where one is the start of the other, that is the length of the shorter.
+    """
+    a, b = (tokenizer.encode(text) if isinstance(text, str) else list(map(int, text)) for text in (one, other))
+    for position, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return position
+    return None if len(a) == len(b) else min(len(a), len(b))
