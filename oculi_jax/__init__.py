@@ -1,8 +1,42 @@
 """Mechanistic interpretability of Llama models as transformations of one pure JAX function."""
 
-from .capture_spec import CaptureSpec
+from .capture import (
+    AttentionCapture,
+    CaptureConfig,
+    CaptureSpec,
+    FullCapture,
+    LogitCapture,
+    LogitConfig,
+    MLPCapture,
+    MLPConfig,
+    ResidualCapture,
+    ResidualConfig,
+    capture_bytes,
+    load,
+    save,
+)
 from .forward import Output, forward, lens
 from .sites import SITES, Site, find_site
 
-__all__ = ["SITES", "CaptureSpec", "Output", "Site", "find_site", "forward", "lens"]
 __version__ = "0.1.0"
+__all__ = [
+    "SITES",
+    "AttentionCapture",
+    "CaptureConfig",
+    "CaptureSpec",
+    "FullCapture",
+    "LogitCapture",
+    "LogitConfig",
+    "MLPCapture",
+    "MLPConfig",
+    "Output",
+    "ResidualCapture",
+    "ResidualConfig",
+    "Site",
+    "capture_bytes",
+    "find_site",
+    "forward",
+    "lens",
+    "load",
+    "save",
+]

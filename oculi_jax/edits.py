@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,9 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from .fields import Anything, Index, Mask, Values, field, owner_site, pytree
-from .models.llama.config import LlamaConfig
+
+if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
 
 OPS = ("set", "add", "scale", "apply")
 

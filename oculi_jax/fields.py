@@ -10,15 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .models.llama.config import LlamaConfig
 from .sites import SITES, Site, unknown_site
+
+if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
 
 T = TypeVar("T")
 

@@ -13,11 +13,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from .capture_spec import Reading, plan
+from .capture.spec import Reading, plan
 from .edits import Edit, apply_edit
 from .fields import Frame, canonical, listing, on_device
-from .models.llama.rope import rotary
-from .sites import SITES
 
 if TYPE_CHECKING:
     from .models.llama.model import Llama
@@ -172,7 +170,7 @@ def _forward(
     else:
         positions = jnp.maximum(jnp.cumsum(mask) - 1, 0)
         length = jnp.sum(mask)
-    rotation = rotary(config, positions, length)
+    rotation = model.rotation(positions, length)
     allowed = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
     if mask is not None:
         allowed = allowed & mask[:, None] & mask[None, :]
@@ -300,4 +298,3 @@ def _lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -
     return jax.tree.map(lambda x: x.reshape(*lead, x.shape[-1]), out)
 
 
-__all__ = ["LOGITS", "SITES", "Output", "forward", "lens"]

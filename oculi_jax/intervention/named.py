@@ -6,15 +6,17 @@ strength fields are scalars here; give them axes and `vmap` to sweep. Float fiel
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from ..edits import Edit
 from ..fields import Index, Positions, Strength, Table, Values, field, pytree
-from ..models.llama.config import LlamaConfig
 from ..sites import SITES
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
 
 
 def _at(site: str, config: LlamaConfig, *, head: Any = None, positions: Any = None) -> Array | bool:

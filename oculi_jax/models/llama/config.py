@@ -134,6 +134,11 @@ class LlamaConfig:
             "K": self.num_key_value_heads, "D": self.head_dim, "F": self.intermediate_size, "V": self.vocab_size,
         }  # fmt: skip
 
+    @property
+    def limit(self) -> int | None:
+        """The longest prompt that the model was made for; None where its rotary type grows with the prompt."""
+        return None if self.rope.type == "dynamic" else self.max_position_embeddings
+
     def kv_head(self, head: int) -> int:
         """The key/value head that query head `head` reads: `head // G`."""
         if not 0 <= head < self.num_attention_heads:

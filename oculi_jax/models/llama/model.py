@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from .activations import ACTIVATIONS
 from .config import LlamaConfig
-from .rope import rotate
+from .rope import rotary, rotate
 
 if TYPE_CHECKING:
     import os
@@ -267,6 +267,10 @@ class Llama(nnx.Module):
         # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.
         rows = self.embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return tap("embed", rows)
+
+    def rotation(self, positions: Int[Array, "T"], length: Array | int) -> tuple[Array, Array]:
+        """Cosines and sines `[T, D/2]` of the rotary embedding at these positions of a prompt of `length` tokens."""
+        return rotary(self.config, positions, length)
 
     def normalise(self, resid: Float[Array, "T E"], tap: Tap) -> Float[Array, "T E"]:
         """The final norm."""

@@ -16,9 +16,6 @@ from jaxtyping import Float, Int
 
 from .config import LlamaConfig, RopeConfig
 
-# Types whose frequencies depend on how long the sequence is.
-GROWS_WITH_LENGTH = ("dynamic", "longrope")
-
 
 def _exponents(head_dim: int) -> np.ndarray:
     return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from .models.llama.config import LlamaConfig
-from .sites import SITES, Site, unknown_site
+from ..sites import SITES, Site, unknown_site
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
 
 
 @dataclass(frozen=True)

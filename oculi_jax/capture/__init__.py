@@ -1,0 +1,23 @@
+"""The guide's configs and capture structures, what they cost, and their files."""
+
+from .configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
+from .cost import capture_bytes
+from .files import load, save
+from .spec import CaptureSpec
+from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
+
+__all__ = [
+    "AttentionCapture",
+    "CaptureConfig",
+    "CaptureSpec",
+    "FullCapture",
+    "LogitCapture",
+    "LogitConfig",
+    "MLPCapture",
+    "MLPConfig",
+    "ResidualCapture",
+    "ResidualConfig",
+    "capture_bytes",
+    "load",
+    "save",
+]

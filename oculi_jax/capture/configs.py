@@ -1,0 +1,139 @@
+"""The guide's four configs: what an adapter is asked to capture, and the sites that this means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .spec import CaptureSpec
+
+QK_STAGES = ("post_rope", "pre_rope")
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Attention: queries, keys, values and patterns, and always the heads' outputs `z`, which attribution reads.
+
+    Args:
+        layers: which layers, in the order wanted; None for all.
+        capture_queries, capture_keys, capture_values, capture_patterns: what to keep.
+        qk_stage: `"post_rope"`, what attention uses, or `"pre_rope"`, the projections before rotation.
+        dtype: what to store them as; None for the model's own.
+    """
+
+    layers: Sequence[int] | None = None
+    capture_queries: bool = True
+    capture_keys: bool = True
+    capture_values: bool = True
+    capture_patterns: bool = True
+    qk_stage: str = "post_rope"
+    dtype: Any = None
+
+    def fields(self) -> dict[str, str]:
+        """Field of the capture → site."""
+        if self.qk_stage not in QK_STAGES:
+            raise ValueError(f"qk_stage is {self.qk_stage!r}, and must be one of {', '.join(map(repr, QK_STAGES))}.")
+        stage = "" if self.qk_stage == "post_rope" else "_pre_rope"
+        wanted = {
+            "queries": (self.capture_queries, f"q{stage}"),
+            "keys": (self.capture_keys, f"k{stage}"),
+            "values": (self.capture_values, "v"),
+            "patterns": (self.capture_patterns, "pattern"),
+            "z": (True, "z"),
+        }
+        return {field: site for field, (on, site) in wanted.items() if on}
+
+    def specs(self) -> tuple[CaptureSpec, ...]:
+        """The sites as `forward` is asked for them."""
+        return (CaptureSpec(tuple(self.fields().values()), self.layers, dtype=self.dtype),)
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """The four points of the residual stream; `post_attn` and `pre_mlp` are one and the same point.
+
+    Args:
+        layers: which layers, in the order wanted; None for all.
+        capture_pre_attn, capture_post_attn, capture_pre_mlp, capture_post_mlp: what to keep.
+        dtype: what to store them as; None for the model's own.
+    """
+
+    layers: Sequence[int] | None = None
+    capture_pre_attn: bool = True
+    capture_post_attn: bool = True
+    capture_pre_mlp: bool = True
+    capture_post_mlp: bool = True
+    dtype: Any = None
+
+    def fields(self) -> dict[str, str]:
+        """Field of the capture → site."""
+        wanted = {
+            "pre_attn": (self.capture_pre_attn, "resid_pre"),
+            "post_attn": (self.capture_post_attn, "resid_mid"),
+            "pre_mlp": (self.capture_pre_mlp, "resid_mid"),
+            "post_mlp": (self.capture_post_mlp, "resid_post"),
+        }
+        return {field: site for field, (on, site) in wanted.items() if on}
+
+    def specs(self) -> tuple[CaptureSpec, ...]:
+        """The sites as `forward` is asked for them."""
+        sites = tuple(dict.fromkeys(self.fields().values()))
+        layered = (CaptureSpec(sites, self.layers, dtype=self.dtype),) if sites else ()
+        return (*layered, CaptureSpec("embed", dtype=self.dtype), CaptureSpec("final_scale"))
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The MLP's projections, neurons and output.
+
+    Args:
+        layers: which layers, in the order wanted; None for all.
+        capture_gate, capture_up, capture_post_activation, capture_output: what to keep.
+        dtype: what to store them as; None for the model's own.
+    """
+
+    layers: Sequence[int] | None = None
+    capture_gate: bool = True
+    capture_up: bool = True
+    capture_post_activation: bool = True
+    capture_output: bool = True
+    dtype: Any = None
+
+    def fields(self) -> dict[str, str]:
+        """Field of the capture → site."""
+        wanted = {
+            "gate": (self.capture_gate, "gate"),
+            "up": (self.capture_up, "up"),
+            "post_activation": (self.capture_post_activation, "act"),
+            "output": (self.capture_output, "mlp_out"),
+        }
+        return {field: site for field, (on, site) in wanted.items() if on}
+
+    def specs(self) -> tuple[CaptureSpec, ...]:
+        """The sites as `forward` is asked for them."""
+        sites = tuple(self.fields().values())
+        return (CaptureSpec(sites, self.layers, dtype=self.dtype),) if sites else ()
+
+
+@dataclass(frozen=True)
+class LogitConfig:
+    """The logit lens at every layer: what the model would say if it stopped there.
+
+    Args:
+        layers: which layers, in the order wanted; None for all.
+        top_k: keep only the k likeliest tokens of each position; the full `[L, T, V]` is then never held.
+        positions: which positions, counting real tokens, negative ones from the last; None for all.
+        tokens: ids whose probabilities to keep as well, exactly.
+        dtype: what to store logits and probabilities as; None for float32.
+    """
+
+    layers: Sequence[int] | None = None
+    top_k: int | None = None
+    positions: Sequence[int] | None = None
+    tokens: Sequence[int] | None = None
+    dtype: Any = None
+
+    def specs(self) -> tuple[CaptureSpec, ...]:
+        """The sites as `forward` is asked for them: the residual stream that the lens reads."""
+        return (CaptureSpec("resid_post", self.layers, self.positions),)

@@ -1,0 +1,47 @@
+"""`capture_bytes`: what a capture will cost before anything runs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+
+from .configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
+from .spec import check_layers, plan
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
+
+
+def capture_bytes(config: LlamaConfig, n_tokens: int, capture: Any, *, dtype: Any = None) -> int:
+    """Bytes of the arrays that a capture of one prompt returns.
+
+    Args:
+        config: the model's config (`model.config`).
+        n_tokens: `T`.
+        capture: what `forward` takes as `capture`, or one of the guide's configs.
+        dtype: the dtype of the model; None for the config's own, float32 where it names none.
+
+    Returns:
+        Bytes. For a `LogitConfig`, its logits or top k, its probabilities, and the normalised residual that it keeps.
+    """
+    own = jnp.dtype(dtype or config.dtype or "float32")
+    if isinstance(capture, LogitConfig):
+        rows = len(check_layers(capture.layers, config)) * (n_tokens if capture.positions is None else len(capture.positions))
+        stored = jnp.dtype(capture.dtype or "float32").itemsize
+        kept = capture.top_k * (stored + 4) if capture.top_k is not None else config.vocab_size * stored
+        return rows * (kept + 4 + stored * len(capture.tokens or ()) + config.hidden_size * own.itemsize)
+    if isinstance(capture, CaptureConfig | ResidualConfig | MLPConfig):
+        capture = capture.specs()
+    total = 0
+    for reading in plan(capture, config, n_tokens):
+        name = reading.site.name
+        if name == "allowed":
+            itemsize = 1
+        elif reading.dtype is not None:
+            itemsize = jnp.dtype(reading.dtype).itemsize
+        else:
+            itemsize = 4 if name == "scores" or name.endswith("_scale") else own.itemsize
+        total += itemsize * math.prod(reading.shape(config, n_tokens))
+    return total

@@ -1,0 +1,121 @@
+"""`save` and `load`: captures as safetensors files, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..sites import SITES
+from ..utils.files import write_aside
+from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
+
+STRUCTURES = {cls.__name__: cls for cls in (AttentionCapture, ResidualCapture, MLPCapture, LogitCapture, FullCapture)}
+_NOT_WRITTEN = {"unembedding"}
+
+
+def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a capture structure, or a dictionary of arrays such as `Output.activations`, as a safetensors file.
+
+    The file is written aside and renamed: it is whole, or it does not exist.
+
+    Args:
+        capture: one of the structures of `oculi_jax.capture`, or name → array.
+        path: where to.
+        metadata: texts to keep with it, such as the model's name. The axes of every array are kept anyway.
+    """
+    arrays, static = _flatten(capture)
+    kind = type(capture).__name__ if type(capture).__name__ in STRUCTURES else "arrays"
+    header = {
+        **(metadata or {}),
+        "format": "oculi_jax capture 1",
+        "kind": kind,
+        "static": json.dumps(static),
+        "axes": json.dumps({name: axes for name in arrays if (axes := _axes(name))}),
+    }
+    with write_aside(path) as aside:
+        save_file({name: np.ascontiguousarray(np.asarray(value)) for name, value in arrays.items()}, aside, metadata=header)
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Reopens what `save` wrote: the same structure, or a dictionary of arrays.
+
+    Raises:
+        OSError: there is no such file. ValueError: it is no whole capture file.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            header = handle.metadata() or {}
+            arrays = {name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
+    except (SafetensorError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    if not header.get("format", "").startswith("oculi_jax capture"):
+        raise ValueError(f"{path} is a safetensors file, but no capture: it lacks the metadata that save writes.")
+    if header["kind"] == "arrays":
+        return arrays
+    try:
+        return _build(STRUCTURES[header["kind"]], arrays, json.loads(header["static"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} does not describe a capture that this version knows: {error!r}.") from None
+
+
+def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Name → array, and the static fields; parts of a full capture have a dotted name."""
+    if isinstance(capture, Mapping):
+        return dict(capture), {}
+    if type(capture) not in STRUCTURES.values():
+        raise TypeError(f"save takes a capture or a dictionary of arrays, and was given a {type(capture).__name__}.")
+    arrays: dict[str, Any] = {}
+    static: dict[str, Any] = {}
+    for item in dataclasses.fields(capture):
+        value = getattr(capture, item.name)
+        if type(value) in STRUCTURES.values():
+            inner, static[item.name] = _flatten(value)
+            arrays |= {f"{item.name}.{name}": array for name, array in inner.items()}
+        elif item.metadata.get("static"):
+            static[item.name] = value
+        elif value is not None and item.name not in _NOT_WRITTEN:
+            arrays[item.name] = value
+    return arrays, static
+
+
+def _build(cls: Any, arrays: dict[str, Any], static: dict[str, Any]) -> Any:
+    if cls is FullCapture:
+        parts = {}
+        for item in dataclasses.fields(cls):
+            prefix = f"{item.name}."
+            own = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+            parts[item.name] = _build(_PARTS[item.name], own, static[item.name])
+        return cls(**parts)
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in static.items()}
+    return cls(**arrays, **frozen)
+
+
+_PARTS = {
+    "attention": AttentionCapture, "residual": ResidualCapture, "mlp": MLPCapture, "logits": LogitCapture,
+}  # fmt: skip
+_FIELD_AXES = {
+    "queries": "L H T D", "keys": "L K T D", "values": "L K T D", "patterns": "L H T S", "z": "L H T D",
+    "pre_attn": "L T E", "post_attn": "L T E", "pre_mlp": "L T E", "post_mlp": "L T E", "embedding": "T E",
+    "final_scale": "T", "final_weight": "E", "gate": "L T F", "up": "L T F", "post_activation": "L T F",
+    "output": "L T E", "logits": "L T V", "top_k_logits": "L T k", "top_k_indices": "L T k", "log_normalizer": "L T",
+    "probabilities": "L T N", "probability_tokens": "N", "normalized": "L T E", "tokens": "T", "mask": "T",
+}  # fmt: skip
+
+
+def _axes(name: str) -> str | None:
+    """The letters of an array, by its name."""
+    if name in SITES:
+        return " ".join((("L",) if SITES[name].layered else ()) + SITES[name].axes)
+    return _FIELD_AXES.get(name.rpartition(".")[2])

@@ -1,0 +1,183 @@
+"""What the guide's captures come back as: frozen pytrees of arrays, what was not asked for being None.
+
+Shapes are those of one prompt; a batch of several leads with `B`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+T = TypeVar("T")
+
+
+def _array() -> Any:
+    return dataclasses.field(default=None)
+
+
+def _static(default: Any = dataclasses.MISSING) -> Any:
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def _structure(cls: type[T]) -> type[T]:
+    cls = dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    static = [f.name for f in fields if f.metadata.get("static")]
+    jax.tree_util.register_dataclass(cls, [f.name for f in fields if f.name not in static], static)
+    return cls
+
+
+class _Capture:
+    """What all captures share: they know their prompt and layers, and print in one line."""
+
+    tokens: Any
+    captured_layers: tuple[int, ...]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers were captured: `len(captured_layers)`."""
+        return len(self.captured_layers)
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the prompt (of the longest one in a batch)."""
+        return self.tokens.shape[-1]
+
+    def __repr__(self) -> str:
+        parts = []
+        for item in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, jax.Array | np.ndarray):
+                parts.append(f"{item.name} [{', '.join(map(str, value.shape))}]")
+        layers = self.captured_layers
+        whole = layers == tuple(range(len(layers)))
+        shown = f"layers 0–{len(layers) - 1}" if whole and len(layers) > 1 else f"layers {', '.join(map(str, layers))}"
+        return f"{type(self).__name__}({shown}; {', '.join(parts)})"
+
+
+@_structure
+class AttentionCapture(_Capture):
+    """Attention at the captured layers.
+
+    Attributes:
+        queries: `[L, H, T, D]`, at the stage `qk_stage`.
+        keys: `[L, K, T, D]`, at the same stage.
+        values: `[L, K, T, D]`.
+        patterns: `[L, H, T, S]`; rows of real tokens sum to 1, rows of padding are zero.
+        z: `[L, H, T, D]`, each head's output before the output projection.
+        tokens: ids `[T]`.
+        mask: bool `[T]`, True at real tokens.
+        captured_layers: true layer numbers, in the order of the leading axis.
+        qk_stage: `"post_rope"` or `"pre_rope"`.
+        n_heads, n_kv_heads, head_dim: of the model.
+    """
+
+    queries: Float[Array, "L H T D"] | None = _array()
+    keys: Float[Array, "L K T D"] | None = _array()
+    values: Float[Array, "L K T D"] | None = _array()
+    patterns: Float[Array, "L H T S"] | None = _array()
+    z: Float[Array, "L H T D"] | None = _array()
+    tokens: Int[Array, "T"] = _array()
+    mask: Bool[Array, "T"] = _array()
+    captured_layers: tuple[int, ...] = _static()
+    qk_stage: str = _static("post_rope")
+    n_heads: int = _static()
+    n_kv_heads: int = _static()
+    head_dim: int = _static()
+
+
+@_structure
+class ResidualCapture(_Capture):
+    """The residual stream at the captured layers, and what attribution needs besides.
+
+    Attributes:
+        pre_attn: `[L, T, E]`, entering the layer.
+        post_attn, pre_mlp: `[L, T, E]`, between attention and MLP: one point with two names.
+        post_mlp: `[L, T, E]`, leaving the layer. `post_mlp − pre_attn` is what the layer added.
+        embedding: `[T, E]`, where the stream begins.
+        final_scale: `[T]`, what the final norm multiplied by: 1 / root mean square.
+        final_weight: `[E]`, the final norm's weight.
+        tokens, mask, captured_layers: as in `AttentionCapture`.
+    """
+
+    pre_attn: Float[Array, "L T E"] | None = _array()
+    post_attn: Float[Array, "L T E"] | None = _array()
+    pre_mlp: Float[Array, "L T E"] | None = _array()
+    post_mlp: Float[Array, "L T E"] | None = _array()
+    embedding: Float[Array, "T E"] | None = _array()
+    final_scale: Float[Array, "T"] | None = _array()
+    final_weight: Float[Array, "E"] | None = _array()
+    tokens: Int[Array, "T"] = _array()
+    mask: Bool[Array, "T"] = _array()
+    captured_layers: tuple[int, ...] = _static()
+
+
+@_structure
+class MLPCapture(_Capture):
+    """The MLP at the captured layers.
+
+    Attributes:
+        gate, up: `[L, T, F]`, the two projections.
+        post_activation: `[L, T, F]`, silu(gate) · up: the neurons.
+        output: `[L, T, E]`, what the MLP adds to the residual stream.
+        tokens, mask, captured_layers: as in `AttentionCapture`.
+    """
+
+    gate: Float[Array, "L T F"] | None = _array()
+    up: Float[Array, "L T F"] | None = _array()
+    post_activation: Float[Array, "L T F"] | None = _array()
+    output: Float[Array, "L T E"] | None = _array()
+    tokens: Int[Array, "T"] = _array()
+    mask: Bool[Array, "T"] = _array()
+    captured_layers: tuple[int, ...] = _static()
+
+
+@_structure
+class LogitCapture(_Capture):
+    """The logit lens at the captured layers: the final norm, then the unembedding, of `resid_post`.
+
+    `T` is the number of captured positions.
+
+    Attributes:
+        logits: `[L, T, V]`; None where `top_k` was given.
+        top_k_logits, top_k_indices: `[L, T, k]`, largest first; None without `top_k`.
+        log_normalizer: `[L, T]`, log Σ exp(logits), so that `exp(top_k_logits − log_normalizer)` is a probability.
+        probabilities: `[L, T, N]` of the ids `probability_tokens`; None where none were asked for.
+        probability_tokens: ids `[N]`.
+        normalized: `[L, T, E]`, the residual stream after the final norm, from which any token's logit follows.
+        unembedding: `[V, E]`, a reference to the model's; not written to files.
+        tokens, mask, captured_layers: as in `AttentionCapture`; of the whole prompt.
+        positions: which positions were captured; None for all.
+    """
+
+    logits: Float[Array, "L T V"] | None = _array()
+    top_k_logits: Float[Array, "L T k"] | None = _array()
+    top_k_indices: Int[Array, "L T k"] | None = _array()
+    log_normalizer: Float[Array, "L T"] | None = _array()
+    probabilities: Float[Array, "L T N"] | None = _array()
+    probability_tokens: Int[Array, "N"] | None = _array()
+    normalized: Float[Array, "L T E"] | None = _array()
+    unembedding: Float[Array, "V E"] | None = _array()
+    tokens: Int[Array, "T"] = _array()
+    mask: Bool[Array, "T"] = _array()
+    captured_layers: tuple[int, ...] = _static()
+    positions: tuple[int, ...] | None = _static(None)
+
+
+@_structure
+class FullCapture:
+    """All four captures of one pass."""
+
+    attention: AttentionCapture = _array()
+    residual: ResidualCapture = _array()
+    mlp: MLPCapture = _array()
+    logits: LogitCapture = _array()
+
+    def __repr__(self) -> str:
+        return f"FullCapture(\n  {self.attention},\n  {self.residual},\n  {self.mlp},\n  {self.logits})"

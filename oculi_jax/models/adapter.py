@@ -1,0 +1,253 @@
+"""`LlamaAttentionAdapter`: the guide's object API, a thin layer that calls the pure function."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import prompts
+from ..capture.configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
+from ..capture.spec import CaptureSpec, Reading, check_layers, plan
+from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
+from ..forward import forward
+from ..utils import tokens as token_utils
+from .llama.model import Llama
+
+Config = CaptureConfig | ResidualConfig | MLPConfig | LogitConfig
+
+
+class LlamaAttentionAdapter:
+    """Captures from a Llama in the guide's words. It holds a model and a tokenizer, and no state.
+
+    Every method takes a text, a list of texts (padded for you), or ids `[T]` or `[B, T]` as a list or an array of NumPy,
+    JAX or torch, with `attention_mask` where they are padded. One prompt gives the guide's shapes, several a leading `B`.
+    Lengths are padded inside so that near ones share a compiled program; results never show it.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Any = None):
+        if not isinstance(model, Llama):
+            raise TypeError(
+                f"LlamaAttentionAdapter takes an oculi_jax Llama, and was given a {type(model).__name__}; "
+                "load the checkpoint with Llama.from_pretrained(directory)."
+            )
+        self.model, self.tokenizer = model, tokenizer
+
+    def __repr__(self) -> str:
+        return f"LlamaAttentionAdapter({self.model!r})"
+
+    def capture(
+        self, ids_or_text: Any, config: CaptureConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+    ) -> AttentionCapture:
+        """Queries, keys, values, patterns and head outputs."""
+        return self._run(ids_or_text, {"attention": config or CaptureConfig()}, attention_mask, allow_longer)["attention"]
+
+    def capture_residual(
+        self, ids_or_text: Any, config: ResidualConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+    ) -> ResidualCapture:
+        """The residual stream's four points, with what attribution needs."""
+        return self._run(ids_or_text, {"residual": config or ResidualConfig()}, attention_mask, allow_longer)["residual"]
+
+    def capture_mlp(
+        self, ids_or_text: Any, config: MLPConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+    ) -> MLPCapture:
+        """The MLP's projections, neurons and output."""
+        return self._run(ids_or_text, {"mlp": config or MLPConfig()}, attention_mask, allow_longer)["mlp"]
+
+    def capture_logits(
+        self, ids_or_text: Any, config: LogitConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+    ) -> LogitCapture:
+        """The logit lens at every layer. With `top_k`, the full `[L, T, V]` is never held."""
+        return self._run(ids_or_text, {"logits": config or LogitConfig()}, attention_mask, allow_longer)["logits"]
+
+    def capture_full(
+        self,
+        ids_or_text: Any,
+        *,
+        attention: CaptureConfig | None = None,
+        residual: ResidualConfig | None = None,
+        mlp: MLPConfig | None = None,
+        logits: LogitConfig | None = None,
+        attention_mask: Any = None,
+        allow_longer: bool = False,
+    ) -> FullCapture:
+        """All four in one pass, each in full by default; of the lens the ten likeliest tokens."""
+        configs: dict[str, Config] = {
+            "attention": attention or CaptureConfig(),
+            "residual": residual or ResidualConfig(),
+            "mlp": mlp or MLPConfig(),
+            "logits": logits or LogitConfig(top_k=10),
+        }
+        return FullCapture(**self._run(ids_or_text, configs, attention_mask, allow_longer))
+
+    def to_single_token(self, text: str) -> int:
+        """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
+        return token_utils.to_single_token(self.tokenizer, text)
+
+    def str_tokens(self, text_or_ids: Any) -> list[str]:
+        """The text of each token of a prompt."""
+        return token_utils.str_tokens(self.tokenizer, text_or_ids)
+
+    def first_difference(self, one: Any, other: Any) -> int | None:
+        """The first position at which two prompts' tokens differ; None where they are the same."""
+        return token_utils.first_difference(self.tokenizer, one, other)
+
+    def _run(self, prompt: Any, configs: dict[str, Config], attention_mask: Any, allow_longer: bool) -> dict[str, Any]:
+        model = self.model
+        batch = prompts.prepare(
+            prompt, self.tokenizer, model.config, attention_mask=attention_mask, allow_longer=allow_longer
+        )
+        for name, config in configs.items():
+            if not isinstance(config, Config):
+                raise TypeError(f"The {name} config is a {type(config).__name__}; the guide's configs are expected.")
+        lens = _lens_plan(configs.get("logits"), model.config)
+        wanted = {
+            name: plan(config.specs(), model.config, batch.n_tokens) for name, config in configs.items()
+        }
+        tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
+        values = _captured(model, tokens, mask, tuple(wanted.items()), lens)
+        if batch.n_tokens != batch.tokens.shape[1]:
+            values = _trim(values, tuple(wanted.items()), batch.n_tokens, 0 if batch.single else 1)
+        prompt_arrays = {
+            "tokens": jnp.asarray(tokens[..., : batch.n_tokens]),
+            "mask": jnp.asarray(mask[..., : batch.n_tokens]),
+        }
+        return {name: _structure(model, config, values[name], prompt_arrays) for name, config in configs.items()}
+
+
+# A lens plan is static: (top_k, ids of tokens, dtype).
+Lens = tuple[int | None, tuple[int, ...] | None, str]
+
+
+def _lens_plan(config: Any, model_config: Any) -> Lens | None:
+    if config is None:
+        return None
+    size = model_config.vocab_size
+    if config.top_k is not None and not (isinstance(config.top_k, int) and 1 <= config.top_k <= size):
+        raise ValueError(f"LogitConfig.top_k is {config.top_k!r}, and must be 1 to {size}.")
+    tokens = None
+    if config.tokens is not None:
+        tokens = tuple(int(token) for token in np.atleast_1d(np.asarray(config.tokens)))
+        if wrong := [token for token in tokens if not 0 <= token < size]:
+            raise ValueError(f"LogitConfig.tokens holds {wrong}, and this model's vocabulary has ids 0 to {size - 1}.")
+    return config.top_k, tokens, jnp.dtype(config.dtype or "float32").name
+
+
+def _merged(wanted: tuple[tuple[str, tuple[Reading, ...]], ...]) -> tuple[CaptureSpec, ...]:
+    """One spec a site: where two parts want a site differently, all that either wants."""
+    merged: dict[str, Reading] = {}
+    for _, readings in wanted:
+        for reading in readings:
+            name = reading.site.name
+            if name in merged and merged[name] != reading:
+                layers = tuple(sorted({*merged[name].layers, *reading.layers}))
+                reading = Reading(reading.site, layers, None, None)
+            merged[name] = reading
+    return tuple(CaptureSpec(name, r.layers or None, r.positions, r.dtype) for name, r in merged.items())
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _captured(model: Llama, tokens: Array, mask: Array, wanted: Any, lens: Lens | None) -> dict[str, dict[str, Array]]:
+    """Part of the capture → site → values, in one pass; for the lens, what is kept of it."""
+    specs = _merged(wanted)
+
+    def one(tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
+        activations = forward(model, tokens, capture=specs, logits="none", mask=mask).activations
+        full = {spec.sites: spec for spec in specs}
+        parts = {
+            part: {r.site.name: _select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}
+            for part, readings in wanted
+        }
+        if lens is not None:
+            parts["logits"] = _lens_layers(model, parts["logits"]["resid_post"], lens)
+        return parts
+
+    return one(tokens, mask) if tokens.ndim == 1 else jax.vmap(one)(tokens, mask)
+
+
+def _select(value: Array, spec: CaptureSpec, reading: Reading, mask: Array) -> Array:
+    """What a part wants, out of what was captured for all parts."""
+    if spec.layers is not None and tuple(spec.layers) != reading.layers:
+        value = value[np.array([list(spec.layers).index(layer) for layer in reading.layers])]
+    if reading.positions is not None and spec.positions is None:
+        ranks = jnp.array(reading.positions)
+        ranks = jnp.where(ranks < 0, ranks + mask.sum(), ranks)
+        index = jnp.argmax(((jnp.cumsum(mask) - 1)[None, :] == ranks[:, None]) & mask[None, :], axis=1)
+        value = jnp.take(value, index, axis=1 + reading.site.axes.index("T"))
+    return value if reading.dtype is None else value.astype(reading.dtype)
+
+
+def _lens_layers(model: Llama, resid: Array, lens: Lens) -> dict[str, Array]:
+    """The lens of `[L, T, E]`, one layer after the other, keeping of the logits only what is asked for."""
+    top_k, tokens, dtype = lens
+
+    def layer(row: Array) -> dict[str, Array]:
+        normalized = model.normalise(row, lambda _, value: value)
+        logits = model.logits(normalized)
+        kept = {"normalized": normalized, "log_normalizer": jax.nn.logsumexp(logits, axis=-1)}
+        if tokens is not None:
+            chosen = logits[:, np.array(tokens)] - kept["log_normalizer"][:, None]
+            kept["probabilities"] = jnp.exp(chosen).astype(dtype)
+        if top_k is None:
+            return {**kept, "logits": logits.astype(dtype)}
+        values, indices = jax.lax.top_k(logits, top_k)
+        return {**kept, "top_k_logits": values.astype(dtype), "top_k_indices": indices}
+
+    return jax.lax.map(layer, resid)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _trim(values: dict[str, dict[str, Array]], wanted: Any, n_tokens: int, lead: int) -> dict[str, dict[str, Array]]:
+    """Cuts padded token axes back to `n_tokens`."""
+
+    def cut(value: Array, axes: list[int]) -> Array:
+        for axis in axes:
+            value = jax.lax.slice_in_dim(value, 0, n_tokens, axis=axis)
+        return value
+
+    out: dict[str, dict[str, Array]] = {}
+    for part, readings in wanted:
+        if part == "logits":
+            whole = readings[0].positions is None
+            out[part] = {name: cut(value, [lead + 1] if whole else []) for name, value in values[part].items()}
+            continue
+        out[part] = {}
+        for reading in readings:
+            first = lead + reading.site.layered
+            axes = [first + i for i, letter in enumerate(reading.site.axes) if letter in "TS"]
+            out[part][reading.site.name] = cut(values[part][reading.site.name], axes)
+    return out
+
+
+def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: dict[str, Array]) -> Any:
+    """The guide's structure from the values of its part."""
+    layers = check_layers(config.layers, model.config)
+    common = {**prompt, "captured_layers": layers}
+    sizes = model.config.sizes
+    match config:
+        case CaptureConfig():
+            arrays = {field: values[site] for field, site in config.fields().items()}
+            return AttentionCapture(
+                **arrays, **common, qk_stage=config.qk_stage,
+                n_heads=sizes["H"], n_kv_heads=sizes["K"], head_dim=sizes["D"],
+            )  # fmt: skip
+        case ResidualConfig():
+            arrays = {field: values[site] for field, site in config.fields().items()}
+            return ResidualCapture(
+                **arrays, **common, embedding=values["embed"], final_scale=values["final_scale"],
+                final_weight=model.norm.weight[...],
+            )  # fmt: skip
+        case MLPConfig():
+            return MLPCapture(**{field: values[site] for field, site in config.fields().items()}, **common)
+        case LogitConfig():
+            ids = None if config.tokens is None else jnp.atleast_1d(jnp.asarray(config.tokens, jnp.int32))
+            positions = None if config.positions is None else tuple(int(p) for p in config.positions)
+            return LogitCapture(
+                **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight
+            )
+
+

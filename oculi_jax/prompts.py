@@ -1,0 +1,117 @@
+"""Prompts as users give them (text, lists, arrays of any library) → one padded batch of ids on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
+
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch, padded on the right to a length that near lengths share.
+
+    Attributes:
+        tokens: int32 `[B, P]`, `P ≥ T`.
+        mask: bool `[B, P]`, True at real tokens.
+        n_tokens: `T`, what the user sees.
+        single: whether one prompt was given, so that results have no batch axis.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    n_tokens: int
+    single: bool
+
+
+def bucket(n_tokens: int) -> int:
+    """The padded length: the next of 1 to 8, 10, 12, 14, 16, 20, 24, …: four an octave, so at most a quarter is waste."""
+    if n_tokens <= 8:
+        return n_tokens
+    step = 1 << ((n_tokens - 1).bit_length() - 3)
+    return -(-n_tokens // step) * step
+
+
+def prepare(prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask: Any, allow_longer: bool) -> Prompts:
+    """Reads a prompt or a batch of prompts.
+
+    Args:
+        prompt: a text or a list of texts; or ids `[T]` or `[B, T]` as a list, a NumPy, JAX or torch array. Lists of
+            unequal length are padded on the right.
+        tokenizer: for texts; may be None otherwise.
+        config: the model's.
+        attention_mask: `[T]` or `[B, T]`, 1 or True at real tokens; only with ids.
+        allow_longer: go beyond the length that the model was made for.
+    """
+    rows, mask = _rows(prompt, tokenizer, attention_mask)
+    lengths = [len(row) for row in rows]
+    n_tokens = max(lengths, default=0)
+    if not rows or min(lengths) == 0:
+        raise ValueError("The prompt is empty: at least one token is needed.")
+    tokens = np.zeros((len(rows), bucket(n_tokens)), np.int32)
+    real = np.zeros(tokens.shape, bool)
+    for i, row in enumerate(rows):
+        wrong = np.flatnonzero((row < 0) | (row >= config.vocab_size))
+        if wrong.size:
+            raise ValueError(
+                f"Token {wrong[0]} of prompt {i} is {row[wrong[0]]}, and this model's vocabulary has ids 0 to "
+                f"{config.vocab_size - 1}."
+            )
+        tokens[i, : len(row)] = row
+        real[i, : len(row)] = True if mask is None else mask[i]
+    if not real.any(axis=1).all():
+        raise ValueError(f"attention_mask is 0 everywhere in prompt {int(np.argmin(real.any(axis=1)))}.")
+    longest, limit = int(real.sum(axis=1).max()), config.limit
+    if limit is not None and longest > limit and not allow_longer:
+        raise ValueError(
+            f"The prompt has {longest} tokens, and this model was made for at most {limit} (max_position_embeddings). "
+            "Shorten it, or pass allow_longer=True to see what it does beyond."
+        )
+    return Prompts(tokens, real, n_tokens, single=len(rows) == 1)
+
+
+def _rows(prompt: Any, tokenizer: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray | None]:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts):
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with ids; texts are padded, and masked, for you.")
+        if tokenizer is None:
+            raise TypeError("This adapter has no tokenizer, so it takes ids, not text.")
+        return [np.asarray(tokenizer.encode(text), np.int64).reshape(-1) for text in texts], None
+    if isinstance(prompt, list | tuple) and prompt and all(isinstance(row, list | tuple) for row in prompt):
+        if attention_mask is None:
+            return [_integers(row) for row in prompt], None
+        if len({len(row) for row in prompt}) > 1:
+            raise ValueError("attention_mask was given with lists of unequal length; pad them, or leave it out.")
+    ids = _integers(prompt)
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"The prompt has shape {list(ids.shape)}, and ids [T] or [B, T] are needed.")
+    mask = None
+    if attention_mask is not None:
+        given = _host(attention_mask)
+        if given.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {list(given.shape)}, and the ids {list(ids.shape)}.")
+        if not np.isin(given, (0, 1)).all():
+            raise ValueError("attention_mask must be 1 (or True) at real tokens and 0 at padding.")
+        mask = np.atleast_2d(given.astype(bool))
+    return list(np.atleast_2d(ids)), mask
+
+
+def _host(array: Any) -> np.ndarray:
+    """A NumPy array from any library's; torch tensors may be on a device and need gradients."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+    return np.asarray(array)
+
+
+def _integers(values: Any | Sequence[int]) -> np.ndarray:
+    ids = _host(values)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise TypeError(f"The prompt's ids have dtype {ids.dtype}, and integers (or text) are needed.")
+    return ids.astype(np.int64)
