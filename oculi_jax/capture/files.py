@@ -42,7 +42,7 @@ def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, s
         "axes": json.dumps({name: axes for name in arrays if (axes := _axes(name))}),
     }
     with write_aside(path) as aside:
-        save_file({name: np.ascontiguousarray(np.asarray(value)) for name, value in arrays.items()}, aside, metadata=header)
+        save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, aside, metadata=header)
 
 
 def load(path: str | os.PathLike[str]) -> Any:

@@ -87,7 +87,7 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
         array = np.asarray(arrays[row.name])
         parts = array if row.stacked else array[None]
         for name, part in zip(row.tensors(), parts, strict=True):
-            tensors[name] = np.ascontiguousarray(part.reshape(row.stored))
+            tensors[name] = np.asarray(part, order="C").reshape(row.stored)
     config = {**model.config.to_dict(), "dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
     with write_aside(directory / SINGLE) as weights, write_aside(directory / "config.json") as text:
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -270,7 +270,7 @@ def _read(
     layers = range(bounds[0].start, bounds[0].stop) if row.stacked else (0,)
     inner = bounds[1:] if row.stacked else bounds
     for slot, layer in enumerate(layers):
-        part = out[slot] if row.stacked else out
+        part = out[slot : slot + 1].reshape(out.shape[1:]) if row.stacked else out  # a view, of a scalar too
         _read_tensor(tensors[layer], stored[tensors[layer]].file, row, inner, part)
         advance(part.nbytes)
     return out

@@ -128,7 +128,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "T E"], hidden_act: str, tap: Tap) -> Float[Array, "T E"]:
         gate = tap("gate", self.gate("te,fe->tf", x))
         up = tap("up", self.up("te,fe->tf", x))
-        learned = {name: param[...] for name, param in self.act_params.items()}
+        learned = {name: param[...].reshape(()) for name, param in self.act_params.items()}
         gate_act = tap("gate_act", ACTIVATIONS[hidden_act](gate, **learned).astype(gate.dtype))
         act = tap("act", gate_act * up)
         return tap("mlp_out", self.down("tf,ef->te", act))
