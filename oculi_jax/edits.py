@@ -98,7 +98,7 @@ def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None) -> Array:
                 f"and the site's value {owner_site(edit).shape} is {list(x.shape)} at a layer."
             )
     else:
-        wide = jnp.promote_types(x.dtype, jnp.asarray(value).dtype)
+        wide = x.dtype if jnp.asarray(value).dtype == x.dtype else jnp.float32
         operand = _broadcast(jnp.asarray(value).astype(wide), x)
         match edit.op:
             case "set":

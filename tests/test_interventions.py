@@ -1,0 +1,379 @@
+"""Interventions: each against the definition of what it does, the laws they share, gradients, and compilations."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oculi_jax import SITES, CaptureSpec, forward
+from oculi_jax.intervention import (
+    Ablation,
+    ActivationPatch,
+    AttentionKnockout,
+    DirectionAblation,
+    Edit,
+    HeadAblation,
+    HeadMask,
+    KScaler,
+    QScaler,
+    SpectraScaler,
+    Steer,
+)
+from oculi_jax.models.llama import Llama
+
+from .test_forward_laws import near
+from .tiny import prompt, tiny_llama
+from .tolerances import GRADIENT
+
+ALL = tuple(SITES)
+LAYERED = tuple(name for name, site in SITES.items() if site.layered)
+T, L, H, K, D, E = 11, 3, 4, 2, 6, 24
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def clean(model: Llama) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in forward(model, prompt(), capture=ALL).activations.items()}
+
+
+def run(model: Llama, *interventions, **kwargs):
+    return forward(model, prompt(), interventions, capture=ALL, **kwargs)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+OFF = {
+    "Edit": Edit("resid_mid", "scale", 1, value=1.0),
+    "Edit unmatched": Edit("q", "set", 1, mask=np.zeros((H, 1, 1), bool), value=5.0),
+    "Edit apply": Edit("act", "apply", 1, value={"a": 0.0}, fn=lambda x, v: x + v["a"]),
+    "QScaler": QScaler(1, 2, 1.0),
+    "KScaler": KScaler(1, 1, 1.0),
+    "SpectraScaler": SpectraScaler(1, 2, 1.0),
+    "HeadMask": HeadMask(np.ones((L, H))),
+    "Steer": Steer(1, np.ones(E), scale=0.0),
+    "AttentionKnockout of the future": AttentionKnockout(1, 2, query=3, key=5),
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_an_intervention_that_is_off_changes_no_bit_on_one_program_path(model: Llama, name: str) -> None:
+    """The same program with the index traced to a layer that does not exist is the run without it."""
+    off = OFF[name]
+    out = run(model, off)
+    base = run(model)
+    assert out.applied.tolist() == [0]
+    near(out.logits, base.logits, 1e-5)
+    if hasattr(off, "layer"):
+        import dataclasses
+
+        never = jax.jit(lambda layer: run(model, dataclasses.replace(off, layer=layer)))(jnp.int32(99))
+        assert never.applied.tolist() == [0]
+        twin = jax.jit(lambda layer: run(model, dataclasses.replace(off, layer=layer)))(jnp.int32(1))
+        np.testing.assert_array_equal(never.logits, twin.logits)
+
+
+@pytest.mark.parametrize("site", [name for name in SITES if name != "allowed"])
+def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: dict, site: str) -> None:
+    base = run(model)
+    if SITES[site].layered:
+        patches = [
+            ActivationPatch(site, 1, clean[site][1]),
+            ActivationPatch(site, 1, clean[site]),  # a whole run's capture: the layer's row is taken
+            Edit(site, "set", None, value=clean[site]),  # the dense form holds every layer
+        ]
+    else:
+        patches = [ActivationPatch(site, None, clean[site]), Edit(site, "set", None, value=clean[site])]
+    for patch in patches:
+        near(run(model, patch).logits, base.logits, 1e-5)
+        assert run(model, patch).activations[site].shape == clean[site].shape
+
+
+@pytest.mark.parametrize("site", LAYERED)
+def test_an_edit_at_a_layer_leaves_everything_before_it_alone(model: Llama, clean: dict, site: str) -> None:
+    if site == "allowed":
+        out = run(model, AttentionKnockout(1, 2, query=-1, key=2))
+    elif site in ("scores", "pattern"):
+        out = run(model, Edit(site, "scale", 1, mask=np.eye(T, dtype=bool), value=1.7))
+    else:
+        out = run(model, Edit(site, "scale", 1, value=1.7))
+    assert out.applied.tolist() == [1]
+    names = list(SITES)
+    changed = np.abs(np.asarray(out.activations[site][1], float) - clean[site][1]).max()
+    assert changed > 1e-3
+    for name in LAYERED:
+        before = 2 if names.index(name) < names.index(site) else 1
+        np.testing.assert_array_equal(out.activations[name][:before], clean[name][:before], err_msg=name)
+    assert np.abs(np.asarray(out.logits) - np.asarray(run(model).logits)).max() > 1e-4
+
+
+@pytest.mark.parametrize(("op", "want"), [("set", lambda x: 0 * x + 0.5), ("add", lambda x: x + 0.5), ("scale", lambda x: x * 0.5)])
+def test_edit_ops_masks_and_positions(model: Llama, clean: dict, op: str, want) -> None:
+    mask = np.zeros((H, T, 1), bool)
+    mask[2, 4] = True
+    got = run(model, Edit("z", op, 1, mask, 0.5)).activations["z"][1]
+    expected = clean["z"][1].copy()
+    expected[2, 4] = want(expected[2, 4])
+    near(got, expected, 1e-6)
+
+
+def test_edits_apply_in_the_order_given(model: Llama, clean: dict) -> None:
+    a, b = Edit("resid_mid", "add", 1, value=1.0), Edit("resid_mid", "scale", 1, value=3.0)
+    near(run(model, a, b).activations["resid_mid"][1], (clean["resid_mid"][1] + 1) * 3, 1e-5)
+    near(run(model, b, a).activations["resid_mid"][1], clean["resid_mid"][1] * 3 + 1, 1e-5)
+    assert run(model, a, b).applied.tolist() == [1, 1]
+
+
+def test_head_ablation_is_zeroing_its_rows_of_the_output_projection(model: Llama) -> None:
+    for layer, head in ((0, 0), (2, 3)):
+        weights = np.asarray(model.layers.attn.o.weight[...]).copy()
+        weights[layer, :, head] = 0
+        other = jax.tree.map(lambda x: x, model)
+        other.layers.attn.o.weight = type(model.layers.attn.o.weight)(jnp.asarray(weights))
+        near(run(model, HeadAblation(layer, head)).logits, run(other).logits)
+    mean = np.arange(D) / D
+    out = run(model, HeadAblation(1, 2, replacement=mean))
+    near(out.activations["z"][1, 2], np.broadcast_to(mean, (T, D)), 1e-6)
+    rows = np.arange(L * T * D).reshape(L, T, D) / 100
+    near(run(model, HeadAblation(1, 2, replacement=rows)).activations["z"][1, 2], rows[1], 1e-6)
+    near(run(model, HeadAblation(1, 2, replacement=rows[0])).activations["z"][1, 2], rows[0], 1e-6)
+
+
+def test_a_head_mask_is_many_ablations(model: Llama, clean: dict) -> None:
+    keep = np.ones((L, H), bool)
+    keep[0, 1] = keep[2, 3] = False
+    ablated = run(model, HeadAblation(0, 1), HeadAblation(2, 3))
+    near(run(model, HeadMask(keep)).logits, ablated.logits, 1e-5)
+    means = np.random.default_rng(0).normal(size=(L, H, 1, D)).astype(np.float32)
+    both = run(model, HeadAblation(0, 1, means[0, 1, 0]), HeadAblation(2, 3, means[2, 3, 0]))
+    near(run(model, HeadMask(keep, means)).logits, both.logits, 1e-5)
+    half = run(model, HeadMask(np.where(np.arange(L * H).reshape(L, H) == 1, 0.5, 1.0)))
+    near(half.activations["z"][0, 1], clean["z"][0, 1] / 2, 1e-6)
+
+
+def test_scalers_scale_scores_and_spectra_leaves_its_siblings_alone(model: Llama, clean: dict) -> None:
+    scores, layer = clean["scores"][1], 1
+    q = run(model, QScaler(layer, 2, 1.5)).activations["scores"][1]
+    s = run(model, SpectraScaler(layer, 2, 1.5))
+    k = run(model, KScaler(layer, 1, 1.5)).activations["scores"][1]
+    scaled = lambda heads: scores * np.where(np.isin(np.arange(H), heads), 1.5, 1.0)[:, None, None]  # noqa: E731
+    near(q, scaled([2]), 1e-5)
+    near(s.activations["scores"][1], scaled([2]), 1e-5)
+    near(k, scaled([2, 3]), 1e-5)  # key/value head 1 serves query heads 2 and 3
+    causal = np.where(np.tril(np.ones((T, T), bool)), scores[2] * 1.5, -np.inf)
+    near(s.activations["pattern"][1, 2], softmax(causal), 1e-5)
+    for name in ("q", "k", "v"):
+        np.testing.assert_array_equal(s.activations[name][1], clean[name][1])
+    for head in (0, 1, 3):
+        np.testing.assert_array_equal(s.activations["pattern"][1, head], clean["pattern"][1, head])
+
+
+def test_knockout_forbids_an_edge_and_the_row_renormalises(model: Llama, clean: dict) -> None:
+    out = run(model, AttentionKnockout(1, 2, query=-1, key=3)).activations
+    np.testing.assert_array_equal(out["scores"][1], clean["scores"][1])
+    want = clean["pattern"][1].copy()
+    want[2, -1, 3] = 0
+    want[2, -1] /= want[2, -1].sum()
+    near(out["pattern"][1], want, 1e-6)
+    lone = run(model, AttentionKnockout(1, 2, query=0, key=0)).activations
+    assert not np.asarray(lone["pattern"][1, 2, 0]).any() and np.isfinite(lone["resid_post"]).all()
+    many = run(model, AttentionKnockout(0, 1, query=[5, 6], key=[1, -8])).activations["pattern"][0, 1]
+    assert not np.asarray(many)[[5, 5, 6, 6], [1, 3, 1, 3]].any()
+
+
+def test_patching_the_whole_last_residual_gives_the_other_runs_logits(model: Llama) -> None:
+    other = forward(model, prompt(seed=5), capture="resid_post")
+    out = run(model, ActivationPatch("resid_post", 2, other.activations["resid_post"]))
+    near(out.logits, other.logits, 1e-5)
+
+
+def test_patch_at_a_head_and_positions(model: Llama, clean: dict) -> None:
+    value = np.random.default_rng(0).normal(size=(L, K, T, D)).astype(np.float32)
+    for given, head in ((value[1], None), (value, None), (value[:, 1], 1), (value[1, 1], 1)):
+        got = np.asarray(run(model, ActivationPatch("v", 1, given, head=head, positions=[2, -1])).activations["v"][1])
+        want = clean["v"][1].copy()
+        for h in range(K) if head is None else [head]:
+            want[h, [2, -1]] = value[1, h, [2, -1]]
+        near(got, want, 1e-6)
+    bools = np.arange(T) == 4
+    a, b = (run(model, ActivationPatch("resid_pre", 1, 0.0, positions=p)).logits for p in (bools, 4))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_positions_count_real_tokens_under_padding(model: Llama) -> None:
+    n = 3
+    padded, real = np.concatenate([np.zeros(n, np.int32), prompt()]), np.arange(T + n) >= n
+    for positions in (0, [2, -1], -3):
+        patch = Steer(1, np.ones(E), positions=positions)
+        out = forward(model, padded, patch, mask=real)
+        near(out.logits[n:], run(model, patch).logits)
+        traced = jax.jit(lambda mask, patch=patch: forward(model, padded, patch, mask=mask))(real)
+        near(traced.logits, out.logits, 1e-5)
+    knock = AttentionKnockout(1, 2, query=-1, key=0)
+    near(forward(model, padded, knock, mask=real).logits[n:], run(model, knock).logits)
+
+
+def test_steer_and_direction_ablation(model: Llama, clean: dict) -> None:
+    d = np.random.default_rng(0).normal(size=E).astype(np.float32)
+    out = run(model, Steer(1, d, 2.5, positions=[3]))
+    want = clean["resid_pre"][1].copy()
+    want[3] += 2.5 * d
+    near(out.activations["resid_pre"][1], want, 1e-5)
+    unit = d / np.linalg.norm(d)
+    gone = run(model, DirectionAblation("resid_mid", 1, 3.0 * d)).activations["resid_mid"][1]
+    near(gone, clean["resid_mid"][1] - (clean["resid_mid"][1] @ unit)[:, None] * unit, 1e-5)
+    start = run(model, Steer(None, d, site="embed")).activations
+    near(start["embed"], clean["embed"] + d, 1e-6)
+
+
+def test_ablation_of_a_component_and_of_a_neuron(model: Llama, clean: dict) -> None:
+    assert not np.asarray(run(model, Ablation("mlp_out", 1)).activations["mlp_out"][1]).any()
+    act = np.asarray(run(model, Ablation("act", 1, 7)).activations["act"][1])
+    assert not act[:, 7].any()
+    np.testing.assert_array_equal(np.delete(act, 7, 1), np.delete(clean["act"][1], 7, 1))
+
+
+def test_frozen_patterns_and_scales_make_the_attention_path_linear(model: Llama, clean: dict) -> None:
+    """With every pattern and norm scale held and MLPs off, logits are linear in the embedding: double in, double out."""
+    hold = [Edit(site, "set", None, value=clean[site]) for site in ("pattern", "attn_scale", "final_scale")]
+    hold.append(Edit("mlp_out", "set", None, value=0.0))
+    once, twice = (run(model, *hold, Edit("embed", "scale", None, value=v)).logits for v in (1.0, 2.0))
+    near(2 * np.asarray(once), twice)
+
+
+def test_vmap_over_the_leaves_is_the_single_runs(model: Llama) -> None:
+    layers, heads = (x.reshape(-1) for x in np.meshgrid(np.arange(L), np.arange(H), indexing="ij"))
+    sweep = jax.vmap(lambda i: forward(model, prompt(), i))(HeadAblation(layers, heads, np.zeros(L * H, np.float32)))
+    assert sweep.applied.tolist() == [[1]] * (L * H)
+    for n in (0, 5, 11):
+        near(sweep.logits[n], run(model, HeadAblation(int(layers[n]), int(heads[n]))).logits)
+    alphas = jnp.array([0.5, 2.0])
+    rows = jax.vmap(lambda a: forward(model, prompt(), SpectraScaler(1, 2, a)).logits)(alphas)
+    near(rows[1], run(model, SpectraScaler(1, 2, 2.0)).logits)
+    where = jax.vmap(lambda p: forward(model, prompt(), Steer(1, np.ones(E), positions=p)).logits)(jnp.array([2, -1]))
+    near(where[1], run(model, Steer(1, np.ones(E), positions=10)).logits)
+
+
+GRADIENTS = {
+    "SpectraScaler": lambda a: SpectraScaler(1, 2, a),
+    "QScaler": lambda a: QScaler(1, 2, a),
+    "KScaler": lambda a: KScaler(1, 1, a),
+    "Steer": lambda a: Steer(1, np.ones(E), a),
+    "Edit": lambda a: Edit("act", "add", 1, value=a),
+    "HeadMask": lambda a: HeadMask(jnp.ones((L, H)).at[1, 2].set(a)),
+    "ActivationPatch": lambda a: ActivationPatch("z", 1, a, head=1),
+    "DirectionAblation": lambda a: DirectionAblation("resid_mid", 1, jnp.ones(E).at[0].set(a)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_finite_differences(model: Llama, name: str) -> None:
+    make = GRADIENTS[name]
+
+    @jax.jit
+    def metric(a):
+        logits = forward(model, prompt(), make(a)).logits[-1]
+        return logits[3] - logits[7]
+
+    a, step = jnp.float32(0.8), 1e-2
+    slope = (metric(a + step) - metric(a - step)) / (2 * step)
+    gradient = jax.grad(metric)(a)
+    assert abs(gradient) > 1e-4
+    assert abs(gradient - slope) <= GRADIENT * max(1.0, abs(slope))
+
+
+def test_gradients_stay_finite_with_knockouts_scaling_and_padding_together(model: Llama) -> None:
+    mask = np.arange(T + 3) >= 3
+    tokens = np.concatenate([np.zeros(3, np.int32), prompt()])
+
+    def metric(model, alpha, direction):
+        edits = (
+            AttentionKnockout(0, 1, query=0, key=0), SpectraScaler(1, 2, alpha), KScaler(2, 0, alpha),
+            DirectionAblation("resid_mid", 1, direction), HeadAblation(1, 1),
+            Edit("act", "apply", 2, mask=np.arange(40) < 4, value=alpha, fn=lambda x, v: jnp.sqrt(jnp.abs(x)) * v),
+        )  # fmt: skip
+        return forward(model, tokens, edits, mask=mask, logits="last").logits[3]
+
+    for leaf in jax.tree.leaves(jax.grad(metric, argnums=(0, 1, 2))(model, jnp.float32(1.3), jnp.ones(E))):
+        assert np.isfinite(leaf).all()
+
+
+def test_the_branch_not_taken_cannot_poison_a_gradient(model: Llama) -> None:
+    """log has an infinite slope at 0; at layers where the edit is off, ablated neurons are exactly 0."""
+
+    def metric(steer):
+        edits = (Ablation("act", 0, 5), Steer(0, steer), Edit("act", "apply", 2, fn=lambda x, v: jnp.log(jnp.abs(x))))
+        return forward(model, prompt(), edits).logits[-1, 0]
+
+    assert np.isfinite(jax.grad(metric)(jnp.zeros(E))).all()
+    many = jax.vmap(jax.grad(metric))(jnp.zeros((2, E)))
+    assert np.isfinite(many).all()
+
+
+def test_dense_edits_give_the_gradient_at_every_layer_at_once(model: Llama, clean: dict) -> None:
+    def metric(delta):
+        return forward(model, prompt(), Edit("z", "add", None, value=delta)).logits[-1, 3]
+
+    dense = jax.grad(metric)(jnp.zeros((L, H, T, D)))
+    single = jax.grad(lambda d: forward(model, prompt(), Edit("z", "add", 1, value=d)).logits[-1, 3])(jnp.zeros((H, T, D)))
+    near(dense[1], single)
+    # Attribution at a linear site is exact: past the last attention only the final norm, held fixed, and its scale.
+    hold = (Edit("final_scale", "set", None, value=clean["final_scale"]), Ablation("mlp_out", 2))
+    base = forward(model, prompt(), hold).logits[-1, 3]
+    grad = jax.grad(lambda d: forward(model, prompt(), (*hold, Edit("z", "add", 2, value=d))).logits[-1, 3])(jnp.zeros((H, T, D)))
+    exact = forward(model, prompt(), (*hold, HeadAblation(2, 1))).logits[-1, 3] - base
+    near(-(clean["z"][2, 1] * grad[1]).sum(), exact)
+
+
+def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Llama) -> None:
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    rng = np.random.default_rng(0)
+    families = [
+        lambda n, f: HeadAblation(n(L), n(H), f()),
+        lambda n, f: SpectraScaler(n(L), n(H), abs(f()) + 1),
+        lambda n, f: KScaler(n(L), n(K), f()),
+        lambda n, f: Steer(n(L), np.full(E, float(f())), f(), positions=[None, n(T), [0, n(T)], [-1]][rng.integers(4)]),
+        lambda n, f: AttentionKnockout(n(L), n(H), n(T), [n(T)]),
+        lambda n, f: ActivationPatch("v", n(L), np.ones((T, D)) * f(), head=n(K), positions=[n(T), -1]),
+        lambda n, f: Ablation("act", n(L), n(40)),
+    ]
+    integers = [int, np.int32, np.int64, np.uint8, np.asarray]
+    floats = [float, int, np.float32, np.float64, np.asarray]
+
+    def integer(size):
+        return integers[rng.integers(len(integers))](int(rng.integers(size)))
+
+    def strength():
+        return floats[rng.integers(len(floats))](rng.integers(1, 9) / (1 if rng.random() < 0.5 else 1))
+
+    for make in families:
+        forward(model, prompt(), make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
+    compiled.clear()
+    for i in range(105):
+        forward(model, prompt(), families[i % len(families)](integer, strength)).logits.block_until_ready()
+    assert compiled == []
+
+
+def test_a_traced_index_that_never_matches_shows_in_applied(model: Llama) -> None:
+    out = jax.jit(lambda layer: forward(model, prompt(), (HeadAblation(layer, 1), HeadAblation(0, 1))))(jnp.int32(7))
+    assert out.applied.tolist() == [0, 1]
+    assert forward(model, prompt(), Steer(2, np.ones(E)), logits="none", capture=CaptureSpec("q", layers=[0])).applied.tolist() == [0]
+
+
+def test_bfloat16_models_take_the_same_interventions() -> None:
+    model = tiny_llama(dtype=jnp.bfloat16)
+    out = run(model, HeadAblation(1, 2, np.ones(D)), SpectraScaler(0, 1, 2.0), Steer(1, np.ones(E), 0.5), HeadMask(np.ones((L, H))))
+    assert out.activations["resid_pre"].dtype == out.activations["z"].dtype == jnp.bfloat16
+    assert out.logits.dtype == out.activations["attn_scale"].dtype == jnp.float32
+    assert out.applied.tolist() == [1, 1, 1, 0]
