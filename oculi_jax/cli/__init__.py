@@ -1,0 +1,33 @@
+"""The command line: `oculi lens`, `oculi capture`, `oculi sites`."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .capture import capture
+from .lens import lens
+from .sites import sites
+
+app = typer.Typer(
+    help="Look inside a Llama.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+app.command()(lens)
+app.command()(capture)
+app.command()(sites)
+
+# What the library raises at input that it refuses; anything else is a bug and keeps its traceback.
+REFUSALS = (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError)
+
+
+def main() -> None:
+    """Runs the command line; what the user can mend is one clear line on standard error and exit code 2."""
+    try:
+        app()
+    except REFUSALS as error:
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        print(f"oculi: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

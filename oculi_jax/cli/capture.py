@@ -1,0 +1,60 @@
+"""`oculi capture`: chosen sites of one prompt, written to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import typer
+
+from ..capture.files import save
+from ..capture.spec import CaptureSpec, plan
+from ..forward import forward
+from ..prompts import prepare
+from ..sites import SITES, unknown_site
+from .common import Dtype, Longer, Model, Text, console, integers, open_adapter, working
+
+
+def capture(
+    text: Text,
+    model: Model,
+    sites: Annotated[str, typer.Option(help="Site names with commas; `oculi sites` lists them.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.", show_default=False)],
+    layers: Annotated[str | None, typer.Option(help="Layers, as 10,15 or 0-5; all where left out.", show_default=False)] = None,
+    dtype: Dtype = "auto",
+    allow_longer: Longer = False,
+) -> None:
+    """Writes chosen sites of one prompt as a safetensors file: arrays, and axes, model and tokens as metadata."""
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"Cannot write {str(output)!r}: there is no directory {str(output.parent)!r}.")
+    names = [name.strip() for name in sites.split(",")]
+    if unknown := [name for name in names if name not in SITES]:
+        raise ValueError(unknown_site(unknown[0]))
+    chosen = integers(layers, "--layers")
+    inside = tuple(name for name in names if SITES[name].layered)
+    outside = tuple(name for name in names if name not in inside)
+    specs = (*([CaptureSpec(inside, chosen)] if inside else []), *([CaptureSpec(outside)] if outside else []))
+    adapter = open_adapter(model, dtype)
+    prompt = prepare(
+        text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer
+    )
+    tokens = prompt.tokens[0, : prompt.n_tokens]
+    readings = plan(specs, adapter.model.config, prompt.n_tokens)
+    with working("Running the model"):
+        found = jax.block_until_ready(forward(adapter.model, tokens, capture=specs, logits="none").activations)
+    metadata = {
+        "model": model,
+        "text": text,
+        "tokens": json.dumps(tokens.tolist()),
+        "layers": json.dumps(next((list(r.layers) for r in readings if r.site.layered), [])),
+    }
+    with working(f"Writing {output}"):
+        save(found, output, metadata=metadata)
+    out = console()
+    for reading in readings:
+        value = np.asarray(found[reading.site.name])
+        out.print(f"{reading.site.name}: {reading.site.shape} = {list(value.shape)} {value.dtype}", markup=False)
+    out.print(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB).", markup=False)

@@ -1,0 +1,65 @@
+"""What the commands share: the model and tokenizer, XLA's cache on disk, how things are shown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+from rich.console import Console
+
+from ..models.llama import LlamaAttentionAdapter
+from ..models.llama.model import Llama
+from ..utils.tokens import load_tokenizer
+
+Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
+Model = Annotated[str, typer.Option("--model", "-m", help="A directory with a Llama, or a Hub id.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Longer = Annotated[bool, typer.Option("--allow-longer", help="Go beyond the length that the model was made for.")]
+
+
+def console(*, error: bool = False) -> Console:
+    """A console that does not wrap tables at 80 columns when its output goes to a file."""
+    found = Console(stderr=error, highlight=False)
+    return found if found.is_terminal else Console(stderr=error, highlight=False, width=140)
+
+
+def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
+    """Loads a model and its tokenizer, with compiled programs kept on disk so that the second run is quick."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "oculi_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns where torch is missing, which is not needed here
+    llama = Llama.from_pretrained(model, dtype=dtype)
+    return LlamaAttentionAdapter(llama, load_tokenizer(model))
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """A spinner on a terminal while something runs."""
+    with console(error=True).status(label):
+        yield
+
+
+def integers(text: str | None, what: str) -> list[int] | None:
+    """`"10,15"` or `"0-5"` → integers; None stays None."""
+    if text is None:
+        return None
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            found += range(int(first), int(last) + 1) if dash and first else [int(part)]
+    except ValueError:
+        raise ValueError(f"{what} is {text!r}; write numbers with commas, or a range: 10,15 or 0-5.") from None
+    return found
+
+
+def shown(text: Any) -> str:
+    """A token as people can read it: quoted, with line breaks and other invisible characters written out."""
+    return repr(str(text))
