@@ -113,7 +113,7 @@ def find_site(name: str) -> tuple[Site, int | None]:
         The row of the table, and the layer in the name or None.
 
     Raises:
-        KeyError: no site has that name; the message suggests near ones.
+        ValueError: no site has that name; the message suggests near ones.
     """
     if name in SITES:
         return SITES[name], None
@@ -123,7 +123,7 @@ def find_site(name: str) -> tuple[Site, int | None]:
         for alias in site.aliases:
             if match := re.fullmatch(re.escape(alias).replace(r"\{\}", r"(\d+)"), name):
                 return site, int(match[1]) if match.groups() else None
-    raise KeyError(unknown_site(name))
+    raise ValueError(unknown_site(name))
 
 
 def unknown_site(name: object) -> str:

@@ -113,8 +113,8 @@ class LlamaAttentionAdapter:
         if batch.n_tokens != batch.tokens.shape[1]:
             values = _trim(values, tuple(wanted.items()), batch.n_tokens, 0 if batch.single else 1)
         prompt_arrays = {
-            "tokens": jnp.asarray(tokens[..., : batch.n_tokens]),
-            "mask": jnp.asarray(mask[..., : batch.n_tokens]),
+            "tokens": jax.device_put(tokens[..., : batch.n_tokens]),
+            "mask": jax.device_put(mask[..., : batch.n_tokens]),
         }
         return {name: _structure(model, config, values[name], prompt_arrays) for name, config in configs.items()}
 

@@ -241,7 +241,8 @@ def _same(one: Stored, other: Stored | None, one_name: str, other_name: str) -> 
     with _opened(one.file) as first, _opened(other.file) as second:
         a, b = first.get_slice(one_name), second.get_slice(other_name)
         step = max(1, _CHUNK_BYTES // max(1, 4 * one.shape[-1]))
-        return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in range(0, one.shape[0], step))
+        rows = [(i, min(i + step, one.shape[0])) for i in range(0, one.shape[0], step)]
+        return all(np.array_equal(a[i:j], b[i:j]) for i, j in rows)
 
 
 def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], table: list[Parameter]) -> np.dtype:

@@ -1,0 +1,151 @@
+"""Everything that can be seen to be wrong is refused in a sentence before anything runs."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oculi_jax import CaptureSpec, find_site, forward, lens
+from oculi_jax.intervention import (
+    Ablation,
+    ActivationPatch,
+    AttentionKnockout,
+    Edit,
+    HeadAblation,
+    HeadMask,
+    KScaler,
+    SpectraScaler,
+    Steer,
+)
+
+from .tiny import prompt, tiny_llama
+
+MODEL = tiny_llama()  # L 3, H 4, K 2, D 6, E 24, F 40, V 61
+NAN = float("nan")
+
+TOKENS = {
+    "float": ([1.0, 2.0], TypeError, "tokens has dtype float64, and integers"),
+    "beyond": ([1, 61], ValueError, r"tokens\[1\] is 61, and this model's vocabulary has ids 0 to 60"),
+    "negative": ([-1, 3], ValueError, r"tokens\[0\] is -1"),
+    "empty": ([], ValueError, "prompt is empty"),
+    "batch": ([[1, 2]], ValueError, r"shape \[1, 2\], and one sequence \[T\].*jax.vmap"),
+    "device float": (jnp.ones(3), TypeError, "float32, and integers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens(name: str) -> None:
+    tokens, kind, message = TOKENS[name]
+    with pytest.raises(kind, match=message):
+        forward(MODEL, tokens)
+
+
+ARGUMENTS = {
+    "logits": (dict(logits="first"), ValueError, "logits is 'first', and must be one of 'all', 'last', 'none'"),
+    "mask shape": (dict(mask=np.ones(3, bool)), ValueError, r"mask has shape \[3\], and tokens \[11\]"),
+    "mask dtype": (dict(mask=np.ones(11)), TypeError, "mask has dtype float64, and bool"),
+    "mask empty": (dict(mask=np.zeros(11, bool)), ValueError, "False everywhere"),
+    "site": (dict(capture="patern"), ValueError, "Unknown site 'patern': did you mean 'pattern'"),
+    "foreign": (dict(capture="blocks.3.attn.hook_z"), ValueError, "that value is called 'z' here"),
+    "guide": (dict(capture="residual.post_attn"), ValueError, "called 'resid_mid' here"),
+    "twice": (dict(capture=("z", CaptureSpec("z", layers=[1]))), ValueError, "'z' is captured twice"),
+    "layer": (dict(capture=CaptureSpec("z", layers=[2, 3])), ValueError, r"\[3\], but this model has 3 layers: 0 to 2"),
+    "negative layer": (dict(capture=CaptureSpec("z", layers=[-1])), ValueError, r"\[-1\], but this model has 3 layers"),
+    "layer twice": (dict(capture=CaptureSpec("z", layers=[1, 1])), ValueError, "names a layer twice"),
+    "no layers": (dict(capture=CaptureSpec("z", layers=[])), ValueError, "layers is empty"),
+    "float layer": (dict(capture=CaptureSpec("z", layers=[1.0])), TypeError, "sequence of integers"),
+    "no layer axis": (dict(capture=CaptureSpec("embed", layers=[1])), ValueError, "'embed' occurs once"),
+    "position": (dict(capture=CaptureSpec("z", positions=[11])), ValueError, r"positions is \[11\], and the prompt has 11"),
+    "capture dtype": (dict(capture=CaptureSpec("z", dtype="int8")), ValueError, "int8, and a floating-point"),
+    "capture dtype name": (dict(capture=CaptureSpec("z", dtype="float33")), ValueError, "'float33', which is not a dtype"),
+    "capture type": (dict(capture=3), TypeError, "capture is 3"),
+    "intervention type": (dict(interventions=[3]), TypeError, r"interventions\[0\] is a int, not an intervention"),
+    "intervention string": (dict(interventions="z"), TypeError, "give an intervention or a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_arguments(name: str) -> None:
+    arguments, kind, message = ARGUMENTS[name]
+    with pytest.raises(kind, match=message):
+        forward(MODEL, prompt(), **arguments)
+
+
+INTERVENTIONS = {
+    "layer": (HeadAblation(31, 0), ValueError, "HeadAblation.layer is 31, but there are 3 layers: it must be 0 to 2"),
+    "negative layer": (HeadAblation(-1, 0), ValueError, "HeadAblation.layer is -1"),
+    "head": (HeadAblation(0, 9), ValueError, "HeadAblation.head is 9, but there are 4 query heads"),
+    "kv head": (KScaler(0, 2, 1.0), ValueError, "kv_head is 2, but there are 2 key/value heads"),
+    "head of v": (ActivationPatch("v", 0, 0.0, head=2), ValueError, "head is 2, but there are 2 key/value heads"),
+    "head of a stream": (ActivationPatch("resid_pre", 0, 0.0, head=2), ValueError, "'resid_pre' has no heads"),
+    "float layer": (HeadAblation(1.0, 0), TypeError, "layer is 1.0, and an integer"),
+    "bool head": (HeadAblation(1, True), TypeError, "head is True, and an integer"),
+    "device float layer": (HeadAblation(jnp.float32(1), 0), TypeError, "array of float32, and integers"),
+    "none": (HeadAblation(None, 0), TypeError, "layer is None"),
+    "nan": (SpectraScaler(0, 0, NAN), ValueError, "alpha is nan, and a finite"),
+    "negative alpha": (SpectraScaler(0, 0, -1.5), ValueError, "alpha is -1.5, and must be above 0"),
+    "zero alpha": (SpectraScaler(0, 0, 0), ValueError, "must be above 0"),
+    "text alpha": (SpectraScaler(0, 0, "2"), TypeError, "alpha is '2', and a number"),
+    "sweep": (HeadAblation(np.arange(3), 0), ValueError, r"axes \[3\].*sweep"),
+    "sweep of alpha": (SpectraScaler(0, 0, jnp.ones((2, 3))), ValueError, r"axes \[2, 3\].*sweep"),
+    "replacement shape": (HeadAblation(0, 0, np.ones(5)), ValueError, r"shape \[5\], and must broadcast to \[11, 6\]"),
+    "replacement nan": (HeadAblation(0, 0, np.full(6, NAN)), ValueError, "replacement holds NaN"),
+    "vector shape": (Steer(0, np.ones(23)), ValueError, r"vector has shape \[23\], and must broadcast to \[11, 24\]"),
+    "value layers": (ActivationPatch("z", 0, np.ones((2, 4, 11, 6))), ValueError, "must be a scalar or lead with L = 3"),
+    "unknown site": (Ablation("mlp", 0), ValueError, "Unknown site 'mlp'"),
+    "foreign site": (Ablation("blocks.0.hook_mlp_out", 0), ValueError, "called 'mlp_out' here"),
+    "neuron": (Ablation("act", 0, 40), ValueError, "index is 40, but there are 40 neurons"),
+    "position": (Steer(0, np.ones(24), positions=11), ValueError, "is 11, but the prompt has 11 tokens: positions are 0 to 10"),
+    "negative position": (Steer(0, np.ones(24), positions=[-12]), ValueError, r"is \[-12\], but the prompt"),
+    "no positions": (Steer(0, np.ones(24), positions=[]), ValueError, "positions is empty"),
+    "positions mask": (Steer(0, np.ones(24), positions=np.ones(4, bool)), ValueError, r"mask of shape \[4\]"),
+    "positions array": (Steer(0, np.ones(24), positions=np.arange(2)), ValueError, "for a set of positions give a list"),
+    "positions float": (Steer(0, np.ones(24), positions=1.5), TypeError, "an integer, a list of integers or a bool mask"),
+    "keep shape": (HeadMask(np.ones((4, 3))), ValueError, r"keep has shape \[4, 3\], and \[L, H\] = \[3, 4\]"),
+    "query": (AttentionKnockout(0, 0, query=None, key=0), TypeError, "query is None, and a position"),
+    "op": (Edit("z", "replace", 0), ValueError, "op is 'replace', and must be one of set, add, scale, apply"),
+    "no fn": (Edit("z", "apply", 0), ValueError, "'apply' needs fn"),
+    "needless fn": (Edit("z", "set", 0, fn=lambda x, v: x), ValueError, "only 'apply' reads it"),
+    "mask of numbers": (Edit("z", "set", 0, mask=np.ones((4, 1, 1))), TypeError, "mask has dtype float64, and bool"),
+    "dense value": (Edit("z", "add", None, value=np.ones((4, 11, 6))), ValueError, "lead with L = 3"),
+    "outside": (Edit("embed", "add", 0, value=1.0), ValueError, "'embed' occurs once, outside the layers: use None"),
+    "allowed": (Edit("allowed", "add", 0, value=1.0), ValueError, "it can be 'set', not 'add'"),
+    "fn shape": (Edit("z", "apply", 0, fn=lambda x, v: x[0]), ValueError, r"returned shape \[11, 6\]"),
+    "edit nan": (Edit("z", "apply", 0, value={"a": np.array([NAN])}, fn=lambda x, v: x), ValueError, "holds NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_interventions(name: str) -> None:
+    intervention, kind, message = INTERVENTIONS[name]
+    with pytest.raises(kind, match=message):
+        forward(MODEL, prompt(), intervention)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        forward(MODEL, prompt(), (HeadAblation(7, 9), SpectraScaler(0, 0, -1.0)))
+    for part in ("HeadAblation (number 0).layer is 7", "HeadAblation (number 0).head is 9", "SpectraScaler (number 1).alpha is -1"):
+        assert part in str(caught.value)
+
+
+def test_lens_arguments() -> None:
+    for arguments, message in (
+        ((np.ones((3, 7), np.float32),), "E = 24"), ((np.ones(24, np.float32), 0), "top_k is 0"),
+        ((np.ones(24, np.float32), 2, [1]), "either"), ((np.ones(24, np.float32), None, [61]), "ids 0 to 60"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            lens(MODEL, *arguments)
+
+
+def test_names_of_other_tools_are_found() -> None:
+    for name, want in {
+        "z": ("z", None), "blocks.12.attn.hook_z": ("z", 12), "model.layers.3.mlp.gate_proj": ("gate", 3),
+        "model.layers.3": ("resid_post", 3), "residual.pre_mlp": ("resid_mid", None), "hook_embed": ("embed", None),
+        "patterns": ("pattern", None), "model.norm": ("final_norm", None),
+    }.items():  # fmt: skip
+        site, layer = find_site(name)
+        assert (site.name, layer) == want
+    with pytest.raises(ValueError, match="Unknown site 'hook_zz'"):
+        find_site("hook_zz")
