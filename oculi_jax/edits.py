@@ -47,9 +47,9 @@ class Edit:
     site: str = field(None)
     op: str = field(None)
     layer: Any = field(Index("L", optional=True))
-    mask: Any = field(Mask(), True)
-    value: Any = field(_EditValue(), 0.0)
-    fn: Callable[[Array, Any], Array] | None = field(None, None)
+    mask: Any = field(Mask(), default=True)
+    value: Any = field(_EditValue(), default=0.0)
+    fn: Callable[[Array, Any], Array] | None = field(None, default=None)
 
     def check(self) -> None:
         """Raises ValueError for static fields that make no edit."""

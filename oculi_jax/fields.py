@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ class Frame:
             return np.dtype(bool)
         return np.dtype(np.float32) if site.name == "scores" or site.name.endswith("_scale") else self.dtype
 
-    def positions(self, ranks: Sequence[int] | Array, where: str) -> np.ndarray | Array:
+    def positions(self, ranks: np.ndarray | Array, where: str) -> np.ndarray | Array:
         """bool `[T]`, true at the given ranks among the real tokens; a negative rank counts from the last."""
         mask = self.mask
         if mask is None:
@@ -78,13 +78,11 @@ class Frame:
         xp = np if known(mask) and known(ranks) else jnp
         real = xp.cumsum(mask) - 1  # the rank of each token among the real ones
         n_real = xp.sum(mask)
-        if known(ranks):
-            ranks = np.asarray(ranks)
-            if known(mask) and ranks.size and not bool(np.all((ranks >= -n_real) & (ranks < n_real))):
-                raise ValueError(
-                    f"{where} is {ranks.tolist()}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
-                    f"or −1 to −{n_real} from the end."
-                )
+        if xp is np and not np.all((ranks >= -n_real) & (ranks < n_real)):
+            raise ValueError(
+                f"{where} is {ranks.tolist()}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
+                f"or −1 to −{n_real} from the end."
+            )
         wanted = xp.reshape(xp.where(ranks < 0, ranks + n_real, ranks), (-1, 1))
         return xp.any((real[None, :] == wanted) & mask[None, :], axis=0)
 
@@ -129,12 +127,16 @@ class Index(Kind):
         if letter == "head":
             letter = owner_site(owner).head_axis
             if letter is None and value is not None:
-                raise ValueError(f"{where} is given, but the site {owner.site!r} has no heads: it is {owner_site(owner).shape}.")
+                raise ValueError(
+                    f"{where} is given, but the site {owner.site!r} has no heads: it is {owner_site(owner).shape}."
+                )
         elif letter == "last":
             letter = owner_site(owner).axes[-1]
         elif letter == "L" and hasattr(owner, "site") and not owner_site(owner).layered:
             if value is not None:
-                raise ValueError(f"{where} is {value}, but the site {owner.site!r} occurs once, outside the layers: use None.")
+                raise ValueError(
+                    f"{where} is {value}, but the site {owner.site!r} occurs once, outside the layers: use None."
+                )
             return None
         if value is None:
             if self.optional:
@@ -196,7 +198,9 @@ class Positions(Kind):
         array = value if on_device(value) else np.asarray(value)
         if array.dtype == bool:
             if array.shape != (frame.n_tokens,):
-                raise ValueError(f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}].")
+                raise ValueError(
+                    f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."
+                )
             return array
         if isinstance(value, list | tuple) and not value:
             raise ValueError(f"{where} is empty: no position would be edited. Leave it out for all positions.")
@@ -243,8 +247,8 @@ class Mask(Kind):
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         site = owner_site(owner)
-        dtype = value.dtype if on_device(value) else np.asarray(value).dtype
-        if dtype != bool:
+        dtype = np.dtype(value.dtype if on_device(value) else np.asarray(value).dtype)
+        if dtype != np.dtype(bool):
             raise TypeError(f"{where} has dtype {dtype}, and bool is needed.")
         dense = site.layered and owner.layer is None
         return _fit(value, frame.axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False)
@@ -260,7 +264,9 @@ class Table(Kind):
         want = tuple(frame.sizes[letter] for letter in self.letters)
         array = value if on_device(value) else np.asarray(value)
         if array.shape != want:
-            raise ValueError(f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed.")
+            raise ValueError(
+                f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed."
+            )
         return _cast(array, np.dtype(np.float32), where)
 
 
@@ -283,9 +289,7 @@ class Anything(Kind):
         return jax.tree.map(leaf, value)
 
 
-def _fit(
-    value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str, site: Site, lead: bool | str
-) -> Any:
+def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str, site: Site, lead: bool | str) -> Any:
     """Checks that `value` broadcasts to `axes`, perhaps after a leading `L`, and casts it."""
     array = value if on_device(value) else np.asarray(value)
     shape = array.shape
@@ -319,11 +323,12 @@ def _cast(array: Any, dtype: np.dtype, where: str) -> Any:
     return array.astype(dtype)
 
 
-def field(kind: Kind | None, default: Any = dataclasses.MISSING) -> Any:
+def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:
     """A field of an intervention: `kind` for data, None for what is static (names, functions)."""
     return dataclasses.field(default=default, metadata={"kind": kind})
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def pytree(cls: type[T]) -> type[T]:
     """Makes a class with `field`s a frozen dataclass and a pytree whose leaves are the fields that have a kind."""
     cls = dataclass(frozen=True, eq=False)(cls)
@@ -364,7 +369,7 @@ def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
             except (ValueError, TypeError) as error:
                 problems.append(error)
         if not problems:
-            done.append(dataclasses.replace(intervention, **leaves))
+            done.append(dataclasses.replace(intervention, **leaves))  # type: ignore[type-var]
     if len(problems) == 1:
         raise problems[0]
     if problems:

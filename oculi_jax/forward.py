@@ -35,9 +35,9 @@ class Output:
             element. 0 says that it never matched, or changed nothing.
     """
 
-    logits: Float[Array, "T V"] | Float[Array, "V"] | None
+    logits: Float[Array, "T V"] | Float[Array, V] | None
     activations: Mapping[str, Array]
-    applied: Int[Array, "N"]
+    applied: Int[Array, N]
 
     def __repr__(self) -> str:
         def shape(x: Any) -> str:
@@ -143,15 +143,15 @@ class _Taps:
             self.seen[site] = value
         return value
 
-    def counts(self) -> Int[Array, "N"]:
+    def counts(self) -> Int[Array, N]:
         return jnp.stack(self.changed).astype(jnp.int32) if self.changed else jnp.zeros(0, jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 def _forward(
     model: Llama,
-    tokens: Int[Array, "T"],
-    mask: Bool[Array, "T"] | None,
+    tokens: Int[Array, T],
+    mask: Bool[Array, T] | None,
     interventions: tuple[Any, ...],
     readings: tuple[Reading, ...],
     logits: str,
@@ -177,7 +177,9 @@ def _forward(
 
     def read(reading: Reading, value: Array) -> Array:
         if reading.positions is not None:
-            value = jnp.take(value, _token_index(reading.positions, positions, mask, length), axis=reading.site.axes.index("T"))
+            value = jnp.take(
+                value, _token_index(reading.positions, positions, mask, length), axis=reading.site.axes.index("T")
+            )
         return value if reading.dtype is None else value.astype(reading.dtype)
 
     outside = taps(None)
@@ -216,7 +218,8 @@ def _forward(
             lambda r: layer_step(r, jnp.int32(0), jax.tree.map(lambda leaf: leaf[0], model.layers))[1], resid
         )
         buffers = {
-            r.site.name: jnp.zeros((len(r.layers), *first[r.site.name].shape), first[r.site.name].dtype) for r in layered
+            r.site.name: jnp.zeros((len(r.layers), *first[r.site.name].shape), first[r.site.name].dtype)
+            for r in layered
         }
         # The scan slices the weights where all layers run; where few do, indexing them copies no more than those few.
         blocks = model.layers if n_run == config.num_hidden_layers else None
@@ -235,7 +238,7 @@ def _forward(
     return Output(out, activations, applied + outside.counts())
 
 
-def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, length: Any) -> Int[Array, "N"]:
+def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, length: Any) -> Int[Array, N]:
     """Where in the token array the given ranks among the real tokens lie."""
     ranks = jnp.asarray([p if p >= 0 else p + length for p in wanted])
     if mask is None:
@@ -269,7 +272,9 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
     config = model.config
     resid = jnp.asarray(resid)
     if resid.ndim == 0 or resid.shape[-1] != config.hidden_size:
-        raise ValueError(f"resid has shape {listing(resid.shape)}, and [..., E] with E = {config.hidden_size} is needed.")
+        raise ValueError(
+            f"resid has shape {listing(resid.shape)}, and [..., E] with E = {config.hidden_size} is needed."
+        )
     if top_k is not None and tokens is not None:
         raise ValueError("Give either top_k or tokens.")
     if top_k is not None and not 1 <= top_k <= config.vocab_size:
@@ -296,5 +301,3 @@ def _lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -
 
     out = one(rows.reshape(-1, rows.shape[-1])) if top_k is None else jax.lax.map(one, rows)
     return jax.tree.map(lambda x: x.reshape(*lead, x.shape[-1]), out)
-
-

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
 
 
-
 @dataclass(frozen=True)
 class Prompts:
     """A batch, padded on the right to a length that near lengths share.

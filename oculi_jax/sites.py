@@ -135,5 +135,7 @@ def unknown_site(name: object) -> str:
                     return f"Unknown site {name!r}: that value is called {site.name!r} here."
         near = difflib.get_close_matches(name, SITES, n=2, cutoff=0.5)
         if near:
-            return f"Unknown site {name!r}: did you mean {' or '.join(map(repr, near))}? The sites are {', '.join(SITES)}."
+            return (
+                f"Unknown site {name!r}: did you mean {' or '.join(map(repr, near))}? The sites are {', '.join(SITES)}."
+            )
     return f"Unknown site {name!r}. The sites are {', '.join(SITES)}."

@@ -102,7 +102,7 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
         for name in names
     }
     causal = torch.tril(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)) & real[0].bool()[None, :]
-    sites["allowed"] = (causal & real[0].bool()[:, None]).numpy()[None, None].repeat(n, 0).repeat(
-        hf.config.num_attention_heads, 1
+    sites["allowed"] = (
+        (causal & real[0].bool()[:, None]).numpy()[None, None].repeat(n, 0).repeat(hf.config.num_attention_heads, 1)
     )
     return {**sites, "logits": logits.float().numpy()}

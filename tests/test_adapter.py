@@ -110,11 +110,16 @@ def test_top_k_never_holds_the_whole_vocabulary() -> None:
 
 
 def test_full_capture_is_the_four_captures_of_one_pass() -> None:
-    full = ADAPTER.capture_full(prompt(), residual=ResidualConfig(layers=[1]), logits=LogitConfig(layers=[0, 2], top_k=2, positions=[-1]))
+    full = ADAPTER.capture_full(
+        prompt(), residual=ResidualConfig(layers=[1]), logits=LogitConfig(layers=[0, 2], top_k=2, positions=[-1])
+    )
     near(full.attention.queries, WANT["q"], 1e-5)
     near(full.residual.post_mlp, np.asarray(WANT["resid_post"])[[1]], 1e-5)
     near(full.mlp.gate, WANT["gate"], 1e-5)
-    near(full.logits.top_k_logits, np.sort(np.asarray(lens(MODEL, WANT["resid_post"][np.array([0, 2]), -1:])), -1)[..., ::-1][..., :2])
+    near(
+        full.logits.top_k_logits,
+        np.sort(np.asarray(lens(MODEL, WANT["resid_post"][np.array([0, 2]), -1:])), -1)[..., ::-1][..., :2],
+    )
     assert ADAPTER.capture_full(prompt()).logits.top_k_indices.shape == (L, T, 10)
     for part in dataclasses.fields(full):
         text = repr(getattr(full, part.name))
@@ -250,8 +255,16 @@ def test_captures_are_pytrees() -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "residual", "mlp", "logits", "full", "bfloat16", "arrays"])
 def test_files_reopen_as_they_were(tmp_path: Path, kind: str) -> None:
-    full = ADAPTER.capture_full(prompt(), attention=CaptureConfig(layers=[2, 0], capture_keys=False), logits=LogitConfig(top_k=2, positions=[-1]))
-    capture = {"full": full, "bfloat16": ADAPTER.capture_mlp(prompt(), MLPConfig(dtype="bfloat16")), "arrays": dict(WANT)}.get(kind)
+    full = ADAPTER.capture_full(
+        prompt(),
+        attention=CaptureConfig(layers=[2, 0], capture_keys=False),
+        logits=LogitConfig(top_k=2, positions=[-1]),
+    )
+    capture = {
+        "full": full,
+        "bfloat16": ADAPTER.capture_mlp(prompt(), MLPConfig(dtype="bfloat16")),
+        "arrays": dict(WANT),
+    }.get(kind)
     capture = getattr(full, kind) if capture is None else capture
     path = tmp_path / "capture.safetensors"
     save(capture, path, metadata={"model": "tiny"})
@@ -260,7 +273,11 @@ def test_files_reopen_as_they_were(tmp_path: Path, kind: str) -> None:
         assert back.keys() == capture.keys()
     else:
         assert type(back) is type(capture)
-        capture = dataclasses.replace(capture, logits=dataclasses.replace(capture.logits, unembedding=None)) if kind == "full" else capture
+        capture = (
+            dataclasses.replace(capture, logits=dataclasses.replace(capture.logits, unembedding=None))
+            if kind == "full"
+            else capture
+        )
         capture = dataclasses.replace(capture, unembedding=None) if kind == "logits" else capture
     assert jax.tree.structure(back) == jax.tree.structure(capture)
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(capture), strict=True):

@@ -53,7 +53,9 @@ def same(a: Llama, b: Llama) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
-@pytest.mark.parametrize("kind", [{}, dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, hidden_act="prelu")])
+@pytest.mark.parametrize(
+    "kind", [{}, dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True, hidden_act="prelu")]
+)
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, dtype, kind: dict) -> None:
     model = tiny_llama(dtype=dtype, **kind)
     model.save_pretrained(tmp_path)
@@ -129,7 +131,9 @@ def truncate(path: Path) -> None:
 
 
 def terabytes(path: Path) -> None:
-    header = json.dumps({"model.embed_tokens.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
+    header = json.dumps(
+        {"model.embed_tokens.weight": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}
+    )
     (path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
 
 

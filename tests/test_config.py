@@ -143,7 +143,12 @@ def test_what_cannot_be_run_is_refused_by_name(name: str) -> None:
 
 
 def test_one_error_lists_everything_and_ignore_fields_is_the_way_through() -> None:
-    values = {**BASE, "attn_logit_softcapping": 50.0, "hidden_size": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}
+    values = {
+        **BASE,
+        "attn_logit_softcapping": 50.0,
+        "hidden_size": None,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1},
+    }
     with pytest.raises(ValueError) as caught:
         LlamaConfig.from_dict(values)
     for part in ("attn_logit_softcapping", "hidden_size is missing", "rope_scaling.x", "ignore_fields"):
@@ -159,7 +164,9 @@ def test_the_dictionary_is_not_changed() -> None:
     assert values == PUBLISHED["Llama-3.1-8B-Instruct"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[1]", "holds a list"), ("\xff", "not valid JSON")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[1]", "holds a list"), ("\xff", "not valid JSON")]
+)
 def test_config_files_that_are_not(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):

@@ -50,7 +50,9 @@ def test_heads_sum_to_the_attention_output(model: Llama) -> None:
     values = expand_kv(a["v"], model.config)
     near(np.einsum("lhts,lhsd->lhtd", a["pattern"], values), a["z"])
     near(a["pattern"].sum(-1), np.ones(a["pattern"].shape[:-1]))
-    assert [model.config.kv_head(h) for h in range(4)] == [h // (4 // model.config.num_key_value_heads) for h in range(4)]
+    assert [model.config.kv_head(h) for h in range(4)] == [
+        h // (4 // model.config.num_key_value_heads) for h in range(4)
+    ]
     for h in range(4):
         near(values[:, h], a["v"][:, model.config.kv_head(h)], 0)
 
@@ -71,7 +73,9 @@ def test_padding_on_either_side_changes_nothing_at_the_real_tokens(model: Llama,
     near(out.logits[real], plain.logits)
     assert not np.asarray(out.activations["pattern"])[:, :, ~real].any()
     near(forward(model, padded, logits="last", mask=real).logits, plain.logits[-1])
-    got = forward(model, padded, capture=CaptureSpec("resid_mid", positions=[0, -1]), mask=real).activations["resid_mid"]
+    got = forward(model, padded, capture=CaptureSpec("resid_mid", positions=[0, -1]), mask=real).activations[
+        "resid_mid"
+    ]
     near(got, plain.activations["resid_mid"][:, [0, -1]])
 
 
@@ -189,7 +193,10 @@ def test_every_field_of_the_config_is_read() -> None:
         return np.asarray(forward(tiny_llama(**{**wide, **changes}), prompt(16)).logits)
 
     for base, changes in (
-        (rope, dict(factor=2.0, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.5, attention_factor=1.0)),
+        (
+            rope,
+            dict(factor=2.0, original_max_position_embeddings=32, beta_fast=2.0, beta_slow=0.5, attention_factor=1.0),
+        ),
         (llama3, dict(factor=2.0, original_max_position_embeddings=12, low_freq_factor=2.0, high_freq_factor=8.0)),
     ):
         before = out(rope_scaling=base)

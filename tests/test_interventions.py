@@ -115,7 +115,9 @@ def test_an_edit_at_a_layer_leaves_everything_before_it_alone(model: Llama, clea
     assert np.abs(np.asarray(out.logits) - np.asarray(run(model).logits)).max() > 1e-4
 
 
-@pytest.mark.parametrize(("op", "want"), [("set", lambda x: 0 * x + 0.5), ("add", lambda x: x + 0.5), ("scale", lambda x: x * 0.5)])
+@pytest.mark.parametrize(
+    ("op", "want"), [("set", lambda x: 0 * x + 0.5), ("add", lambda x: x + 0.5), ("scale", lambda x: x * 0.5)]
+)
 def test_edit_ops_masks_and_positions(model: Llama, clean: dict, op: str, want) -> None:
     mask = np.zeros((H, T, 1), bool)
     mask[2, 4] = True
@@ -323,12 +325,16 @@ def test_dense_edits_give_the_gradient_at_every_layer_at_once(model: Llama, clea
         return forward(model, prompt(), Edit("z", "add", None, value=delta)).logits[-1, 3]
 
     dense = jax.grad(metric)(jnp.zeros((L, H, T, D)))
-    single = jax.grad(lambda d: forward(model, prompt(), Edit("z", "add", 1, value=d)).logits[-1, 3])(jnp.zeros((H, T, D)))
+    single = jax.grad(lambda d: forward(model, prompt(), Edit("z", "add", 1, value=d)).logits[-1, 3])(
+        jnp.zeros((H, T, D))
+    )
     near(dense[1], single)
     # Attribution at a linear site is exact: past the last attention only the final norm, held fixed, and its scale.
     hold = (Edit("final_scale", "set", None, value=clean["final_scale"]), Ablation("mlp_out", 2))
     base = forward(model, prompt(), hold).logits[-1, 3]
-    grad = jax.grad(lambda d: forward(model, prompt(), (*hold, Edit("z", "add", 2, value=d))).logits[-1, 3])(jnp.zeros((H, T, D)))
+    grad = jax.grad(lambda d: forward(model, prompt(), (*hold, Edit("z", "add", 2, value=d))).logits[-1, 3])(
+        jnp.zeros((H, T, D))
+    )
     exact = forward(model, prompt(), (*hold, HeadAblation(2, 1))).logits[-1, 3] - base
     near(-(clean["z"][2, 1] * grad[1]).sum(), exact)
 
@@ -355,7 +361,7 @@ def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Lla
         return integers[rng.integers(len(integers))](int(rng.integers(size)))
 
     def strength():
-        return floats[rng.integers(len(floats))](rng.integers(1, 9) / (1 if rng.random() < 0.5 else 1))
+        return floats[rng.integers(len(floats))](rng.integers(1, 9))
 
     for make in families:
         forward(model, prompt(), make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
@@ -368,12 +374,20 @@ def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Lla
 def test_a_traced_index_that_never_matches_shows_in_applied(model: Llama) -> None:
     out = jax.jit(lambda layer: forward(model, prompt(), (HeadAblation(layer, 1), HeadAblation(0, 1))))(jnp.int32(7))
     assert out.applied.tolist() == [0, 1]
-    assert forward(model, prompt(), Steer(2, np.ones(E)), logits="none", capture=CaptureSpec("q", layers=[0])).applied.tolist() == [0]
+    assert forward(
+        model, prompt(), Steer(2, np.ones(E)), logits="none", capture=CaptureSpec("q", layers=[0])
+    ).applied.tolist() == [0]
 
 
 def test_bfloat16_models_take_the_same_interventions() -> None:
     model = tiny_llama(dtype=jnp.bfloat16)
-    out = run(model, HeadAblation(1, 2, np.ones(D)), SpectraScaler(0, 1, 2.0), Steer(1, np.ones(E), 0.5), HeadMask(np.ones((L, H))))
+    out = run(
+        model,
+        HeadAblation(1, 2, np.ones(D)),
+        SpectraScaler(0, 1, 2.0),
+        Steer(1, np.ones(E), 0.5),
+        HeadMask(np.ones((L, H))),
+    )
     assert out.activations["resid_pre"].dtype == out.activations["z"].dtype == jnp.bfloat16
     assert out.logits.dtype == out.activations["attn_scale"].dtype == jnp.float32
     assert out.applied.tolist() == [1, 1, 1, 0]

@@ -78,7 +78,8 @@ def test_rotary_types_within_and_past_their_context(tmp_path: Path, rope: str, n
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "tied"), [(4, 4, None, True), (4, 2, 10, False), (6, 3, 4, True), (4, 1, 8, False)]
+    ("heads", "kv_heads", "head_dim", "tied"),
+    [(4, 4, None, True), (4, 2, 10, False), (6, 3, 4, True), (4, 1, 8, False)],
 )
 def test_heads_and_ties(tmp_path: Path, heads: int, kv_heads: int, head_dim: int | None, tied: bool) -> None:
     hf = make(
@@ -111,7 +112,12 @@ def test_a_checkpoint_goes_there_and_back_bit_for_bit(tmp_path: Path, dtype: str
     from transformers import LlamaForCausalLM
 
     hf = make(
-        tmp_path / "theirs", dtype, attention_bias=True, head_dim=6, rope_parameters=ROPES["yarn-mscale"], hidden_act="xielu"
+        tmp_path / "theirs",
+        dtype,
+        attention_bias=True,
+        head_dim=6,
+        rope_parameters=ROPES["yarn-mscale"],
+        hidden_act="xielu",
     )
     model = Llama.from_pretrained(tmp_path / "theirs")
     assert model.dtype == jnp.dtype(dtype)

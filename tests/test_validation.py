@@ -126,7 +126,11 @@ def test_interventions(name: str) -> None:
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError) as caught:
         forward(MODEL, prompt(), (HeadAblation(7, 9), SpectraScaler(0, 0, -1.0)))
-    for part in ("HeadAblation (number 0).layer is 7", "HeadAblation (number 0).head is 9", "SpectraScaler (number 1).alpha is -1"):
+    for part in (
+        "HeadAblation (number 0).layer is 7",
+        "HeadAblation (number 0).head is 9",
+        "SpectraScaler (number 1).alpha is -1",
+    ):
         assert part in str(caught.value)
 
 

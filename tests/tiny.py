@@ -26,7 +26,8 @@ def tiny_llama(seed: int = 0, dtype: Any = np.float32, **changes: Any) -> Llama:
     config = tiny_config(**changes)
     rng = np.random.default_rng(seed)
     params = {
-        row.name: (rng.normal(0.0, 0.3, row.shape) + ("norm" in row.name)).astype(dtype) for row in parameter_table(config)
+        row.name: (rng.normal(0.0, 0.3, row.shape) + ("norm" in row.name)).astype(dtype)
+        for row in parameter_table(config)
     }
     return Llama(config, jax.tree.map(jax.numpy.asarray, params))
 

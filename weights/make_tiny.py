@@ -63,7 +63,10 @@ def make(name: str, config: LlamaConfig, dtype: torch.dtype, *, shard: str, old_
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for key, parameter in model.named_parameters():  # norms and biases too: a 1 or a 0 would hide one that is not read
+        for (
+            key,
+            parameter,
+        ) in model.named_parameters():  # norms and biases too: a 1 or a 0 would hide one that is not read
             parameter.normal_(1.0 if "norm" in key else 0.0, 0.25)
     model = model.to(dtype)
     directory = HERE / name

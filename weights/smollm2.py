@@ -66,7 +66,9 @@ def from_hub(work: Path, *, required: bool) -> bool:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(REPO, local_dir=work, allow_patterns=["*.json", "*.safetensors"], etag_timeout=5, max_workers=2)
+        snapshot_download(
+            REPO, local_dir=work, allow_patterns=["*.json", "*.safetensors"], etag_timeout=5, max_workers=2
+        )
     except Exception as error:  # the Hub's errors have many types
         if required:
             sys.exit(f"The Hub could not be reached: {str(error).splitlines()[0]}")

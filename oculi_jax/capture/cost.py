@@ -28,7 +28,9 @@ def capture_bytes(config: LlamaConfig, n_tokens: int, capture: Any, *, dtype: An
     """
     own = jnp.dtype(dtype or config.dtype or "float32")
     if isinstance(capture, LogitConfig):
-        rows = len(check_layers(capture.layers, config)) * (n_tokens if capture.positions is None else len(capture.positions))
+        rows = len(check_layers(capture.layers, config)) * (
+            n_tokens if capture.positions is None else len(capture.positions)
+        )
         stored = jnp.dtype(capture.dtype or "float32").itemsize
         kept = capture.top_k * (stored + 4) if capture.top_k is not None else config.vocab_size * stored
         return rows * (kept + 4 + stored * len(capture.tokens or ()) + config.hidden_size * own.itemsize)

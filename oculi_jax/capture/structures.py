@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ def _static(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(_array, _static))
 def _structure(cls: type[T]) -> type[T]:
     cls = dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -83,8 +84,8 @@ class AttentionCapture(_Capture):
     values: Float[Array, "L K T D"] | None = _array()
     patterns: Float[Array, "L H T S"] | None = _array()
     z: Float[Array, "L H T D"] | None = _array()
-    tokens: Int[Array, "T"] = _array()
-    mask: Bool[Array, "T"] = _array()
+    tokens: Int[Array, T] = _array()
+    mask: Bool[Array, T] = _array()
     captured_layers: tuple[int, ...] = _static()
     qk_stage: str = _static("post_rope")
     n_heads: int = _static()
@@ -111,10 +112,10 @@ class ResidualCapture(_Capture):
     pre_mlp: Float[Array, "L T E"] | None = _array()
     post_mlp: Float[Array, "L T E"] | None = _array()
     embedding: Float[Array, "T E"] | None = _array()
-    final_scale: Float[Array, "T"] | None = _array()
-    final_weight: Float[Array, "E"] | None = _array()
-    tokens: Int[Array, "T"] = _array()
-    mask: Bool[Array, "T"] = _array()
+    final_scale: Float[Array, T] | None = _array()
+    final_weight: Float[Array, E] | None = _array()
+    tokens: Int[Array, T] = _array()
+    mask: Bool[Array, T] = _array()
     captured_layers: tuple[int, ...] = _static()
 
 
@@ -133,8 +134,8 @@ class MLPCapture(_Capture):
     up: Float[Array, "L T F"] | None = _array()
     post_activation: Float[Array, "L T F"] | None = _array()
     output: Float[Array, "L T E"] | None = _array()
-    tokens: Int[Array, "T"] = _array()
-    mask: Bool[Array, "T"] = _array()
+    tokens: Int[Array, T] = _array()
+    mask: Bool[Array, T] = _array()
     captured_layers: tuple[int, ...] = _static()
 
 
@@ -161,11 +162,11 @@ class LogitCapture(_Capture):
     top_k_indices: Int[Array, "L T k"] | None = _array()
     log_normalizer: Float[Array, "L T"] | None = _array()
     probabilities: Float[Array, "L T N"] | None = _array()
-    probability_tokens: Int[Array, "N"] | None = _array()
+    probability_tokens: Int[Array, N] | None = _array()
     normalized: Float[Array, "L T E"] | None = _array()
     unembedding: Float[Array, "V E"] | None = _array()
-    tokens: Int[Array, "T"] = _array()
-    mask: Bool[Array, "T"] = _array()
+    tokens: Int[Array, T] = _array()
+    mask: Bool[Array, T] = _array()
     captured_layers: tuple[int, ...] = _static()
     positions: tuple[int, ...] | None = _static(None)
 

@@ -23,7 +23,9 @@ def capture(
     model: Model,
     sites: Annotated[str, typer.Option(help="Site names with commas; `oculi sites` lists them.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.", show_default=False)],
-    layers: Annotated[str | None, typer.Option(help="Layers, as 10,15 or 0-5; all where left out.", show_default=False)] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, as 10,15 or 0-5; all where left out.", show_default=False)
+    ] = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -38,9 +40,7 @@ def capture(
     outside = tuple(name for name in names if name not in inside)
     specs = (*([CaptureSpec(inside, chosen)] if inside else []), *([CaptureSpec(outside)] if outside else []))
     adapter = open_adapter(model, dtype)
-    prompt = prepare(
-        text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer
-    )
+    prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
     tokens = prompt.tokens[0, : prompt.n_tokens]
     readings = plan(specs, adapter.model.config, prompt.n_tokens)
     with working("Running the model"):

@@ -34,7 +34,9 @@ def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "oculi_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns where torch is missing, which is not needed here
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it warns where torch is missing, which is not needed here
     llama = Llama.from_pretrained(model, dtype=dtype)
     return LlamaAttentionAdapter(llama, load_tokenizer(model))
 

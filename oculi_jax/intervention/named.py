@@ -54,7 +54,7 @@ class HeadAblation:
 
     layer: Any = field(Index("L"))
     head: Any = field(Index("H"))
-    replacement: Any = field(Values("z"), 0.0)
+    replacement: Any = field(Values("z"), default=0.0)
 
     def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
         value = _at_layer(self.replacement, self.layer, 2, head=True)
@@ -79,7 +79,7 @@ class HeadMask:
     """
 
     keep: Any = field(Table("LH"))
-    replacement: Any = field(Values("z"), 0.0)
+    replacement: Any = field(Values("z"), default=0.0)
 
     def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
         keep = jnp.asarray(self.keep)[:, :, None, None]
@@ -147,8 +147,8 @@ class ActivationPatch:
     site: str = field(None)
     layer: Any = field(Index("L"))
     value: Any = field(Values())
-    head: Any = field(Index("head", optional=True), None)
-    positions: Any = field(Positions(optional=True), None)
+    head: Any = field(Index("head", optional=True), default=None)
+    positions: Any = field(Positions(optional=True), default=None)
 
     def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
         with_head = self.head is not None
@@ -172,9 +172,9 @@ class Steer:
 
     layer: Any = field(Index("L"))
     vector: Any = field(Values())
-    scale: Any = field(Strength(), 1.0)
-    site: str = field(None, "resid_pre")
-    positions: Any = field(Positions(optional=True), None)
+    scale: Any = field(Strength(), default=1.0)
+    site: str = field(None, default="resid_pre")
+    positions: Any = field(Positions(optional=True), default=None)
 
     def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
         vector = _at_layer(self.vector, self.layer, len(SITES[self.site].axes))
@@ -204,7 +204,7 @@ class DirectionAblation:
     site: str = field(None)
     layer: Any = field(Index("L"))
     direction: Any = field(Values())
-    positions: Any = field(Positions(optional=True), None)
+    positions: Any = field(Positions(optional=True), default=None)
 
     def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
         direction = _at_layer(self.direction, self.layer, len(SITES[self.site].axes))
@@ -243,7 +243,7 @@ class Ablation:
 
     site: str = field(None)
     layer: Any = field(Index("L"))
-    index: Any = field(Index("last", optional=True), None)
+    index: Any = field(Index("last", optional=True), default=None)
 
     def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
         mask: Any = True

@@ -41,25 +41,49 @@ class LlamaAttentionAdapter:
         return f"LlamaAttentionAdapter({self.model!r})"
 
     def capture(
-        self, ids_or_text: Any, config: CaptureConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+        self,
+        ids_or_text: Any,
+        config: CaptureConfig | None = None,
+        *,
+        attention_mask: Any = None,
+        allow_longer: bool = False,
     ) -> AttentionCapture:
         """Queries, keys, values, patterns and head outputs."""
-        return self._run(ids_or_text, {"attention": config or CaptureConfig()}, attention_mask, allow_longer)["attention"]
+        return self._run(ids_or_text, {"attention": config or CaptureConfig()}, attention_mask, allow_longer)[
+            "attention"
+        ]
 
     def capture_residual(
-        self, ids_or_text: Any, config: ResidualConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+        self,
+        ids_or_text: Any,
+        config: ResidualConfig | None = None,
+        *,
+        attention_mask: Any = None,
+        allow_longer: bool = False,
     ) -> ResidualCapture:
         """The residual stream's four points, with what attribution needs."""
-        return self._run(ids_or_text, {"residual": config or ResidualConfig()}, attention_mask, allow_longer)["residual"]
+        return self._run(ids_or_text, {"residual": config or ResidualConfig()}, attention_mask, allow_longer)[
+            "residual"
+        ]
 
     def capture_mlp(
-        self, ids_or_text: Any, config: MLPConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+        self,
+        ids_or_text: Any,
+        config: MLPConfig | None = None,
+        *,
+        attention_mask: Any = None,
+        allow_longer: bool = False,
     ) -> MLPCapture:
         """The MLP's projections, neurons and output."""
         return self._run(ids_or_text, {"mlp": config or MLPConfig()}, attention_mask, allow_longer)["mlp"]
 
     def capture_logits(
-        self, ids_or_text: Any, config: LogitConfig | None = None, *, attention_mask: Any = None, allow_longer: bool = False
+        self,
+        ids_or_text: Any,
+        config: LogitConfig | None = None,
+        *,
+        attention_mask: Any = None,
+        allow_longer: bool = False,
     ) -> LogitCapture:
         """The logit lens at every layer. With `top_k`, the full `[L, T, V]` is never held."""
         return self._run(ids_or_text, {"logits": config or LogitConfig()}, attention_mask, allow_longer)["logits"]
@@ -105,9 +129,7 @@ class LlamaAttentionAdapter:
             if not isinstance(config, Config):
                 raise TypeError(f"The {name} config is a {type(config).__name__}; the guide's configs are expected.")
         lens = _lens_plan(configs.get("logits"), model.config)
-        wanted = {
-            name: plan(config.specs(), model.config, batch.n_tokens) for name, config in configs.items()
-        }
+        wanted = {name: plan(config.specs(), model.config, batch.n_tokens) for name, config in configs.items()}
         tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
         values = _captured(model, tokens, mask, tuple(wanted.items()), lens)
         if batch.n_tokens != batch.tokens.shape[1]:
@@ -249,5 +271,3 @@ def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: d
             return LogitCapture(
                 **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight
             )
-
-

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 
 
-def get_default_device() -> jax.Device:
+def get_default_device() -> Any:
     """The device that arrays go to: an accelerator where JAX has one, else the CPU."""
     return jax.local_devices()[0]
 
 
-def find_device(device: Any = None) -> jax.Device:
+def find_device(device: Any = None) -> Any:
     """A `jax.Device` from a device, a platform's name (`"cpu"`, `"gpu"`, `"cuda"`, `"tpu"`), or None for the default."""
     if device is None:
         return get_default_device()

@@ -67,7 +67,7 @@ def load(
         for row in sorted(table, key=lambda row: -int(np.prod(row.shape))):
             sharding = place(row)
 
-            def read(index: tuple[slice, ...], row: Parameter = row) -> np.ndarray:
+            def read(index: Any, row: Parameter = row) -> np.ndarray:
                 return _read(row, index, stored, target, advance)
 
             params[row.name] = jax.make_array_from_callback(row.shape, sharding, read)
@@ -199,7 +199,9 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     files: dict[str, set[str]] = {}
     for tensor, name in items:
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise ValueError(f"{index} places {tensor!r} in {name!r}; shards must be plain file names in its own directory.")
+            raise ValueError(
+                f"{index} places {tensor!r} in {name!r}; shards must be plain file names in its own directory."
+            )
         files.setdefault(name, set()).add(tensor)
     return files
 
@@ -213,7 +215,9 @@ def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored:
         if found is None:
             problems.append(f"missing: {tensor} {list(row.stored)}")
         elif found.shape != row.stored:
-            problems.append(f"shape: {tensor} is {list(found.shape)} in {found.file.name}, config.json makes it {list(row.stored)}")
+            problems.append(
+                f"shape: {tensor} is {list(found.shape)} in {found.file.name}, config.json makes it {list(row.stored)}"
+            )
         elif found.dtype not in _FLOATS:
             problems.append(
                 f"dtype: {tensor} is {found.dtype} in {found.file.name}; only {', '.join(_FLOATS)} can be loaded"

@@ -189,9 +189,7 @@ class LlamaConfig:
         heads, width = sizes["num_attention_heads"], sizes["hidden_size"]
         kv_heads = read.integer("num_key_value_heads", default=heads)
         if heads and kv_heads and heads % kv_heads:
-            problems.append(
-                f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
-            )
+            problems.append(f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
         if fields.get("head_dim") is None and heads and width and width % heads:
             problems.append(f"hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
         head_dim = read.integer("head_dim", default=width // heads if width and heads else None)
@@ -336,7 +334,9 @@ def _read_rope(
             continue
         if name in ("short_factor", "long_factor"):
             if not (isinstance(value, list) and all(map(_is_number, value)) and len(value) == (head_dim or 0) // 2):
-                problems.append(f"{spelling}.{name} must be a list of head_dim/2 = {(head_dim or 0) // 2} positive numbers")
+                problems.append(
+                    f"{spelling}.{name} must be a list of head_dim/2 = {(head_dim or 0) // 2} positive numbers"
+                )
             else:
                 values[name] = tuple(float(v) for v in value)
         elif name == "truncate":
@@ -352,7 +352,9 @@ def _read_rope(
     if "factor" in optional and longest and values.get(_ORIGINAL):
         values.setdefault("factor", longest / values[_ORIGINAL])
     if values.get("low_freq_factor") and values.get("low_freq_factor") == values.get("high_freq_factor"):
-        problems.append(f"{spelling}: low_freq_factor and high_freq_factor are equal, so the ramp between them is undefined")
+        problems.append(
+            f"{spelling}: low_freq_factor and high_freq_factor are equal, so the ramp between them is undefined"
+        )
     if theta is not None and not _is_number(theta):
         problems.append(f"rope_theta is {theta!r}, and a positive number is expected")
         return None

@@ -46,7 +46,9 @@ def expand_kv(x: Float[Array, "... K T D"], config: LlamaConfig) -> Float[Array,
     """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if x.ndim < 3 or x.shape[-3] != kv_heads:
-        raise ValueError(f"expand_kv takes [..., K, T, D] with K = {kv_heads} key/value heads, and was given {x.shape}.")
+        raise ValueError(
+            f"expand_kv takes [..., K, T, D] with K = {kv_heads} key/value heads, and was given {x.shape}."
+        )
     return jnp.repeat(x, heads // kv_heads, axis=-3)
 
 
@@ -72,12 +74,12 @@ class RMSNorm(nnx.Module):
     def __init__(self, weight: Array):
         self.weight = nnx.Param(weight)
 
-    def scale(self, x: Float[Array, "T E"], eps: float) -> Float[Array, "T"]:
+    def scale(self, x: Float[Array, "T E"], eps: float) -> Float[Array, T]:
         """1 / √(mean(x²) + eps), float32."""
         wide = x.astype(jnp.float32)
         return jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
 
-    def __call__(self, x: Float[Array, "T E"], scale: Float[Array, "T"]) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "T E"], scale: Float[Array, T]) -> Float[Array, "T E"]:
         return self.weight[...][None, :] * (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
 
 
@@ -188,10 +190,12 @@ class Llama(nnx.Module):
         self.embed = nnx.Param(params["embed"])
         self.layers = Block(
             RMSNorm(params["layers.attn_norm.weight"]),
-            Attention(*(linear(f"layers.attn.{name}") for name in "qkvo")),
+            Attention(*[linear(f"layers.attn.{name}") for name in "qkvo"]),
             RMSNorm(params["layers.mlp_norm.weight"]),
             MLP(
-                *(linear(f"layers.mlp.{name}") for name in ("gate", "up", "down")),
+                linear("layers.mlp.gate"),
+                linear("layers.mlp.up"),
+                linear("layers.mlp.down"),
                 {name.removeprefix(act): value for name, value in params.items() if name.startswith(act)},
             ),
         )
@@ -253,7 +257,7 @@ class Llama(nnx.Module):
         return np.dtype(self.embed[...].dtype)
 
     @property
-    def device(self) -> jax.Device | jax.sharding.Sharding:
+    def device(self) -> Any:
         """The device that holds the model, or how its embedding is sharded where there are several."""
         devices = self.embed[...].devices()
         return next(iter(devices)) if len(devices) == 1 else self.embed[...].sharding
@@ -263,12 +267,12 @@ class Llama(nnx.Module):
         """Number of parameters, the embedding counted once where it is tied."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
-    def embed_tokens(self, tokens: Int[Array, "T"], tap: Tap) -> Float[Array, "T E"]:
+    def embed_tokens(self, tokens: Int[Array, T], tap: Tap) -> Float[Array, "T E"]:
         # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.
         rows = self.embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return tap("embed", rows)
 
-    def rotation(self, positions: Int[Array, "T"], length: Array | int) -> tuple[Array, Array]:
+    def rotation(self, positions: Int[Array, T], length: Array | int) -> tuple[Array, Array]:
         """Cosines and sines `[T, D/2]` of the rotary embedding at these positions of a prompt of `length` tokens."""
         return rotary(self.config, positions, length)
 

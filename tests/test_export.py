@@ -1,0 +1,39 @@
+"""The programs export for cpu, cuda and tpu, from any machine."""
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+from oculi_jax import SITES, CaptureSpec, forward
+from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler, Steer
+
+from .test_forward_laws import near
+from .tiny import prompt, tiny_llama
+
+PROGRAMS = {
+    "plain": lambda m, t, a: forward(m, t).logits,
+    "capturing": lambda m, t, a: forward(m, t, capture=(CaptureSpec(("pattern", "z"), layers=[2]), "resid_post")).activations,
+    "every site": lambda m, t, a: forward(m, t, capture=tuple(SITES)).activations,
+    "intervened": lambda m, t, a: forward(
+        m, t, (HeadAblation(1, 2), SpectraScaler(0, 1, a), AttentionKnockout(2, 0, -1, 0), Steer(1, np.ones(24), a)), logits="last"
+    ).logits,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_export_for_every_platform_and_run(name: str) -> None:
+    model, alpha = tiny_llama(), np.float32(1.5)
+    leaves, structure = jax.tree.flatten(model)
+
+    def program(leaves, tokens, alpha):
+        return PROGRAMS[name](jax.tree.unflatten(structure, leaves), tokens, alpha)
+
+    exported = export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))(leaves, prompt(), alpha)
+    assert {"cpu", "cuda", "tpu"} == set(exported.platforms) and exported.mlir_module()
+    for got, want in zip(
+        jax.tree.leaves(exported.call(leaves, prompt(), alpha)),
+        jax.tree.leaves(program(leaves, prompt(), alpha)),
+        strict=True,
+    ):
+        near(got, want, 1e-5)

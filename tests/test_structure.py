@@ -1,0 +1,110 @@
+"""Which way imports point, what importing does, and that the documents' names exist."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "oculi_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of modules that a file imports when it runs: not those for type checkers alone."""
+    module = path.relative_to(ROOT).with_suffix("").parts
+    package = module[:-1]
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            name = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            found.add(name)
+            found.update(f"{name}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def users_of(name: str) -> set[str]:
+    return {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        if any(found == name or found.startswith(f"{name}.") for found in imports(path))
+    }
+
+
+def test_only_the_doors_import_torch_and_transformers() -> None:
+    assert users_of("torch") <= {"backends/torch.py"}
+    assert users_of("transformers") == {"utils/tokens.py"}
+    assert users_of("matplotlib") <= {str(p.relative_to(PACKAGE)) for p in FILES if "visualize" in p.parts}
+
+
+# Room → what it may import of ours. `models/llama` is the model: it never sees edits or captures.
+ALLOWED = {
+    "sites.py": set(),
+    "fields.py": {"sites"},
+    "edits.py": {"fields"},
+    "intervention": {"intervention", "edits", "fields", "sites"},
+    "capture": {"capture", "sites", "utils"},
+    "forward.py": {"capture", "edits", "fields"},
+    "prompts.py": set(),
+    "models/llama": {"models.llama", "utils", "models.adapter"},
+    "models/adapter.py": {"capture", "forward", "models.llama", "prompts", "utils"},
+    "utils": {"utils"},
+}
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_arrows_point_one_way(room: str) -> None:
+    paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
+    for path in paths:
+        for name in imports(path):
+            if name.startswith("oculi_jax."):
+                inner = name.removeprefix("oculi_jax.")
+                assert any(inner == ok or inner.startswith(f"{ok}.") for ok in ALLOWED[room]), (path.name, name)
+    model = PACKAGE / "models" / "llama" / "model.py"
+    assert not any("adapter" in name for name in imports(model))
+
+
+def test_no_file_is_long() -> None:
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 420}
+    assert not long
+
+
+def test_importing_starts_no_backend_changes_no_setting_and_needs_no_transformers() -> None:
+    code = """
+import jax
+before = dict(jax.config.values)
+import oculi_jax, oculi_jax.models.llama, oculi_jax.intervention, oculi_jax.utils
+from jax._src import xla_bridge
+assert not xla_bridge._backends, xla_bridge._backends
+assert dict(jax.config.values) == before
+import sys
+assert not {"torch", "transformers", "matplotlib", "huggingface_hub"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_names_of_the_contract_are_where_it_says() -> None:
+    import oculi_jax
+    import oculi_jax.intervention as intervention
+    from oculi_jax.models import llama
+
+    for name in ("forward", "lens", "CaptureSpec", "CaptureConfig", "ResidualConfig", "MLPConfig", "LogitConfig", "save", "load",
+                 "AttentionCapture", "ResidualCapture", "MLPCapture", "LogitCapture", "capture_bytes"):  # fmt: skip
+        assert name in oculi_jax.__all__ and getattr(oculi_jax, name).__doc__
+    for name in intervention.__all__:
+        assert getattr(intervention, name).__doc__
+    assert {"Llama", "LlamaConfig", "LlamaAttentionAdapter"} <= set(llama.__all__)
