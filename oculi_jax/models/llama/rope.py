@@ -21,8 +21,13 @@ def _exponents(head_dim: int) -> np.ndarray:
     return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
+def _powers(theta: float, head_dim: int) -> np.ndarray:
+    """θ^(2i/D), correctly rounded to float32: one unit in the last place is 4e-6 radians at position 128."""
+    return (theta ** _exponents(head_dim).astype(np.float64)).astype(np.float32)
+
+
 def _default(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    return np.float32(1.0) / np.float32(rope.theta) ** _exponents(head_dim)
+    return np.float32(1.0) / _powers(rope.theta, head_dim)
 
 
 def _llama3(rope: RopeConfig, head_dim: int) -> np.ndarray:
@@ -52,7 +57,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
     high = high + 0.001 if low == high else high
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1).astype(np.float32)
     extrapolated = _default(rope, head_dim)
-    interpolated = np.float32(1.0) / (rope.factor * np.float32(rope.theta) ** _exponents(head_dim))
+    interpolated = np.float32(1.0) / (np.float32(rope.factor) * _powers(rope.theta, head_dim))
     return (interpolated * ramp + extrapolated * (1 - ramp)).astype(np.float32)
 
 
@@ -69,7 +74,7 @@ def _dynamic(config: LlamaConfig, length: Array | int) -> Array:
 def _longrope(config: LlamaConfig, length: Array | int) -> Array:
     """LongRoPE, Ding et al. (2024), arXiv:2402.13753: one set of factors up to the original context, one past it."""
     rope = config.rope
-    powers = np.float32(rope.theta) ** _exponents(config.head_dim)
+    powers = _powers(rope.theta, config.head_dim)
     short, long = (
         np.float32(1.0) / (np.asarray(factors, np.float32) * powers)
         for factors in (rope.short_factor, rope.long_factor)

