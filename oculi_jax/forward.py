@@ -35,9 +35,9 @@ class Output:
             element. 0 says that it never matched, or changed nothing.
     """
 
-    logits: Float[Array, "T V"] | Float[Array, V] | None
+    logits: Float[Array, "T V"] | Float[Array, "V"] | None
     activations: Mapping[str, Array]
-    applied: Int[Array, N]
+    applied: Int[Array, "N"]
 
     def __repr__(self) -> str:
         def shape(x: Any) -> str:
@@ -143,15 +143,15 @@ class _Taps:
             self.seen[site] = value
         return value
 
-    def counts(self) -> Int[Array, N]:
+    def counts(self) -> Int[Array, "N"]:
         return jnp.stack(self.changed).astype(jnp.int32) if self.changed else jnp.zeros(0, jnp.int32)
 
 
 @partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 def _forward(
     model: Llama,
-    tokens: Int[Array, T],
-    mask: Bool[Array, T] | None,
+    tokens: Int[Array, "T"],
+    mask: Bool[Array, "T"] | None,
     interventions: tuple[Any, ...],
     readings: tuple[Reading, ...],
     logits: str,
@@ -238,7 +238,7 @@ def _forward(
     return Output(out, activations, applied + outside.counts())
 
 
-def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, length: Any) -> Int[Array, N]:
+def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, length: Any) -> Int[Array, "N"]:
     """Where in the token array the given ranks among the real tokens lie."""
     ranks = jnp.asarray([p if p >= 0 else p + length for p in wanted])
     if mask is None:
@@ -249,11 +249,12 @@ def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, 
 def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array) -> Array:
     """Writes one layer's value into its slot of a carried buffer; a layer without one leaves it as it is."""
     slot = jnp.asarray(slots)[layer]
-    if (slots < 0).any():
-        kept = jax.lax.dynamic_index_in_dim(buffer, jnp.maximum(slot, 0), keepdims=False)
-        value = jnp.where(slot >= 0, value, kept)
-        slot = jnp.maximum(slot, 0)
-    return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+
+    def write() -> Array:
+        return jax.lax.dynamic_update_index_in_dim(buffer, value, slot, 0)
+
+    # A cond rather than a select, which would hold one value more beside the buffer.
+    return jax.lax.cond(slot >= 0, write, lambda: buffer) if (slots < 0).any() else write()
 
 
 def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: Any = None) -> Any:

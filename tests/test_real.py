@@ -17,26 +17,12 @@ from oculi_jax.intervention import ActivationPatch, HeadAblation
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 from oculi_jax.utils.tokens import load_tokenizer
 
+from .prompts import FRANCE, IOI, PROMPTS
 from .tolerances import assert_parity, parity
 
 pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).parents[1]
-FRANCE = "The capital of France is"
-IOI = "When Mary and John went to the store, {} gave a drink to"
-LONG = (
-    "The library at the end of the street had been closed for years, but every evening a light went on in the reading "
-    "room. Nobody in the village could say who lit it. The baker thought that it was the old librarian; the children "
-    "were sure that it was a ghost who missed her books. One autumn night Anna took a torch and a piece of bread, climbed "
-    "over the wall, and knocked at the tall green door, which opened before her hand had touched it a second time."
-)
-PROMPTS = [
-    FRANCE,
-    IOI.format("John"),
-    "def fib(n):\n    return n if n < 2 else fib(n - 1) +",
-    "Paris is to France as Rome is to",
-    LONG,
-]
 
 
 @pytest.fixture(scope="session")
@@ -98,8 +84,8 @@ def test_the_guides_shapes(adapter: LlamaAttentionAdapter) -> None:
 def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf, number: int) -> None:
     from .reference import reference_sites
 
-    ids = adapter.tokenizer.encode(PROMPTS[number])
-    padding = 5 if number == 3 else 0  # one of the five is padded on the left
+    text, padding = PROMPTS[number]
+    ids = adapter.tokenizer.encode(text)
     tokens, mask = np.array([0] * padding + ids), np.arange(padding + len(ids)) >= padding
     assert len(ids) >= 90 or number != 4
     out = forward(adapter.model, tokens, capture=tuple(SITES), mask=mask if padding else None)

@@ -74,12 +74,12 @@ class RMSNorm(nnx.Module):
     def __init__(self, weight: Array):
         self.weight = nnx.Param(weight)
 
-    def scale(self, x: Float[Array, "T E"], eps: float) -> Float[Array, T]:
+    def scale(self, x: Float[Array, "T E"], eps: float) -> Float[Array, "T"]:
         """1 / √(mean(x²) + eps), float32."""
         wide = x.astype(jnp.float32)
         return jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + eps)
 
-    def __call__(self, x: Float[Array, "T E"], scale: Float[Array, T]) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "T E"], scale: Float[Array, "T"]) -> Float[Array, "T E"]:
         return self.weight[...][None, :] * (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
 
 
@@ -267,12 +267,12 @@ class Llama(nnx.Module):
         """Number of parameters, the embedding counted once where it is tied."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
-    def embed_tokens(self, tokens: Int[Array, T], tap: Tap) -> Float[Array, "T E"]:
+    def embed_tokens(self, tokens: Int[Array, "T"], tap: Tap) -> Float[Array, "T E"]:
         # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.
         rows = self.embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return tap("embed", rows)
 
-    def rotation(self, positions: Int[Array, T], length: Array | int) -> tuple[Array, Array]:
+    def rotation(self, positions: Int[Array, "T"], length: Array | int) -> tuple[Array, Array]:
         """Cosines and sines `[T, D/2]` of the rotary embedding at these positions of a prompt of `length` tokens."""
         return rotary(self.config, positions, length)
 

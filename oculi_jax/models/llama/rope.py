@@ -82,7 +82,7 @@ def _longrope(config: LlamaConfig, length: Array | int) -> Array:
     return jnp.where(jnp.asarray(length) > rope.original_max_position_embeddings, long, short)  # type: ignore[operator]
 
 
-def inverse_frequencies(config: LlamaConfig, length: Array | int) -> Float[Array, D / 2] | np.ndarray:
+def inverse_frequencies(config: LlamaConfig, length: Array | int) -> Float[Array, "D/2"] | np.ndarray:
     """Radians per position for each pair of dimensions.
 
     Args:
@@ -123,7 +123,7 @@ def attention_factor(rope: RopeConfig) -> float:
     return 1.0
 
 
-def rotary(config: LlamaConfig, positions: Int[Array, T], length: Array | int) -> tuple[Array, Array]:
+def rotary(config: LlamaConfig, positions: Int[Array, "T"], length: Array | int) -> tuple[Array, Array]:
     """Cosines and sines `[T, D/2]`, float32, of the angles at each position."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, length))[None, :]
     scale = attention_factor(config.rope)
