@@ -44,7 +44,8 @@ class Output:
             return "None" if x is None else listing(getattr(x, "shape", ()))
 
         captured = ", ".join(f"{site} {shape(value)}" for site, value in self.activations.items())
-        return f"Output(logits {shape(self.logits)}, activations {{{captured}}}, applied {shape(self.applied)})"
+        applied = f", applied {shape(self.applied)}" if self.applied.shape != (0,) else ""
+        return f"Output(logits {shape(self.logits)}, activations {{{captured}}}{applied})"
 
 
 def forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,18 @@ def test_patching_a_whole_run_moves_the_answer(adapter: LlamaAttentionAdapter) -
     source = forward(model, clean, capture="resid_pre").activations["resid_pre"]
     patched = forward(model, corrupted, ActivationPatch("resid_pre", 12, source)).logits
     np.testing.assert_allclose(patched, forward(model, clean).logits, atol=2e-4)
+
+
+def test_the_readmes_example_runs(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    monkeypatch.chdir(ROOT)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(blocks[0], {})
+    printed = capsys.readouterr().out
+    assert "Output(logits [5, 49152], activations {pattern [30, 9, 5, 5], resid_post [30, 5, 576]})" in printed
+    assert "[1 1]" in printed and "FullCapture(" in printed
 
 
 def oculi(*arguments: str, cache: Path) -> subprocess.CompletedProcess:

@@ -108,3 +108,11 @@ def test_names_of_the_contract_are_where_it_says() -> None:
     for name in intervention.__all__:
         assert getattr(intervention, name).__doc__
     assert {"Llama", "LlamaConfig", "LlamaAttentionAdapter"} <= set(llama.__all__)
+
+
+def test_the_readmes_table_of_sites_is_the_table() -> None:
+    from oculi_jax import SITES
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for site in SITES.values():
+        assert f"| `{site.name}` | {site.shape} | {site.meaning} |" in readme
