@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from .capture.spec import Reading, plan
+from .capture.spec import Reading, at_positions, plan
 from .edits import Edit, apply_edit
 from .fields import Frame, canonical, listing, on_device
 
@@ -86,7 +86,8 @@ def forward(
     mask = _check_mask(mask, tokens.shape[0])
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
     edits = canonical(interventions, frame)
-    readings = plan(capture, config, tokens.shape[0])
+    n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
+    readings = plan(capture, config, n_real)
     return _forward(model, tokens, mask, edits, readings, logits, bool(remat))
 
 
@@ -178,9 +179,7 @@ def _forward(
 
     def read(reading: Reading, value: Array) -> Array:
         if reading.positions is not None:
-            value = jnp.take(
-                value, _token_index(reading.positions, positions, mask, length), axis=reading.site.axes.index("T")
-            )
+            value = at_positions(value, reading.site.axes.index("T"), reading.positions, mask)
         return value if reading.dtype is None else value.astype(reading.dtype)
 
     outside = taps(None)
@@ -230,21 +229,13 @@ def _forward(
     if whole:
         normalised = model.normalise(resid, outside)
         if logits == "last":
-            out = model.logits(normalised[_token_index((-1,), positions, mask, length)[0]])
+            out = model.logits(at_positions(normalised, 0, (-1,), mask)[0])
         elif logits == "all":
             out = model.logits(normalised)
     activations = {
         r.site.name: buffers[r.site.name] if r.site.layered else read(r, outside.seen[r.site.name]) for r in readings
     }
     return Output(out, activations, applied + outside.counts())
-
-
-def _token_index(wanted: tuple[int, ...], positions: Array, mask: Array | None, length: Any) -> Int[Array, "N"]:
-    """Where in the token array the given ranks among the real tokens lie."""
-    ranks = jnp.asarray([p if p >= 0 else p + length for p in wanted])
-    if mask is None:
-        return ranks
-    return jnp.argmax((positions[None, :] == ranks[:, None]) & mask[None, :], axis=1)
 
 
 def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array) -> Array:

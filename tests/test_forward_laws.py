@@ -222,3 +222,13 @@ def test_gradients_flow_through_captures_of_some_layers() -> None:
     some, whole = jax.grad(loss)(model, (0, 2)), jax.grad(loss)(model, None)
     for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(whole), strict=True):
         near(a, b, 1e-3)
+
+
+def test_positions_that_a_padded_prompt_does_not_have_are_refused_or_nan() -> None:
+    model, mask = tiny_llama(), np.arange(11) < 7
+    spec = CaptureSpec(("resid_mid", "allowed"), positions=(6, 7))
+    with pytest.raises(ValueError, match="the prompt has 7 tokens"):
+        forward(model, prompt(), capture=spec, mask=mask)
+    out = jax.jit(lambda mask: forward(model, prompt(), capture=spec, mask=mask).activations)(mask)
+    assert np.isfinite(out["resid_mid"][:, 0]).all() and np.isnan(out["resid_mid"][:, 1]).all()
+    assert not out["allowed"][:, :, 1].any()

@@ -56,7 +56,7 @@ ARGUMENTS = {
     "no layers": (dict(capture=CaptureSpec("z", layers=[])), ValueError, "layers is empty"),
     "float layer": (dict(capture=CaptureSpec("z", layers=[1.0])), TypeError, "sequence of integers"),
     "no layer axis": (dict(capture=CaptureSpec("embed", layers=[1])), ValueError, "'embed' occurs once"),
-    "position": (dict(capture=CaptureSpec("z", positions=[11])), ValueError, r"positions is \[11\], and the prompt has 11"),
+    "position": (dict(capture=CaptureSpec("z", positions=[11])), ValueError, r"positions is \[11\], but the prompt has 11 tokens"),
     "capture dtype": (dict(capture=CaptureSpec("z", dtype="int8")), ValueError, "int8, and a floating-point"),
     "capture dtype name": (dict(capture=CaptureSpec("z", dtype="float33")), ValueError, "'float33', which is not a dtype"),
     "capture type": (dict(capture=3), TypeError, "capture is 3"),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ..sites import SITES, Site, unknown_site
 
@@ -51,6 +52,30 @@ class Reading:
         return (*((len(self.layers),) if self.site.layered else ()), *inner)
 
 
+def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: Array | None) -> Array:
+    """Entries of a token axis at the given ranks among the real tokens, negative ones from the last.
+
+    Args:
+        value: any array with a token axis.
+        axis: which one that is.
+        positions: the ranks.
+        mask: bool `[T]`, True at real tokens; None where all are.
+
+    Returns:
+        `value` with `len(positions)` entries on that axis; NaN (False in a bool array) where there is no such token.
+    """
+    if mask is None:
+        return jnp.take(value, np.array(positions) % value.shape[axis], axis=axis)
+    rank = jnp.cumsum(mask) - 1
+    wanted = jnp.asarray(positions)
+    wanted = jnp.where(wanted < 0, wanted + rank[-1] + 1, wanted)
+    match = (rank[None, :] == wanted[:, None]) & mask[None, :]
+    found = match.any(axis=1).reshape(-1, *(1,) * (value.ndim - axis - 1))
+    missing = False if value.dtype == bool else jnp.nan
+    taken = jnp.take(value, match.argmax(axis=1), axis=axis)
+    return jnp.where(jnp.broadcast_to(jnp.expand_dims(found, tuple(range(axis))), taken.shape), taken, missing)
+
+
 def integers(values: Any, what: str) -> tuple[int, ...]:
     """A tuple of ints from any sequence of them (ranges and NumPy arrays too)."""
     if isinstance(values, int | np.integer):
@@ -80,13 +105,13 @@ def check_layers(layers: Any, config: LlamaConfig, what: str = "layers") -> tupl
     return chosen
 
 
-def plan(capture: Any, config: LlamaConfig, n_tokens: int) -> tuple[Reading, ...]:
+def plan(capture: Any, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
     """What `forward`'s `capture` argument asks for, checked and in canonical form.
 
     Args:
         capture: a site name, a `CaptureSpec`, or a list or tuple of those.
         config: the model's config.
-        n_tokens: `T`.
+        n_real: how many real tokens the prompt has, which positions are checked against.
     """
     if isinstance(capture, str | CaptureSpec):
         capture = (capture,)
@@ -99,8 +124,11 @@ def plan(capture: Any, config: LlamaConfig, n_tokens: int) -> tuple[Reading, ...
         if not isinstance(spec, CaptureSpec):
             raise TypeError(f"capture holds {spec!r}; give site names, a CaptureSpec, or a tuple of those.")
         positions = None if spec.positions is None else integers(spec.positions, "CaptureSpec.positions")
-        if positions is not None and not all(-n_tokens <= p < n_tokens for p in positions):
-            problems.append(f"CaptureSpec.positions is {list(positions)}, and the prompt has {n_tokens} tokens.")
+        if positions is not None and not all(-n_real <= p < n_real for p in positions):
+            problems.append(
+                f"CaptureSpec.positions is {list(positions)}, but the prompt has {n_real} tokens: positions are 0 to "
+                f"{n_real - 1}, or −1 to −{n_real} from the end."
+            )
         if positions == ():
             problems.append("CaptureSpec.positions is empty; leave it out for all positions.")
         try:

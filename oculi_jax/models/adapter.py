@@ -12,7 +12,7 @@ from jax import Array
 
 from .. import prompts
 from ..capture.configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
-from ..capture.spec import CaptureSpec, Reading, check_layers, plan
+from ..capture.spec import CaptureSpec, Reading, at_positions, check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 from ..forward import forward
 from ..utils import tokens as token_utils
@@ -129,7 +129,8 @@ class LlamaAttentionAdapter:
             if not isinstance(config, Config):
                 raise TypeError(f"The {name} config is a {type(config).__name__}; the guide's configs are expected.")
         lens = _lens_plan(configs.get("logits"), model.config)
-        wanted = {name: plan(config.specs(), model.config, batch.n_tokens) for name, config in configs.items()}
+        shortest = int(batch.mask.sum(axis=1).min())
+        wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
         tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
         values = _captured(model, tokens, mask, tuple(wanted.items()), lens)
         if batch.n_tokens != batch.tokens.shape[1]:
@@ -196,10 +197,7 @@ def _select(value: Array, spec: CaptureSpec, reading: Reading, mask: Array) -> A
     if spec.layers is not None and tuple(spec.layers) != reading.layers:
         value = value[np.array([list(spec.layers).index(layer) for layer in reading.layers])]
     if reading.positions is not None and spec.positions is None:
-        ranks = jnp.array(reading.positions)
-        ranks = jnp.where(ranks < 0, ranks + mask.sum(), ranks)
-        index = jnp.argmax(((jnp.cumsum(mask) - 1)[None, :] == ranks[:, None]) & mask[None, :], axis=1)
-        value = jnp.take(value, index, axis=1 + reading.site.axes.index("T"))
+        value = at_positions(value, 1 + reading.site.axes.index("T"), reading.positions, mask)
     return value if reading.dtype is None else value.astype(reading.dtype)
 
 
