@@ -15,7 +15,8 @@ from .capture import (
     load,
     save,
 )
-from .forward import Output, forward, lens
+from .forward import Output, forward
+from .lens import lens
 from .sites import SITES, Site, find_site
 
 __version__ = "0.1.0"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,6 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from .fields import Anything, Index, Mask, Values, field, owner_site, pytree
-
-if TYPE_CHECKING:
-    from .models.llama.config import LlamaConfig
 
 OPS = ("set", "add", "scale", "apply")
 
@@ -41,7 +38,8 @@ class Edit:
         value: broadcasts to the site's axes; for `apply` any pytree of arrays (in the dense form, leaves with axes lead
             with `L`).
         fn: for `apply`, `fn(x, value) → x` of the same shape: anything JAX can trace. Static: a new function is a new
-            program.
+            program. Rows of the last axis that `mask` leaves alone are constants to it: an `fn` that mixes rows gets no
+            gradient through those.
     """
 
     site: str = field(None)
@@ -61,17 +59,18 @@ class Edit:
         if self.site == "allowed" and self.op != "set":
             raise ValueError(f"'allowed' is a table of yes and no: it can be 'set', not {self.op!r}.")
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def edits(self, sizes: Mapping[str, int]) -> tuple[Edit, ...]:
         return (self,)
 
 
-def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None) -> Array:
+def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None, real: Bool[Array, "T"] | None) -> Array:
     """The value of a site after one edit.
 
     Args:
         edit: in canonical form.
         x: the site's value at this layer.
         layer: the layer that runs; None for a site outside the layers.
+        real: True at real tokens; padding is never edited, so that nothing of it can reach them. None where all are.
     """
     mask, value = edit.mask, edit.value
     here: Bool[Array, ""] | None = None
@@ -84,13 +83,17 @@ def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None) -> Array:
     if here is not None:
         chosen = chosen & here
     chosen = _broadcast(chosen, x)
+    if real is not None:
+        real = _broadcast(real.reshape(-1, *(1,) * (x.ndim - 1 - owner_site(edit).axes.index("T"))), x)
+        chosen = chosen & real
     if edit.op == "apply":
         assert edit.fn is not None
+        # Where the edit is off, nothing may flow back through fn: its derivative there may be infinite.
+        x_in = _only_if(jnp.any(chosen, axis=-1, keepdims=True), x)
+        if real is not None:  # z of padding is exactly zero, where a norm or a logarithm has no derivative
+            x_in = jnp.where(real, x_in, jnp.ones_like(x_in))
         if here is not None:
-            # Where the edit is off, nothing may flow back through fn: its derivative there may be infinite.
-            x_in, value = jax.tree.map(lambda leaf: _only_if(here, leaf), (x, value))
-        else:
-            x_in = x
+            value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
         new = edit.fn(x_in, value)
         if jnp.shape(new) != x.shape:
             raise ValueError(
@@ -116,4 +119,4 @@ def _broadcast(value: Array, x: Array) -> Array:
 
 def _only_if(here: Array, leaf: Any) -> Array:
     leaf = jnp.asarray(leaf)
-    return jnp.where(here, leaf, jax.lax.stop_gradient(leaf))
+    return jnp.where(_broadcast(here, leaf), leaf, jax.lax.stop_gradient(leaf))

@@ -8,83 +8,20 @@ positions a bool `[T]`, and an array has its site's dtype: so numbers of any Pyt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
+from .frame import Frame, as_array, listing, on_device
 from .sites import SITES, Site, unknown_site
-
-if TYPE_CHECKING:
-    from .models.llama.config import LlamaConfig
 
 T = TypeVar("T")
 
 WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residual dimensions", "F": "neurons",
          "D": "head dimensions", "T": "tokens", "S": "key positions"}  # fmt: skip
-
-
-def on_device(value: Any) -> bool:
-    """Whether a value is a JAX array or tracer, which is checked by shape and dtype alone."""
-    return isinstance(value, jax.Array)
-
-
-def known(value: Any) -> bool:
-    """Whether the host may look at the numbers."""
-    return not on_device(value)
-
-
-def listing(shape: Sequence[object]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What the run fixes that interventions are checked against.
-
-    Attributes:
-        config: the model's config.
-        dtype: the dtype of its residual stream.
-        n_tokens: `T`, padding included.
-        mask: which tokens are real, bool `[T]`; None where all are.
-    """
-
-    config: LlamaConfig
-    dtype: np.dtype
-    n_tokens: int
-    mask: np.ndarray | Array | None
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {**self.config.sizes, "T": self.n_tokens, "S": self.n_tokens}
-
-    def axes(self, site: Site) -> list[int]:
-        return [self.sizes[letter] for letter in site.axes]
-
-    def site_dtype(self, site: Site) -> np.dtype:
-        if site.name == "allowed":
-            return np.dtype(bool)
-        return np.dtype(np.float32) if site.name == "scores" or site.name.endswith("_scale") else self.dtype
-
-    def positions(self, ranks: np.ndarray | Array, where: str) -> np.ndarray | Array:
-        """bool `[T]`, true at the given ranks among the real tokens; a negative rank counts from the last."""
-        mask = self.mask
-        if mask is None:
-            mask = np.ones(self.n_tokens, bool)
-        xp = np if known(mask) and known(ranks) else jnp
-        real = xp.cumsum(mask) - 1  # the rank of each token among the real ones
-        n_real = xp.sum(mask)
-        if xp is np and not np.all((ranks >= -n_real) & (ranks < n_real)):
-            raise ValueError(
-                f"{where} is {ranks.tolist()}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
-                f"or −1 to −{n_real} from the end."
-            )
-        wanted = xp.reshape(xp.where(ranks < 0, ranks + n_real, ranks), (-1, 1))
-        return xp.any((real[None, :] == wanted) & mask[None, :], axis=0)
 
 
 class Kind:
@@ -144,12 +81,12 @@ class Index(Kind):
             raise TypeError(f"{where} is None, and an integer is needed.")
         assert letter is not None
         size = frame.sizes[letter]
-        if on_device(value):
-            if not jnp.issubdtype(value.dtype, jnp.integer):
-                raise TypeError(f"{where} is an array of {value.dtype}, and integers are needed.")
-            _refuse_axes(value.shape, where)
-            return jax.lax.convert_element_type(value, np.int32)
-        array = np.asarray(value)
+        array = as_array(value)
+        if on_device(array):
+            if not jnp.issubdtype(array.dtype, jnp.integer):
+                raise TypeError(f"{where} is an array of {array.dtype}, and integers are needed.")
+            _refuse_axes(array.shape, where)
+            return jax.lax.convert_element_type(array, np.int32)
         if isinstance(value, bool) or array.dtype.kind not in "iu":
             raise TypeError(f"{where} is {value!r}, and an integer is needed.")
         _refuse_axes(array.shape, where)
@@ -165,20 +102,22 @@ class Strength(Kind):
     positive: bool = False
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        if on_device(value):
-            if not jnp.issubdtype(value.dtype, jnp.number) or jnp.issubdtype(value.dtype, jnp.complexfloating):
-                raise TypeError(f"{where} is an array of {value.dtype}, and a number is needed.")
-            _refuse_axes(value.shape, where)
-            return jax.lax.convert_element_type(value, np.float32)
-        array = np.asarray(value)
-        if isinstance(value, bool) or array.dtype.kind not in "iuf":
+        array = as_array(value)
+        if on_device(array):
+            if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
+                raise TypeError(f"{where} is an array of {array.dtype}, and a number is needed.")
+            _refuse_axes(array.shape, where)
+            return jax.lax.convert_element_type(array, np.float32)
+        if isinstance(value, bool) or not _is_real(array):
             raise TypeError(f"{where} is {value!r}, and a number is needed.")
         _refuse_axes(array.shape, where)
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         if not np.isfinite(array):
-            raise ValueError(f"{where} is {array}, and a finite number is needed.")
+            raise ValueError(f"{where} is {value}, and a number that is finite in float32 is needed.")
         if self.positive and not array > 0:
-            raise ValueError(f"{where} is {array}, and must be above 0 (1 changes nothing).")
-        return array.astype(np.float32)
+            raise ValueError(f"{where} is {value}, and must be above 0 (1 changes nothing).")
+        return array
 
 
 @dataclass(frozen=True)
@@ -195,7 +134,7 @@ class Positions(Kind):
             if self.optional:
                 return np.ones(frame.n_tokens, bool)
             raise TypeError(f"{where} is None, and a position is needed.")
-        array = value if on_device(value) else np.asarray(value)
+        array = as_array(value)
         if array.dtype == bool:
             if array.shape != (frame.n_tokens,):
                 raise ValueError(
@@ -238,7 +177,15 @@ class Values(Kind):
         if getattr(owner, "head", None) is not None and site.head_axis:
             axes = axes[1:]
         dense = site.layered and getattr(owner, "layer", None) is None
-        return _fit(value, axes, frame, frame.site_dtype(site), where, site, lead="must" if dense else self.per_layer)
+        return _fit(
+            value,
+            axes,
+            frame,
+            frame.site_dtype(site),
+            where,
+            site,
+            lead="must" if dense else self.per_layer and site.layered,
+        )
 
 
 @dataclass(frozen=True)
@@ -247,7 +194,8 @@ class Mask(Kind):
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         site = owner_site(owner)
-        dtype = np.dtype(value.dtype if on_device(value) else np.asarray(value).dtype)
+        value = as_array(value)
+        dtype = np.dtype(value.dtype)
         if dtype != np.dtype(bool):
             raise TypeError(f"{where} has dtype {dtype}, and bool is needed.")
         dense = site.layered and owner.layer is None
@@ -262,7 +210,7 @@ class Table(Kind):
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         want = tuple(frame.sizes[letter] for letter in self.letters)
-        array = value if on_device(value) else np.asarray(value)
+        array = as_array(value)
         if array.shape != want:
             raise ValueError(
                 f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed."
@@ -271,27 +219,49 @@ class Table(Kind):
 
 
 @dataclass(frozen=True)
-class Anything(Kind):
-    """Any pytree of arrays, for an `apply` edit's own function."""
+class Direction(Values):
+    """A value whose last axis is a direction: of any length but zero."""
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        array = super().canonical(value, owner, frame, where)
+        if not on_device(array) and (np.abs(np.atleast_1d(array).astype(np.float64)).max(axis=-1) == 0).any():
+            raise ValueError(f"{where} is zero, and a direction of some length is needed.")
+        return array
+
+
+@dataclass(frozen=True)
+class Anything(Kind):
+    """Any pytree of arrays, for an `apply` edit's own function; leaves with axes lead with `L` in the dense form."""
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        n_layers = frame.sizes["L"] if owner_site(owner).layered and owner.layer is None else None
+
         def leaf(x: Any) -> Any:
+            array = x if on_device(x) else np.asarray(x)
+            if n_layers is not None and array.shape and array.shape[0] != n_layers:
+                raise ValueError(
+                    f"{where} holds an array {listing(array.shape)}; acting at every layer, it must be a scalar or lead "
+                    f"with L = {n_layers}."
+                )
             if on_device(x):
                 return x
-            array = np.asarray(x)
-            if array.dtype.kind not in "biuf" and array.dtype != jnp.bfloat16:
+            if array.dtype == bool or array.dtype == jnp.bfloat16:
+                return array
+            if array.dtype.kind == "f":
+                return _cast(array, np.dtype(np.float32), where)
+            if array.dtype.kind not in "iu":
                 raise TypeError(f"{where} holds {x!r}, which is not an array of numbers.")
-            if array.dtype.kind == "f" and np.isnan(array).any():
-                raise ValueError(f"{where} holds NaN.")
-            small = {"i": np.int32, "u": np.int32, "f": np.float32}
-            return array.astype(small[array.dtype.kind]) if array.dtype.kind in small else array
+            small = array.astype(np.int32)
+            if not np.array_equal(small, array):
+                raise ValueError(f"{where} holds {np.abs(array).max()}, which int32 cannot hold.")
+            return small
 
         return jax.tree.map(leaf, value)
 
 
 def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str, site: Site, lead: bool | str) -> Any:
     """Checks that `value` broadcasts to `axes`, perhaps after a leading `L`, and casts it."""
-    array = value if on_device(value) else np.asarray(value)
+    array = as_array(value)
     shape = array.shape
     inner = shape
     if shape and (lead == "must" or (lead and len(shape) == len(axes) + 1)):
@@ -316,11 +286,21 @@ def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str,
 def _cast(array: Any, dtype: np.dtype, where: str) -> Any:
     if on_device(array):
         return jax.lax.convert_element_type(array, dtype)
-    if array.dtype.kind not in "biuf" and array.dtype.name not in ("bfloat16", "float16"):
+    if array.dtype != np.dtype(bool) and not _is_real(array):
         raise TypeError(f"{where} has dtype {array.dtype}, and numbers are needed.")
-    if array.dtype.kind != "b" and np.isnan(array.astype(np.float32)).any():
-        raise ValueError(f"{where} holds NaN.")
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        wide = array.astype(np.float64)
+        if np.isnan(wide).any():
+            raise ValueError(f"{where} holds NaN.")
+        cast = array.astype(dtype)
+        if dtype.kind != "b" and (np.isinf(cast.astype(np.float64)) & np.isfinite(wide)).any():
+            raise ValueError(f"{where} holds {np.abs(wide).max():.3g}, which {dtype} cannot hold.")
+    return cast
+
+
+def _is_real(array: np.ndarray) -> bool:
+    """Whether an array holds integers or floating-point numbers, bfloat16 among them."""
+    return array.dtype.kind in "iuf" or array.dtype == jnp.bfloat16
 
 
 def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:
@@ -352,6 +332,10 @@ def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
             raise TypeError(f"interventions[{number}] is a {type(intervention).__name__}, not an intervention.")
         name = type(intervention).__name__
         where = name if len(interventions) == 1 else f"{name} (number {number})"
+        if not all("kind" in item.metadata for item in dataclasses.fields(intervention)):
+            raise TypeError(
+                f"{where} has fields that oculi_jax.fields.field did not declare; lower it to Edits yourself."
+            )
         try:
             getattr(intervention, "check", lambda: None)()
             if hasattr(intervention, "site"):

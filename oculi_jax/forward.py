@@ -1,4 +1,4 @@
-"""`forward`, the one pure function: a model, tokens and interventions in; logits and activations out. And `lens`."""
+"""`forward`, the one pure function: a model, tokens and interventions in; logits and activations out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 
 from .capture.spec import Reading, at_positions, plan
 from .edits import Edit, apply_edit
-from .fields import Frame, canonical, listing, on_device
+from .fields import canonical
+from .frame import Frame, as_array, listing, on_device
 
 if TYPE_CHECKING:
     from .models.llama.model import Llama
@@ -82,7 +83,7 @@ def forward(
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
     config = model.config
-    tokens = _check_tokens(tokens, config.vocab_size)
+    tokens = check_tokens(tokens, config.vocab_size)
     mask = _check_mask(mask, tokens.shape[0])
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
     edits = canonical(interventions, frame)
@@ -91,8 +92,9 @@ def forward(
     return _forward(model, tokens, mask, edits, readings, logits, bool(remat))
 
 
-def _check_tokens(tokens: Any, vocab_size: int) -> Any:
-    array = tokens if on_device(tokens) else np.asarray(tokens)
+def check_tokens(tokens: Any, vocab_size: int) -> Any:
+    """Ids `[T]` as int32, checked by value where the host can see them."""
+    array = as_array(tokens)
     if array.ndim != 1:
         hint = " Map forward over a batch with jax.vmap." if array.ndim == 2 else ""
         raise ValueError(f"tokens has shape {listing(array.shape)}, and one sequence [T] is needed.{hint}")
@@ -113,7 +115,7 @@ def _check_tokens(tokens: Any, vocab_size: int) -> Any:
 def _check_mask(mask: Any, n_tokens: int) -> Any:
     if mask is None:
         return None
-    array = mask if on_device(mask) else np.asarray(mask)
+    array = as_array(mask)
     if array.shape != (n_tokens,):
         raise ValueError(f"mask has shape {listing(array.shape)}, and tokens [{n_tokens}].")
     if array.dtype != bool:
@@ -131,15 +133,22 @@ class _Taps:
         changed: one bool for each intervention: whether it changed an element here.
     """
 
-    def __init__(self, edits: list[tuple[int, Edit]], wanted: set[str], n_interventions: int, layer: Array | None):
-        self.edits, self.wanted, self.layer = edits, wanted, layer
+    def __init__(
+        self,
+        edits: list[tuple[int, Edit]],
+        wanted: set[str],
+        n_interventions: int,
+        real: Array | None,
+        layer: Array | None,
+    ):
+        self.edits, self.wanted, self.real, self.layer = edits, wanted, real, layer
         self.seen: dict[str, Array] = {}
         self.changed: list[Array] = [jnp.zeros((), bool)] * n_interventions
 
     def __call__(self, site: str, value: Array) -> Array:
         for number, edit in self.edits:
             if edit.site == site:
-                before, value = value, apply_edit(edit, value, self.layer)
+                before, value = value, apply_edit(edit, value, self.layer, self.real)
                 self.changed[number] = self.changed[number] | jnp.any(value != before)
         if site in self.wanted:
             self.seen[site] = value
@@ -161,17 +170,19 @@ def _forward(
 ) -> Output:
     config = model.config
     n_tokens = tokens.shape[0]
-    edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(config)]
+    sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}
+    edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(sizes)]
     wanted = {reading.site.name for reading in readings}
 
     def taps(layer: Array | None) -> _Taps:
-        return _Taps(edits, wanted, len(interventions), layer)
+        return _Taps(edits, wanted, len(interventions), mask, layer)
 
     if mask is None:
         positions, length = jnp.arange(n_tokens), n_tokens
     else:
         positions = jnp.maximum(jnp.cumsum(mask) - 1, 0)
         length = jnp.sum(mask)
+        tokens = jnp.where(mask, tokens, 0)  # whatever stands in for padding, be it no token at all
     rotation = model.rotation(positions, length)
     allowed = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
     if mask is not None:
@@ -247,50 +258,3 @@ def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array) -> Arra
 
     # A cond rather than a select, which would hold one value more beside the buffer.
     return jax.lax.cond(slot >= 0, write, lambda: buffer) if (slots < 0).any() else write()
-
-
-def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: Any = None) -> Any:
-    """The logit lens: the final norm, then the unembedding, of any point of the residual stream (nostalgebraist 2020).
-
-    Args:
-        model: a `Llama`.
-        resid: `[..., E]`.
-        top_k: return only the k largest logits and their token ids; `[..., V]` is never held for more than one row of the
-            leading axis at a time.
-        tokens: return only the logits of these ids `[N]`; the others are not computed.
-
-    Returns:
-        float32 logits `[..., V]`; with `top_k`, `(logits, ids)`, each `[..., k]`; with `tokens`, logits `[..., N]`.
-    """
-    config = model.config
-    resid = jnp.asarray(resid)
-    if resid.ndim == 0 or resid.shape[-1] != config.hidden_size:
-        raise ValueError(
-            f"resid has shape {listing(resid.shape)}, and [..., E] with E = {config.hidden_size} is needed."
-        )
-    if top_k is not None and tokens is not None:
-        raise ValueError("Give either top_k or tokens.")
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(f"top_k is {top_k}, and must be 1 to {config.vocab_size}.")
-    if tokens is not None:
-        tokens = _check_tokens(np.atleast_1d(tokens) if not on_device(tokens) else tokens, config.vocab_size)
-    return _lens(model, resid, top_k, tokens)
-
-
-@partial(jax.jit, static_argnums=(2,), inline=True)
-def _lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -> Any:
-    rows = resid.reshape(-1, 1, resid.shape[-1]) if resid.ndim < 3 else resid.reshape(-1, *resid.shape[-2:])
-    lead = resid.shape[:-1]
-
-    def one(row: Array) -> Any:
-        normalised = model.normalise(row, lambda _, value: value)
-        if tokens is not None:
-            return jnp.einsum(
-                "te,ne->tn", normalised, model.lm_head.weight[tokens],
-                precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
-            )  # fmt: skip
-        logits = model.logits(normalised)
-        return logits if top_k is None else jax.lax.top_k(logits, top_k)
-
-    out = one(rows.reshape(-1, rows.shape[-1])) if top_k is None else jax.lax.map(one, rows)
-    return jax.tree.map(lambda x: x.reshape(*lead, x.shape[-1]), out)

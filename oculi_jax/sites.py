@@ -23,7 +23,8 @@ class Site:
         meaning: one line for people.
         layered: whether it occurs once in every layer, or once in the whole pass.
         guide: the guide's name for it, empty where it has none.
-        aliases: names in other tools; `{}` stands for the layer.
+        aliases: names in other tools for the same value; `{}` stands for the layer.
+        dtype: `"float32"`, `"bool"`, or `"model"` for the dtype of the model.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Site:
     layered: bool = True
     guide: str = ""
     aliases: tuple[str, ...] = ()
+    dtype: str = "model"
 
     @property
     def head_axis(self) -> str | None:
@@ -45,7 +47,8 @@ class Site:
 
 
 def _site(name: str, axes: str, meaning: str, *, layered: bool = True, guide: str = "", aliases: str = "") -> Site:
-    return Site(name, tuple(axes.split()), meaning, layered, guide, tuple(aliases.split()))
+    dtype = "bool" if name == "allowed" else "float32" if name == "scores" or name.endswith("_scale") else "model"
+    return Site(name, tuple(axes.split()), meaning, layered, guide, tuple(aliases.split()), dtype)
 
 
 SITES: dict[str, Site] = {
@@ -72,7 +75,7 @@ SITES: dict[str, Site] = {
               aliases="blocks.{}.attn.hook_rot_k"),
         _site("v", "K T D", "values", guide="values",
               aliases="blocks.{}.attn.hook_v model.layers.{}.self_attn.v_proj"),
-        _site("scores", "H T S", "q·k/√D, before mask and softmax", aliases="blocks.{}.attn.hook_attn_scores"),
+        _site("scores", "H T S", "q·k/√D, before mask and softmax"),
         _site("allowed", "H T S", "which keys a query may look at (bool): causal, and neither side padding"),
         _site("pattern", "H T S", "softmax over the allowed keys; rows sum to 1", guide="patterns",
               aliases="blocks.{}.attn.hook_pattern"),
@@ -97,7 +100,7 @@ SITES: dict[str, Site] = {
               aliases="blocks.{}.hook_resid_post model.layers.{}"),
         _site("final_scale", "T", "reciprocal root mean square of the final norm", layered=False),
         _site("final_norm", "T E", "after the final RMSNorm", layered=False,
-              aliases="ln_final.hook_normalized model.norm"),
+              aliases="model.norm"),
     )
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from oculi_jax.models.llama import Llama
@@ -207,9 +208,9 @@ def test_a_save_that_fails_leaves_what_was_there(single: Path, monkeypatch: pyte
 
     def fail(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+        raise SafetensorError("disk full")
 
-    monkeypatch.setattr("oculi_jax.models.llama.checkpoint.save_file", fail)
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         tiny_llama(seed=1, attention_bias=True).save_pretrained(single)
     assert {path.name: path.read_bytes() for path in single.iterdir()} == before

@@ -10,6 +10,7 @@ from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScale
 
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
+from .tolerances import ROUNDING
 
 PROGRAMS = {
     "plain": lambda m, t, a: forward(m, t).logits,
@@ -36,4 +37,4 @@ def test_programs_export_for_every_platform_and_run(name: str) -> None:
         jax.tree.leaves(program(leaves, prompt(), alpha)),
         strict=True,
     ):
-        near(got, want, 1e-5)
+        near(got, want, ROUNDING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    DirectionAblation,
     Edit,
     HeadAblation,
     HeadMask,
@@ -83,7 +86,7 @@ INTERVENTIONS = {
     "bool head": (HeadAblation(1, True), TypeError, "head is True, and an integer"),
     "device float layer": (HeadAblation(jnp.float32(1), 0), TypeError, "array of float32, and integers"),
     "none": (HeadAblation(None, 0), TypeError, "layer is None"),
-    "nan": (SpectraScaler(0, 0, NAN), ValueError, "alpha is nan, and a finite"),
+    "nan": (SpectraScaler(0, 0, NAN), ValueError, "alpha is nan, and a number that is finite"),
     "negative alpha": (SpectraScaler(0, 0, -1.5), ValueError, "alpha is -1.5, and must be above 0"),
     "zero alpha": (SpectraScaler(0, 0, 0), ValueError, "must be above 0"),
     "text alpha": (SpectraScaler(0, 0, "2"), TypeError, "alpha is '2', and a number"),
@@ -112,6 +115,18 @@ INTERVENTIONS = {
     "outside": (Edit("embed", "add", 0, value=1.0), ValueError, "'embed' occurs once, outside the layers: use None"),
     "allowed": (Edit("allowed", "add", 0, value=1.0), ValueError, "it can be 'set', not 'add'"),
     "fn shape": (Edit("z", "apply", 0, fn=lambda x, v: x[0]), ValueError, r"returned shape \[11, 6\]"),
+    "dense apply": (
+        Edit("resid_mid", "apply", None, value={"a": np.arange(24.0)}, fn=lambda x, v: x + v["a"]), ValueError,
+        r"holds an array \[24\]; acting at every layer.*L = 3",
+    ),
+    "too large": (SpectraScaler(0, 0, 1e39), ValueError, "alpha is 1e[+]39, and a number that is finite"),
+    "too large a value": (Steer(0, np.full(24, 1e300)), ValueError, "holds 1e[+]300, which float32 cannot hold"),
+    "too large an integer": (
+        Edit("z", "apply", 0, value=np.array([2**40]), fn=lambda x, v: x), ValueError, "1099511627776, which int32 cannot hold"
+    ),
+    "zero direction": (DirectionAblation("resid_mid", 0, np.zeros(24)), ValueError, "direction is zero"),
+    "steering a table": (Steer(0, np.ones(11), site="allowed"), ValueError, "'allowed' is a table of yes and no"),
+    "embed of layers": (ActivationPatch("embed", None, np.ones((3, 11, 24))), ValueError, r"must broadcast to \[11, 24\]"),
     "edit nan": (Edit("z", "apply", 0, value={"a": np.array([NAN])}, fn=lambda x, v: x), ValueError, "holds NaN"),
 }  # fmt: skip
 
@@ -141,6 +156,28 @@ def test_lens_arguments() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             lens(MODEL, *arguments)
+
+
+def test_lens_of_what_only_the_device_sees() -> None:
+    resid = np.ones((2, 24), np.float32)
+    assert np.isnan(lens(MODEL, resid, tokens=jnp.array([61, -1]))).all()
+    with pytest.raises(TypeError, match="resid has dtype int"):
+        lens(MODEL, np.ones((2, 24), int))
+    with pytest.raises(ValueError, match=r"top_k is 2\.0, and must be an integer"):
+        lens(MODEL, resid, top_k=2.0)  # type: ignore[arg-type]
+    assert lens(MODEL, resid, top_k=np.int64(2))[0].shape == (2, 2)
+
+
+def test_a_class_of_the_users_own_is_refused_in_a_sentence() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        layer: int = 0
+
+        def edits(self, sizes):
+            return ()
+
+    with pytest.raises(TypeError, match=r"Mine has fields that oculi_jax\.fields\.field did not declare"):
+        forward(MODEL, prompt(), Mine())
 
 
 def test_names_of_other_tools_are_found() -> None:

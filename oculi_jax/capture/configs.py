@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .spec import CaptureSpec
+import numpy as np
+
+from .spec import CaptureSpec, float_dtype, integers
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
 
 QK_STAGES = ("post_rope", "pre_rope")
 
@@ -134,6 +139,28 @@ class LogitConfig:
     tokens: Sequence[int] | None = None
     dtype: Any = None
 
+    def canonical(self, config: LlamaConfig) -> LogitConfig:
+        """The same with every field checked and of one type: tuples of ints, an int, a dtype's name."""
+        size = config.vocab_size
+        top_k = self.top_k
+        if top_k is not None and not (isinstance(top_k, int | np.integer) and 1 <= top_k <= size):
+            raise ValueError(f"LogitConfig.top_k is {top_k!r}, and must be 1 to {size}.")
+        tokens = None if self.tokens is None else integers(self.tokens, "LogitConfig.tokens")
+        if tokens == ():
+            raise ValueError("LogitConfig.tokens is empty; leave it out to keep no token's probabilities.")
+        if wrong := [token for token in tokens or () if not 0 <= token < size]:
+            raise ValueError(f"LogitConfig.tokens holds {wrong}, and this model's vocabulary has ids 0 to {size - 1}.")
+        return LogitConfig(
+            layers=self.layers,
+            top_k=None if top_k is None else int(top_k),
+            positions=None if self.positions is None else integers(self.positions, "LogitConfig.positions"),
+            tokens=tokens,
+            dtype=float_dtype(self.dtype or "float32", "LogitConfig.dtype"),
+        )
+
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them: the residual stream that the lens reads."""
         return (CaptureSpec("resid_post", self.layers, self.positions),)
+
+
+Config = CaptureConfig | ResidualConfig | MLPConfig | LogitConfig

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from .configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
+from .configs import Config, LogitConfig
 from .spec import check_layers, plan
 
 if TYPE_CHECKING:
@@ -20,30 +20,29 @@ def capture_bytes(config: LlamaConfig, n_tokens: int, capture: Any, *, dtype: An
     Args:
         config: the model's config (`model.config`).
         n_tokens: `T`.
-        capture: what `forward` takes as `capture`, or one of the guide's configs.
+        capture: what `forward` takes as `capture`, or one of the guide's configs, or a tuple of them (a site that two of
+            them want is then counted twice).
         dtype: the dtype of the model; None for the config's own, float32 where it names none.
 
     Returns:
         Bytes. For a `LogitConfig`, its logits or top k, its probabilities, and the normalised residual that it keeps.
     """
     own = jnp.dtype(dtype or config.dtype or "float32")
+    if isinstance(capture, list | tuple) and any(isinstance(part, Config) for part in capture):
+        return sum(capture_bytes(config, n_tokens, part, dtype=dtype) for part in capture)
     if isinstance(capture, LogitConfig):
+        capture = capture.canonical(config)
         rows = len(check_layers(capture.layers, config)) * (
             n_tokens if capture.positions is None else len(capture.positions)
         )
-        stored = jnp.dtype(capture.dtype or "float32").itemsize
+        stored = jnp.dtype(capture.dtype).itemsize
         kept = capture.top_k * (stored + 4) if capture.top_k is not None else config.vocab_size * stored
         return rows * (kept + 4 + stored * len(capture.tokens or ()) + config.hidden_size * own.itemsize)
-    if isinstance(capture, CaptureConfig | ResidualConfig | MLPConfig):
+    if isinstance(capture, Config):
         capture = capture.specs()
     total = 0
     for reading in plan(capture, config, n_tokens):
-        name = reading.site.name
-        if name == "allowed":
-            itemsize = 1
-        elif reading.dtype is not None:
-            itemsize = jnp.dtype(reading.dtype).itemsize
-        else:
-            itemsize = 4 if name == "scores" or name.endswith("_scale") else own.itemsize
+        dtype = reading.dtype or reading.site.dtype
+        itemsize = own.itemsize if dtype == "model" else jnp.dtype(dtype).itemsize
         total += itemsize * math.prod(reading.shape(config, n_tokens))
     return total

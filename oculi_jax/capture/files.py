@@ -12,10 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..sites import SITES
-from ..utils.files import write_aside
+from ..utils.files import write_aside, write_tensors
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 STRUCTURES = {cls.__name__: cls for cls in (AttentionCapture, ResidualCapture, MLPCapture, LogitCapture, FullCapture)}
@@ -42,7 +41,8 @@ def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, s
         "axes": json.dumps({name: axes for name in arrays if (axes := _axes(name))}),
     }
     with write_aside(path) as aside:
-        save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, aside, metadata=header)
+        tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+        write_tensors(aside, tensors, header, name=Path(path))
 
 
 def load(path: str | os.PathLike[str]) -> Any:

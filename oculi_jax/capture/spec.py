@@ -43,6 +43,12 @@ class Reading:
     positions: tuple[int, ...] | None
     dtype: str | None
 
+    @property
+    def token_axes(self) -> tuple[int, ...]:
+        """The axes of the capture that are as long as the prompt."""
+        lettered = enumerate(self.site.axes, start=int(self.site.layered))
+        return tuple(i for i, letter in lettered if letter == "S" or (letter == "T" and self.positions is None))
+
     def shape(self, config: LlamaConfig, n_tokens: int) -> tuple[int, ...]:
         """The shape of the capture for a prompt of `n_tokens`."""
         sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}
@@ -89,6 +95,17 @@ def integers(values: Any, what: str) -> tuple[int, ...]:
     return tuple(int(value) for value in array)
 
 
+def float_dtype(dtype: Any, what: str) -> str:
+    """The name of a floating-point dtype given as a string or dtype."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        raise ValueError(f"{what} is {dtype!r}, which is not a dtype.") from None
+    if not jnp.issubdtype(jnp.dtype(name), jnp.floating):
+        raise ValueError(f"{what} is {name}, and a floating-point dtype is needed.")
+    return name
+
+
 def check_layers(layers: Any, config: LlamaConfig, what: str = "layers") -> tuple[int, ...]:
     """The layers asked for as a tuple, all of them for None; ValueError for ones the model does not have."""
     n_layers = config.num_hidden_layers
@@ -131,13 +148,11 @@ def plan(capture: Any, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
             )
         if positions == ():
             problems.append("CaptureSpec.positions is empty; leave it out for all positions.")
+        dtype = None
         try:
-            dtype = None if spec.dtype is None else jnp.dtype(spec.dtype).name
-            if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-                problems.append(f"CaptureSpec.dtype is {dtype}, and a floating-point dtype is needed.")
-        except TypeError:
-            dtype = None
-            problems.append(f"CaptureSpec.dtype is {spec.dtype!r}, which is not a dtype.")
+            dtype = None if spec.dtype is None else float_dtype(spec.dtype, "CaptureSpec.dtype")
+        except ValueError as error:
+            problems.append(str(error))
         try:
             layers = check_layers(spec.layers, config, "CaptureSpec.layers")
         except ValueError as error:

@@ -181,4 +181,6 @@ class FullCapture:
     logits: LogitCapture = _array()
 
     def __repr__(self) -> str:
-        return f"FullCapture(\n  {self.attention},\n  {self.residual},\n  {self.mlp},\n  {self.logits})"
+        layers = {name: getattr(self, name).n_layers for name in ("attention", "residual", "mlp", "logits")}
+        shown = ", ".join(f"{name} at {number} layers" for name, number in layers.items())
+        return f"FullCapture({shown}; {self.attention.n_tokens} tokens)"

@@ -6,31 +6,37 @@ strength fields are scalars here; give them axes and `vmap` to sweep. Float fiel
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from ..edits import Edit
-from ..fields import Index, Positions, Strength, Table, Values, field, pytree
+from ..fields import Direction, Index, Positions, Strength, Table, Values, field, pytree
 from ..sites import SITES
 
-if TYPE_CHECKING:
-    from ..models.llama.config import LlamaConfig
+# Letter → size of this run, T and S among them.
+Sizes = Mapping[str, int]
 
 
-def _at(site: str, config: LlamaConfig, *, head: Any = None, positions: Any = None) -> Array | bool:
+def _at(site: str, sizes: Sizes, *, head: Any = None, positions: Any = None) -> Array | bool:
     """A mask on the site's axes: one entry of its head axis, some of its token axis."""
     axes = SITES[site].axes
     mask: Any = True
     if head is not None:
-        chosen = jnp.arange(config.sizes[axes[0]]) == head
+        chosen = jnp.arange(sizes[axes[0]]) == head
         mask = chosen.reshape(-1, *(1,) * (len(axes) - 1))
     if positions is not None:
         along = jnp.asarray(positions)
         along = along.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T")))
         mask = along if mask is True else mask & along[None]
     return mask
+
+
+def _refuse_table(site: str) -> None:
+    if site == "allowed":
+        raise ValueError("'allowed' is a table of yes and no: it has no directions. AttentionKnockout forbids an edge.")
 
 
 def _at_layer(value: Any, layer: Any, rank: int, *, head: bool = False) -> Array:
@@ -56,9 +62,9 @@ class HeadAblation:
     head: Any = field(Index("H"))
     replacement: Any = field(Values("z"), default=0.0)
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         value = _at_layer(self.replacement, self.layer, 2, head=True)
-        return (Edit("z", "set", self.layer, _at("z", config, head=self.head), value),)
+        return (Edit("z", "set", self.layer, _at("z", sizes, head=self.head), value),)
 
 
 def _blend(z: Array, value: tuple[Array, Array]) -> Array:
@@ -81,38 +87,50 @@ class HeadMask:
     keep: Any = field(Table("LH"))
     replacement: Any = field(Values("z"), default=0.0)
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         keep = jnp.asarray(self.keep)[:, :, None, None]
         replacement = jnp.asarray(self.replacement)
         if replacement.ndim:  # a row of the right rank for every layer
             replacement = replacement.reshape(-1, *(1,) * (4 - replacement.ndim), *replacement.shape[1:])
         else:
-            replacement = jnp.broadcast_to(replacement, (config.num_hidden_layers, 1, 1, 1))
+            replacement = jnp.broadcast_to(replacement, (sizes["L"], 1, 1, 1))
         return (Edit("z", "apply", None, True, (keep, replacement), _blend),)
 
 
 @pytree
 class QScaler:
-    """Scales the rotated queries of one head: `q ← α q`."""
+    """Scales the rotated queries of one head: `q ← α q`.
+
+    Args:
+        layer: from 0.
+        head: query head, from 0.
+        alpha: any finite number; 1 changes nothing.
+    """
 
     layer: Any = field(Index("L"))
     head: Any = field(Index("H"))
     alpha: Any = field(Strength())
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
-        return (Edit("q", "scale", self.layer, _at("q", config, head=self.head), self.alpha),)
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
+        return (Edit("q", "scale", self.layer, _at("q", sizes, head=self.head), self.alpha),)
 
 
 @pytree
 class KScaler:
-    """Scales the rotated keys of one key/value head, `k ← α k`: for all the query heads that read it."""
+    """Scales the rotated keys of one key/value head, `k ← α k`: for all the query heads that read it.
+
+    Args:
+        layer: from 0.
+        kv_head: key/value head, from 0 to K − 1.
+        alpha: any finite number; 1 changes nothing.
+    """
 
     layer: Any = field(Index("L"))
     kv_head: Any = field(Index("K"))
     alpha: Any = field(Strength())
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
-        return (Edit("k", "scale", self.layer, _at("k", config, head=self.kv_head), self.alpha),)
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
+        return (Edit("k", "scale", self.layer, _at("k", sizes, head=self.kv_head), self.alpha),)
 
 
 @pytree
@@ -120,14 +138,19 @@ class SpectraScaler:
     """Sharpens (`alpha` > 1) or flattens (< 1) one head's attention: its scores are multiplied by `alpha`.
 
     Heads that share its keys under grouped-query attention do not move.
+
+    Args:
+        layer: from 0.
+        head: query head, from 0.
+        alpha: above 0; 1 changes nothing.
     """
 
     layer: Any = field(Index("L"))
     head: Any = field(Index("H"))
     alpha: Any = field(Strength(positive=True))
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
-        return (Edit("scores", "scale", self.layer, _at("scores", config, head=self.head), self.alpha),)
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
+        return (Edit("scores", "scale", self.layer, _at("scores", sizes, head=self.head), self.alpha),)
 
 
 @pytree
@@ -150,11 +173,11 @@ class ActivationPatch:
     head: Any = field(Index("head", optional=True), default=None)
     positions: Any = field(Positions(optional=True), default=None)
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         with_head = self.head is not None
         rank = len(SITES[self.site].axes) - with_head
         value = _at_layer(self.value, self.layer, rank, head=with_head)
-        mask = _at(self.site, config, head=self.head, positions=self.positions)
+        mask = _at(self.site, sizes, head=self.head, positions=self.positions)
         return (Edit(self.site, "set", self.layer, mask, value),)
 
 
@@ -176,10 +199,14 @@ class Steer:
     site: str = field(None, default="resid_pre")
     positions: Any = field(Positions(optional=True), default=None)
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def check(self) -> None:
+        """Raises ValueError where the site cannot be added to."""
+        _refuse_table(self.site)
+
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         vector = _at_layer(self.vector, self.layer, len(SITES[self.site].axes))
         value = vector.astype(jnp.float32) * self.scale
-        return (Edit(self.site, "add", self.layer, _at(self.site, config, positions=self.positions), value),)
+        return (Edit(self.site, "add", self.layer, _at(self.site, sizes, positions=self.positions), value),)
 
 
 def _project_out(x: Array, direction: Array) -> Array:
@@ -203,12 +230,16 @@ class DirectionAblation:
 
     site: str = field(None)
     layer: Any = field(Index("L"))
-    direction: Any = field(Values())
+    direction: Any = field(Direction())
     positions: Any = field(Positions(optional=True), default=None)
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def check(self) -> None:
+        """Raises ValueError where the site has no directions."""
+        _refuse_table(self.site)
+
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         direction = _at_layer(self.direction, self.layer, len(SITES[self.site].axes))
-        mask = _at(self.site, config, positions=self.positions)
+        mask = _at(self.site, sizes, positions=self.positions)
         return (Edit(self.site, "apply", self.layer, mask, direction, _project_out),)
 
 
@@ -218,6 +249,11 @@ class AttentionKnockout:
 
     It edits which keys are allowed, not the scores; a row with nothing left is zero. `query` and `key` are positions: an
     integer, or a list for every edge between two sets.
+
+    Args:
+        layer: from 0.
+        head: query head, from 0.
+        query, key: who may not look, and at whom.
     """
 
     layer: Any = field(Index("L"))
@@ -225,9 +261,9 @@ class AttentionKnockout:
     query: Any = field(Positions())
     key: Any = field(Positions())
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         edge = jnp.asarray(self.query)[:, None] & jnp.asarray(self.key)[None, :]
-        mask = _at("allowed", config, head=self.head) & edge[None]
+        mask = _at("allowed", sizes, head=self.head) & edge[None]
         return (Edit("allowed", "set", self.layer, mask, False),)
 
 
@@ -245,9 +281,9 @@ class Ablation:
     layer: Any = field(Index("L"))
     index: Any = field(Index("last", optional=True), default=None)
 
-    def edits(self, config: LlamaConfig) -> tuple[Edit, ...]:
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         mask: Any = True
         if self.index is not None:
             axes = SITES[self.site].axes
-            mask = (jnp.arange(config.sizes[axes[-1]]) == self.index).reshape(*(1,) * (len(axes) - 1), -1)
+            mask = (jnp.arange(sizes[axes[-1]]) == self.index).reshape(*(1,) * (len(axes) - 1), -1)
         return (Edit(self.site, "set", self.layer, mask, 0.0),)

@@ -6,19 +6,17 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .. import prompts
-from ..capture.configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
+from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
 from ..capture.spec import CaptureSpec, Reading, at_positions, check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 from ..forward import forward
+from ..lens import lens_layers
 from ..utils import tokens as token_utils
 from .llama.model import Llama
-
-Config = CaptureConfig | ResidualConfig | MLPConfig | LogitConfig
 
 
 class LlamaAttentionAdapter:
@@ -48,7 +46,17 @@ class LlamaAttentionAdapter:
         attention_mask: Any = None,
         allow_longer: bool = False,
     ) -> AttentionCapture:
-        """Queries, keys, values, patterns and head outputs."""
+        """Queries, keys, values, patterns and head outputs: `[L, H, T, D]`, `[L, K, T, D]` twice, `[L, H, T, T]`, `[L, H, T, D]`.
+
+        Args:
+            ids_or_text: a text, a list of texts, or ids `[T]` or `[B, T]`.
+            config: what to keep; everything at every layer for None.
+            attention_mask: of the ids' shape, 1 or True at real tokens.
+            allow_longer: go beyond the length that the model was made for.
+
+        Raises:
+            ValueError, TypeError: a prompt or config that cannot be run, before anything runs.
+        """
         return self._run(ids_or_text, {"attention": config or CaptureConfig()}, attention_mask, allow_longer)[
             "attention"
         ]
@@ -61,7 +69,7 @@ class LlamaAttentionAdapter:
         attention_mask: Any = None,
         allow_longer: bool = False,
     ) -> ResidualCapture:
-        """The residual stream's four points, with what attribution needs."""
+        """The residual stream's four points, `[L, T, E]` each, with what attribution needs. Arguments as in `capture`."""
         return self._run(ids_or_text, {"residual": config or ResidualConfig()}, attention_mask, allow_longer)[
             "residual"
         ]
@@ -74,7 +82,7 @@ class LlamaAttentionAdapter:
         attention_mask: Any = None,
         allow_longer: bool = False,
     ) -> MLPCapture:
-        """The MLP's projections, neurons and output."""
+        """The MLP's projections and neurons, `[L, T, F]` each, and output `[L, T, E]`. Arguments as in `capture`."""
         return self._run(ids_or_text, {"mlp": config or MLPConfig()}, attention_mask, allow_longer)["mlp"]
 
     def capture_logits(
@@ -85,7 +93,10 @@ class LlamaAttentionAdapter:
         attention_mask: Any = None,
         allow_longer: bool = False,
     ) -> LogitCapture:
-        """The logit lens at every layer. With `top_k`, the full `[L, T, V]` is never held."""
+        """The logit lens at every layer, `[L, T, V]`; with `top_k`, which never holds as much, `[L, T, k]`.
+
+        Arguments as in `capture`.
+        """
         return self._run(ids_or_text, {"logits": config or LogitConfig()}, attention_mask, allow_longer)["logits"]
 
     def capture_full(
@@ -99,7 +110,7 @@ class LlamaAttentionAdapter:
         attention_mask: Any = None,
         allow_longer: bool = False,
     ) -> FullCapture:
-        """All four in one pass, each in full by default; of the lens the ten likeliest tokens."""
+        """All four in one pass, each in full by default; of the lens the ten likeliest tokens. Arguments as in `capture`."""
         configs: dict[str, Config] = {
             "attention": attention or CaptureConfig(),
             "residual": residual or ResidualConfig(),
@@ -128,13 +139,19 @@ class LlamaAttentionAdapter:
         for name, config in configs.items():
             if not isinstance(config, Config):
                 raise TypeError(f"The {name} config is a {type(config).__name__}; the guide's configs are expected.")
-        lens = _lens_plan(configs.get("logits"), model.config)
+        configs = {
+            name: config.canonical(model.config) if isinstance(config, LogitConfig) else config
+            for name, config in configs.items()
+        }
         shortest = int(batch.mask.sum(axis=1).min())
         wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
         tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
-        values = _captured(model, tokens, mask, tuple(wanted.items()), lens)
+        lens = configs.get("logits", LogitConfig())
+        assert isinstance(lens, LogitConfig)
+        ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)
+        values = _captured(model, tokens, mask, ids, tuple(wanted.items()), lens.top_k, lens.dtype)
         if batch.n_tokens != batch.tokens.shape[1]:
-            values = _trim(values, tuple(wanted.items()), batch.n_tokens, 0 if batch.single else 1)
+            values = _trim(values, tuple(wanted.items()), batch.n_tokens, lead=0 if batch.single else 1)
         prompt_arrays = {
             "tokens": jax.device_put(tokens[..., : batch.n_tokens]),
             "mask": jax.device_put(mask[..., : batch.n_tokens]),
@@ -142,25 +159,11 @@ class LlamaAttentionAdapter:
         return {name: _structure(model, config, values[name], prompt_arrays) for name, config in configs.items()}
 
 
-# A lens plan is static: (top_k, ids of tokens, dtype).
-Lens = tuple[int | None, tuple[int, ...] | None, str]
+# Part of the capture → what it reads; static.
+Wanted = tuple[tuple[str, tuple[Reading, ...]], ...]
 
 
-def _lens_plan(config: Any, model_config: Any) -> Lens | None:
-    if config is None:
-        return None
-    size = model_config.vocab_size
-    if config.top_k is not None and not (isinstance(config.top_k, int) and 1 <= config.top_k <= size):
-        raise ValueError(f"LogitConfig.top_k is {config.top_k!r}, and must be 1 to {size}.")
-    tokens = None
-    if config.tokens is not None:
-        tokens = tuple(int(token) for token in np.atleast_1d(np.asarray(config.tokens)))
-        if wrong := [token for token in tokens if not 0 <= token < size]:
-            raise ValueError(f"LogitConfig.tokens holds {wrong}, and this model's vocabulary has ids 0 to {size - 1}.")
-    return config.top_k, tokens, jnp.dtype(config.dtype or "float32").name
-
-
-def _merged(wanted: tuple[tuple[str, tuple[Reading, ...]], ...]) -> tuple[CaptureSpec, ...]:
+def _merged(wanted: Wanted) -> tuple[CaptureSpec, ...]:
     """One spec a site: where two parts want a site differently, all that either wants."""
     merged: dict[str, Reading] = {}
     for _, readings in wanted:
@@ -173,9 +176,11 @@ def _merged(wanted: tuple[tuple[str, tuple[Reading, ...]], ...]) -> tuple[Captur
     return tuple(CaptureSpec(name, r.layers or None, r.positions, r.dtype) for name, r in merged.items())
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def _captured(model: Llama, tokens: Array, mask: Array, wanted: Any, lens: Lens | None) -> dict[str, dict[str, Array]]:
-    """Part of the capture → site → values, in one pass; for the lens, what is kept of it."""
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _captured(
+    model: Llama, tokens: Array, mask: Array, ids: Array | None, wanted: Wanted, top_k: int | None, dtype: Any
+) -> dict[str, dict[str, Array]]:
+    """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
     specs = _merged(wanted)
 
     def one(tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
@@ -185,8 +190,8 @@ def _captured(model: Llama, tokens: Array, mask: Array, wanted: Any, lens: Lens 
             part: {r.site.name: _select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}
             for part, readings in wanted
         }
-        if lens is not None:
-            parts["logits"] = _lens_layers(model, parts["logits"]["resid_post"], lens)
+        if "logits" in parts:
+            parts["logits"] = lens_layers(model, parts["logits"]["resid_post"], top_k, ids, dtype)
         return parts
 
     return one(tokens, mask) if tokens.ndim == 1 else jax.vmap(one)(tokens, mask)
@@ -201,46 +206,25 @@ def _select(value: Array, spec: CaptureSpec, reading: Reading, mask: Array) -> A
     return value if reading.dtype is None else value.astype(reading.dtype)
 
 
-def _lens_layers(model: Llama, resid: Array, lens: Lens) -> dict[str, Array]:
-    """The lens of `[L, T, E]`, one layer after the other, keeping of the logits only what is asked for."""
-    top_k, tokens, dtype = lens
-
-    def layer(row: Array) -> dict[str, Array]:
-        normalized = model.normalise(row, lambda _, value: value)
-        logits = model.logits(normalized)
-        kept = {"normalized": normalized, "log_normalizer": jax.nn.logsumexp(logits, axis=-1)}
-        if tokens is not None:
-            chosen = logits[:, np.array(tokens)] - kept["log_normalizer"][:, None]
-            kept["probabilities"] = jnp.exp(chosen).astype(dtype)
-        if top_k is None:
-            return {**kept, "logits": logits.astype(dtype)}
-        values, indices = jax.lax.top_k(logits, top_k)
-        return {**kept, "top_k_logits": values.astype(dtype), "top_k_indices": indices}
-
-    return jax.lax.map(layer, resid)
-
-
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _trim(values: dict[str, dict[str, Array]], wanted: Any, n_tokens: int, lead: int) -> dict[str, dict[str, Array]]:
-    """Cuts padded token axes back to `n_tokens`."""
-
-    def cut(value: Array, axes: list[int]) -> Array:
-        for axis in axes:
-            value = jax.lax.slice_in_dim(value, 0, n_tokens, axis=axis)
-        return value
-
+def _trim(values: dict[str, dict[str, Array]], wanted: Wanted, n_tokens: int, lead: int) -> dict[str, dict[str, Array]]:
+    """Cuts padded token axes back to `n_tokens`; `lead` is 1 where a batch axis comes first."""
     out: dict[str, dict[str, Array]] = {}
     for part, readings in wanted:
-        if part == "logits":
-            whole = readings[0].positions is None
-            out[part] = {name: cut(value, [lead + 1] if whole else []) for name, value in values[part].items()}
-            continue
-        out[part] = {}
-        for reading in readings:
-            first = lead + reading.site.layered
-            axes = [first + i for i, letter in enumerate(reading.site.axes) if letter in "TS"]
-            out[part][reading.site.name] = cut(values[part][reading.site.name], axes)
+        if part == "logits":  # [L, T, …], unless positions were chosen
+            axes = dict.fromkeys(values[part], () if readings[0].positions is not None else (lead + 1,))
+        else:
+            axes = {r.site.name: tuple(lead + i for i in r.token_axes) for r in readings}
+        out[part] = {name: _cut(value, axes[name], n_tokens) for name, value in values[part].items()}
     return out
+
+
+def _cut(value: Array, axes: tuple[int, ...], n_tokens: int) -> Array:
+    index = tuple(slice(n_tokens) if axis in axes else slice(None) for axis in range(value.ndim))
+    devices = value.devices()
+    if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+        # Through NumPy, which needs no program of its own for every length; there is nothing to transfer.
+        return jax.device_put(np.asarray(value)[index], next(iter(devices)))
+    return value[index]
 
 
 def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: dict[str, Array]) -> Any:
@@ -264,8 +248,8 @@ def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: d
         case MLPConfig():
             return MLPCapture(**{field: values[site] for field, site in config.fields().items()}, **common)
         case LogitConfig():
-            ids = None if config.tokens is None else jnp.atleast_1d(jnp.asarray(config.tokens, jnp.int32))
-            positions = None if config.positions is None else tuple(int(p) for p in config.positions)
+            positions = None if config.positions is None else tuple(config.positions)
+            ids = None if config.tokens is None else jax.device_put(np.array(config.tokens, np.int32))
             return LogitCapture(
                 **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight
             )

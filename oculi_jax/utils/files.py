@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -30,3 +31,16 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, name: Path) -> None:
+    """Writes NumPy arrays as safetensors to `path`; what goes wrong is told as an OSError or ValueError of `name`."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"Could not write {str(name)!r}: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"Could not write {str(name)!r}: safetensors has no dtype {error}.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ...utils.devices import find_device
-from ...utils.files import write_aside
+from ...utils.files import write_aside, write_tensors
 from ...utils.progress import progress
 from .config import LlamaConfig
 from .model import Llama
@@ -72,7 +72,7 @@ def load(
 
             params[row.name] = jax.make_array_from_callback(row.shape, sharding, read)
             params[row.name].block_until_ready()
-    return Llama(config, params)
+    return Llama(dataclasses.replace(config, dtype=target.name), params)
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
@@ -88,9 +88,9 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
         parts = array if row.stacked else array[None]
         for name, part in zip(row.tensors(), parts, strict=True):
             tensors[name] = np.asarray(part, order="C").reshape(row.stored)
-    config = {**model.config.to_dict(), "dtype": str(model.dtype), "torch_dtype": str(model.dtype)}
+    config = dataclasses.replace(model.config, dtype=model.dtype.name).to_dict()
     with write_aside(directory / SINGLE) as weights, write_aside(directory / "config.json") as text:
-        save_file(tensors, weights, metadata={"format": "pt"})
+        write_tensors(weights, tensors, {"format": "pt"}, name=directory / SINGLE)
         text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -109,7 +109,7 @@ def _placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Paramet
         return lambda row: single
     if device is not None:
         raise ValueError("Give either device or mesh: a mesh already says which devices are used.")
-    if "model" not in mesh.axis_names or not set(mesh.axis_names) <= {"data", "model"}:
+    if set(mesh.axis_names) != {"data", "model"}:
         raise ValueError(f"The mesh has axes {mesh.axis_names}, and must have 'data' and 'model'.")
     if any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
@@ -287,18 +287,16 @@ def _read_tensor(name: str, file: Path, row: Parameter, inner: list[slice], out:
         with _opened(file) as handle:
             out[...] = handle.get_tensor(name)
         return
-    sizes = row.shape[1:] if row.stacked else row.shape
-    # An axis in the file may be two of ours: (H D) → H, D. Its rows then come in groups of D.
-    group = sizes[1] if row.stored[0] != sizes[0] else 1
-    tail = (group, *row.stored[1:]) if group > 1 else row.stored[1:]
-    step = max(1, _CHUNK_BYTES // max(1, 4 * int(np.prod(tail, dtype=np.int64))))
-    first = inner[0]
-    for start in range(first.start, first.stop, step):
-        stop = min(start + step, first.stop)
+    bounds = row.stored_slices(inner)
+    width = max(1, int(np.prod([part.stop - part.start for part in bounds[1:]], dtype=np.int64)))
+    unit = row.stored[0] // (row.shape[1] if row.stacked else row.shape[0])  # rows of the file to one of ours
+    step = max(1, _CHUNK_BYTES // (4 * width * unit)) * unit
+    for start in range(bounds[0].start, bounds[0].stop, step):
+        stop = min(start + step, bounds[0].stop)
         with _opened(file) as handle:
-            rows = handle.get_slice(name)[start * group : stop * group]
-        rows = rows.reshape(stop - start, *sizes[1:])
-        np.copyto(out[start - first.start : stop - first.start], rows[(slice(None), *inner[1:])], casting="unsafe")
+            rows = handle.get_slice(name)[(slice(start, stop), *bounds[1:])]
+        first, last = (start - bounds[0].start) // unit, (stop - bounds[0].start) // unit
+        np.copyto(out[first:last], rows.reshape(out[first:last].shape), casting="unsafe")
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

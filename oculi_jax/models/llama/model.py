@@ -109,7 +109,11 @@ class Attention(nnx.Module):
 
 
 def masked_softmax(scores: Float[Array, "H T S"], allowed: Bool[Array, "H T S"]) -> Float[Array, "H T S"]:
-    """Softmax over the allowed keys; a row with none is zero. No value or gradient of it is ever NaN."""
+    """Softmax over the allowed keys; a row with none is zero. No value or gradient of it is ever NaN.
+
+    A score of −∞ counts as not allowed.
+    """
+    allowed = allowed & (scores != -jnp.inf)
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.where(allowed, jnp.exp(scores - top), 0.0)
@@ -284,6 +288,11 @@ class Llama(nnx.Module):
     def logits(self, normalised: Float[Array, "... E"]) -> Float[Array, "... V"]:
         """The unembedding; float32 whatever the weights."""
         return einsum("...e,ve->...v", normalised, self.lm_head.weight, dtype=jnp.float32)
+
+    def logits_of(self, normalised: Float[Array, "... E"], tokens: Int[Array, "N"]) -> Float[Array, "... N"]:
+        """Logits of some tokens; NaN for an id beyond the vocabulary."""
+        rows = self.lm_head.weight.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return einsum("...e,ne->...n", normalised, rows, dtype=jnp.float32)
 
     def __repr__(self) -> str:
         c = self.config

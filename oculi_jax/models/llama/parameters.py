@@ -25,6 +25,7 @@ class Parameter:
         axes: letters of one layer's axes as used, without `L`.
         stored: the shape of the tensor in the file.
         shape: the shape as used, with `L` where stacked.
+        groups: how many of our axes each axis of the file is.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Parameter:
     axes: tuple[str, ...]
     stored: tuple[int, ...]
     shape: tuple[int, ...]
+    groups: tuple[int, ...]
 
     @property
     def stacked(self) -> bool:
@@ -40,6 +42,19 @@ class Parameter:
     def tensors(self) -> list[str]:
         """The names in the checkpoint, one a layer where stacked."""
         return [self.tensor.format(layer) for layer in range(self.shape[0])] if self.stacked else [self.tensor]
+
+    def stored_slices(self, inner: Sequence[slice]) -> tuple[slice, ...]:
+        """The slices of the file's axes that hold the given slices of ours (without `L`).
+
+        Of our axes that are one in the file, only the first is ever cut.
+        """
+        sizes = self.shape[1:] if self.stacked else self.shape
+        slices, first = [], 0
+        for length in self.groups:
+            unit = math.prod(sizes[first + 1 : first + length])
+            slices.append(slice(inner[first].start * unit, inner[first].stop * unit))
+            first += length
+        return tuple(slices)
 
     def split(self, mesh_size: int) -> tuple[str | None, ...]:
         """Mesh axis for each axis of `shape`: heads, neurons and vocabulary over `model` where it divides them."""
@@ -61,7 +76,9 @@ def parameter_table(config: LlamaConfig) -> list[Parameter]:
         letters = tuple(letter for group in groups for letter in (group[0] or group[1]).split())
         stored = tuple(math.prod(sizes[letter] for letter in (group[0] or group[1]).split()) for group in groups)
         lead = (sizes["L"],) if name.startswith("layers.") else ()
-        return Parameter(name, tensor, letters, stored, (*lead, *(sizes[letter] for letter in letters)))
+        shape = (*lead, *(sizes[letter] for letter in letters))
+        lengths = tuple(len((group[0] or group[1]).split()) for group in groups)
+        return Parameter(name, tensor, letters, stored, shape, lengths)
 
     layer = "model.layers.{}."
     rows = [row("embed", "model.embed_tokens.weight", "V E")]

@@ -1,0 +1,92 @@
+"""`Frame`: what one run fixes (sizes, dtype, which tokens are real), which its interventions are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .sites import Site
+
+if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
+
+
+def on_device(value: Any) -> bool:
+    """Whether a value is a JAX array or tracer, which is checked by shape and dtype alone."""
+    return isinstance(value, jax.Array)
+
+
+def as_array(value: Any) -> Any:
+    """A NumPy array of what the host can see; a JAX array of anything that holds one, lists of tracers too."""
+    if on_device(value):
+        return value
+    return jnp.asarray(value) if any(map(on_device, jax.tree.leaves(value))) else np.asarray(value)
+
+
+def listing(shape: Sequence[object]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the run fixes that interventions are checked against.
+
+    Attributes:
+        config: the model's config.
+        dtype: the dtype of its residual stream.
+        n_tokens: `T`, padding included.
+        mask: which tokens are real, bool `[T]`; None where all are.
+    """
+
+    config: LlamaConfig
+    dtype: np.dtype
+    n_tokens: int
+    mask: np.ndarray | Array | None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {**self.config.sizes, "T": self.n_tokens, "S": self.n_tokens}
+
+    def axes(self, site: Site) -> list[int]:
+        return [self.sizes[letter] for letter in site.axes]
+
+    def site_dtype(self, site: Site) -> np.dtype:
+        return self.dtype if site.dtype == "model" else np.dtype(site.dtype)
+
+    def positions(self, ranks: np.ndarray | Array, where: str) -> np.ndarray | Array:
+        """bool `[T]`, true at the given ranks among the real tokens; a negative rank counts from the last."""
+        n_tokens, mask = self.n_tokens, self.mask
+        n_real = n_tokens if mask is None or on_device(mask) else int(mask.sum())
+        if on_device(ranks):
+            ranks = jnp.atleast_1d(ranks)
+            table = jnp.any(ranks[:, None] == jnp.arange(-n_tokens, n_tokens)[None, :], axis=0)
+        elif np.all((ranks >= -n_real) & (ranks < n_real)):
+            table = np.zeros(2 * n_tokens, bool)
+            table[ranks + n_tokens] = True
+        else:
+            raise ValueError(
+                f"{where} is {ranks.tolist()}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
+                f"or −1 to −{n_real} from the end."
+            )
+        if on_device(table) or on_device(mask):
+            return _at_ranks(table, np.ones(n_tokens, bool) if mask is None else mask)
+        return _among_real(table, np.ones(n_tokens, bool) if mask is None else mask, np)
+
+
+def _among_real(table: Any, mask: Any, xp: Any) -> Any:
+    """bool `[T]` from a table `[2T]` of wanted ranks, −T to T − 1, among the tokens where `mask` holds."""
+    rank = xp.cumsum(mask) - 1
+    n_tokens = mask.shape[0]
+    from_start, from_end = table[n_tokens:], table[:n_tokens]
+    return mask & (from_start[rank] | from_end[rank - rank[-1] - 1 + n_tokens])
+
+
+# Jitted, with a table of one shape whatever is in it, so that other positions are no other program.
+_at_ranks = jax.jit(partial(_among_real, xp=jnp))
