@@ -84,7 +84,9 @@ def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None, real: Bool[Ar
         chosen = chosen & here
     chosen = _broadcast(chosen, x)
     if real is not None:
-        real = _broadcast(real.reshape(-1, *(1,) * (x.ndim - 1 - owner_site(edit).axes.index("T"))), x)
+        axes = owner_site(edit).axes
+        keys = _broadcast(real, x) if "S" in axes else True
+        real = _broadcast(real.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T"))), x) & keys
         chosen = chosen & real
     if edit.op == "apply":
         assert edit.fn is not None

@@ -134,8 +134,12 @@ class Positions(Kind):
             if self.optional:
                 return np.ones(frame.n_tokens, bool)
             raise TypeError(f"{where} is None, and a position is needed.")
+        if isinstance(value, list | tuple) and len({isinstance(v, bool) for v in value}) == 2:
+            raise TypeError(f"{where} is {value!r}, which mixes positions and yes or no.")
         array = as_array(value)
         if array.dtype == bool:
+            if not on_device(array) and not array.any():
+                raise ValueError(f"{where} is a mask without a True: no position would be edited.")
             if array.shape != (frame.n_tokens,):
                 raise ValueError(
                     f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."
@@ -264,8 +268,8 @@ def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str,
     array = as_array(value)
     shape = array.shape
     inner = shape
-    if shape and (lead == "must" or (lead and len(shape) == len(axes) + 1)):
-        n_layers = frame.sizes["L"]
+    n_layers = frame.sizes["L"]
+    if shape and (lead == "must" or (lead and len(shape) == len(axes) + 1 and shape[0] == n_layers)):
         if shape[0] != n_layers:
             raise ValueError(
                 f"{where} has shape {listing(shape)}; acting at every layer, it must be a scalar or lead with L = {n_layers}."
@@ -280,11 +284,18 @@ def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str,
             f"{where} has shape {listing(shape)}, and must broadcast to {listing(axes)}, "
             f"the axes of {site.name!r} {site.shape}{'' if len(axes) == len(site.axes) else ' at one head'}{extra}."
         )
+    if site.dtype == "bool" and not (array.dtype == bool or (not on_device(array) and np.isin(array, (0, 1)).all())):
+        raise TypeError(f"{where} is set into a table of yes and no, and must be bool.")
+    if site.name == "scores" and not on_device(array) and array.dtype.kind == "f" and (array == -np.inf).any():
+        finite = _cast(np.where(array == -np.inf, 0, array), dtype, where)  # −∞ says: not allowed
+        return np.where(array == -np.inf, dtype.type(-np.inf), finite)
     return _cast(array, dtype, where)
 
 
 def _cast(array: Any, dtype: np.dtype, where: str) -> Any:
     if on_device(array):
+        if jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise TypeError(f"{where} has dtype {array.dtype}, and real numbers are needed.")
         return jax.lax.convert_element_type(array, dtype)
     if array.dtype != np.dtype(bool) and not _is_real(array):
         raise TypeError(f"{where} has dtype {array.dtype}, and numbers are needed.")
@@ -292,8 +303,10 @@ def _cast(array: Any, dtype: np.dtype, where: str) -> Any:
         wide = array.astype(np.float64)
         if np.isnan(wide).any():
             raise ValueError(f"{where} holds NaN.")
+        if np.isinf(wide).any():
+            raise ValueError(f"{where} holds an infinity, and finite numbers are needed.")
         cast = array.astype(dtype)
-        if dtype.kind != "b" and (np.isinf(cast.astype(np.float64)) & np.isfinite(wide)).any():
+        if dtype.kind != "b" and np.isinf(cast.astype(np.float64)).any():
             raise ValueError(f"{where} holds {np.abs(wide).max():.3g}, which {dtype} cannot hold.")
     return cast
 
@@ -321,13 +334,15 @@ def pytree(cls: type[T]) -> type[T]:
 
 def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
     """Every intervention with its fields checked and in canonical form; one error lists all problems."""
-    if hasattr(interventions, "edits"):
+    if hasattr(interventions, "edits") or isinstance(interventions, type):
         interventions = (interventions,)
     if not isinstance(interventions, list | tuple):
         raise TypeError(f"interventions is a {type(interventions).__name__}; give an intervention or a list of them.")
     problems: list[Exception] = []
     done = []
     for number, intervention in enumerate(interventions):
+        if isinstance(intervention, type):
+            raise TypeError(f"interventions[{number}] is the class {intervention.__name__}; give an instance of it.")
         if not hasattr(intervention, "edits") or not dataclasses.is_dataclass(intervention):
             raise TypeError(f"interventions[{number}] is a {type(intervention).__name__}, not an intervention.")
         name = type(intervention).__name__

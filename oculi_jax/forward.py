@@ -19,6 +19,7 @@ from .fields import canonical
 from .frame import Frame, as_array, listing, on_device
 
 if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
     from .models.llama.model import Llama
 
 LOGITS = ("all", "last", "none")
@@ -45,7 +46,7 @@ class Output:
             return "None" if x is None else listing(getattr(x, "shape", ()))
 
         captured = ", ".join(f"{site} {shape(value)}" for site, value in self.activations.items())
-        applied = f", applied {shape(self.applied)}" if self.applied.shape != (0,) else ""
+        applied = f", applied {shape(self.applied)}" if getattr(self.applied, "shape", (0,)) != (0,) else ""
         return f"Output(logits {shape(self.logits)}, activations {{{captured}}}{applied})"
 
 
@@ -82,7 +83,7 @@ def forward(
     """
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
-    config = model.config
+    config = check_model(model)
     tokens = check_tokens(tokens, config.vocab_size)
     mask = _check_mask(mask, tokens.shape[0])
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
@@ -92,8 +93,20 @@ def forward(
     return _forward(model, tokens, mask, edits, readings, logits, bool(remat))
 
 
+def check_model(model: Any) -> LlamaConfig:
+    """The config of a model; TypeError for what is none."""
+    if isinstance(model, type) or not hasattr(model, "config") or not hasattr(model, "embed_tokens"):
+        what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise TypeError(f"The model is {what}; give a Llama, as Llama.from_pretrained(source) makes.")
+    return model.config
+
+
 def check_tokens(tokens: Any, vocab_size: int) -> Any:
     """Ids `[T]` as int32, checked by value where the host can see them."""
+    if isinstance(tokens, str):
+        raise TypeError(
+            "tokens is text, and ids [T] are needed: encode it with the tokenizer, or give it to the adapter."
+        )
     array = as_array(tokens)
     if array.ndim != 1:
         hint = " Map forward over a batch with jax.vmap." if array.ndim == 2 else ""

@@ -27,6 +27,8 @@ def as_array(value: Any) -> Any:
     """A NumPy array of what the host can see; a JAX array of anything that holds one, lists of tracers too."""
     if on_device(value):
         return value
+    if hasattr(value, "detach"):  # a torch tensor, perhaps on a device and with a gradient
+        return np.asarray(value.detach().cpu())
     return jnp.asarray(value) if any(map(on_device, jax.tree.leaves(value))) else np.asarray(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from .forward import check_tokens
+from .forward import check_model, check_tokens
 from .frame import as_array, listing, on_device
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
     Raises:
         ValueError, TypeError: a shape, dtype, k or id that cannot be.
     """
-    config = model.config
+    config = check_model(model)
     resid = as_array(resid)
     if resid.ndim == 0 or resid.shape[-1] != config.hidden_size:
         raise ValueError(
@@ -53,14 +54,15 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
 
 @partial(jax.jit, static_argnums=(2,), inline=True)
 def _lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -> Any:
-    lead = resid.shape[:-1]
-    rows = resid.reshape(-1, *resid.shape[-2:]) if resid.ndim > 1 else resid.reshape(1, 1, -1)
+    lead, width = resid.shape[:-1], resid.shape[-1]
+    n_tokens = lead[-1] if lead else 1
+    rows = resid.reshape(math.prod(lead[:-1]), n_tokens, width)
     if top_k is not None:
         found = lens_layers(model, rows, top_k, None)
         return tuple(found[name].reshape(*lead, top_k) for name in ("top_k_logits", "top_k_indices"))
-    normalized = _normalise(model, resid.reshape(-1, resid.shape[-1]))
+    normalized = _normalise(model, resid.reshape(math.prod(lead), width))
     logits = model.logits(normalized) if tokens is None else model.logits_of(normalized, tokens)
-    return logits.reshape(*lead, -1)
+    return logits.reshape(*lead, logits.shape[-1])
 
 
 def _normalise(model: Llama, row: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +76,13 @@ def prepare(prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask:
 
 
 def _rows(prompt: Any, tokenizer: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray | None]:
+    if isinstance(prompt, Mapping):
+        raise TypeError("The prompt is a dictionary; give its input_ids, and its attention_mask by that name.")
     texts = [prompt] if isinstance(prompt, str) else prompt
     if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts):
         if attention_mask is not None:
             raise ValueError("attention_mask goes with ids; texts are padded, and masked, for you.")
-        if tokenizer is None:
+        if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
             raise TypeError("This adapter has no tokenizer, so it takes ids, not text.")
         return [np.asarray(tokenizer.encode(text), np.int64).reshape(-1) for text in texts], None
     if isinstance(prompt, list | tuple) and prompt and all(isinstance(row, list | tuple) for row in prompt):

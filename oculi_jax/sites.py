@@ -121,7 +121,7 @@ def find_site(name: str) -> tuple[Site, int | None]:
     if name in SITES:
         return SITES[name], None
     for site in SITES.values():
-        if name in site.guide.split(" = "):
+        if name and name in site.guide.split(" = "):
             return site, None
         for alias in site.aliases:
             if match := re.fullmatch(re.escape(alias).replace(r"\{\}", r"(\d+)"), name):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from oculi_jax import (
     CaptureConfig,
@@ -256,6 +258,33 @@ def test_capture_bytes_of_sites() -> None:
     spec = (CaptureSpec("pattern", layers=[0, 2]), "scores", "allowed", "final_scale")
     out = forward(MODEL, prompt(), capture=spec).activations
     assert capture_bytes(MODEL.config, T, spec) == sum(value.nbytes for value in out.values())
+
+
+def test_configs_of_another_kind_are_refused() -> None:
+    for call in (
+        lambda: ADAPTER.capture(prompt(), MLPConfig()), lambda: ADAPTER.capture_logits(prompt(), ResidualConfig()),
+        lambda: ADAPTER.capture(prompt(), {}), lambda: ADAPTER.capture_full(prompt(), logits=CaptureConfig()),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="config is a .*, and a .*Config is needed"):
+            call()
+
+
+def test_where_files_go(tmp_path: Path) -> None:
+    pipe, link, private = tmp_path / "pipe", tmp_path / "link", tmp_path / "private"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="no regular file"):
+        save(dict(WANT), pipe)
+    private.write_bytes(b"")
+    private.chmod(0o600)
+    link.symlink_to(private)
+    save(ADAPTER.capture([prompt(5), prompt(5)]), link, metadata={"model": "tiny"})
+    assert (
+        link.is_symlink() and load(private).queries.shape == (2, L, H, 5, D) and private.stat().st_mode & 0o777 == 0o600
+    )
+    with safe_open(private, "numpy") as file:
+        assert json.loads(file.metadata()["axes"])["queries"] == "B L H T D"
+    with pytest.raises(ValueError, match=r"\['kind'\], which are written anyway"):
+        save(dict(WANT), link, metadata={"kind": "x"})
 
 
 def test_captures_are_pytrees() -> None:

@@ -193,6 +193,26 @@ def test_spoiled_shard_indexes_are_named(sharded: Path, name: str) -> None:
         Llama.from_pretrained(sharded)
 
 
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    file = sharded / "model-00002-of-00005.safetensors"
+    save_file({**load_file(file), "model.embed_tokens.weight": np.zeros((97, 36), np.float32)}, file)
+    with pytest.raises(ValueError, match="embed_tokens.weight is in two files"):
+        Llama.from_pretrained(sharded)
+
+
+def test_what_float16_cannot_hold_is_refused(single: Path) -> None:
+    change(single, lambda t: t.update({"model.norm.weight": np.full(24, 1e6, np.float32)}))
+    with pytest.raises(ValueError, match="model.norm.weight in model.safetensors holds values beyond float16"):
+        Llama.from_pretrained(single, dtype="float16")
+
+
+def test_a_config_of_many_more_layers_is_one_line(single: Path) -> None:
+    change_json(single / "config.json", lambda v: v.update(num_hidden_layers=100000))
+    with pytest.raises(ValueError, match="says 100000 layers, and the weights hold 3") as caught:
+        Llama.from_pretrained(single)
+    assert len(str(caught.value)) < 500
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no directory"):
         Llama.from_pretrained(tmp_path / "nowhere")

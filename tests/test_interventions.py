@@ -483,3 +483,10 @@ def test_a_score_of_minus_infinity_is_a_key_that_is_not_allowed(model: Llama) ->
     mask = (np.arange(H) == 2)[:, None, None] & (np.arange(T) == 5)[None, :, None]
     out = run(model, Edit("scores", "set", 1, mask, -np.inf))
     assert not np.asarray(out.activations["pattern"][1, 2, 5]).any() and np.isfinite(out.logits).all()
+
+
+@pytest.mark.parametrize("site", ["allowed", "pattern", "scores"])
+def test_an_edit_cannot_make_padding_visible(model: Llama, site: str) -> None:
+    edit = Edit(site, "set", 0, value=site == "allowed" or 0.1)
+    padded = forward(model, np.concatenate([prompt(), [7, 9]]), edit, mask=np.arange(T + 2) < T)
+    near(padded.logits[:T], forward(model, prompt(), edit).logits)

@@ -204,6 +204,9 @@ def test_oculi_capture(directory: Path, adapter: LlamaAttentionAdapter, tmp_path
         (["capture", "x", "-m", "{}", "--sites", "q", "--layers", "a", "-o", "{tmp}/x"], "--layers is 'a'"),
         (["capture", "x", "-m", "{}", "--sites", "q", "-o", "{tmp}/no/x"], "there is no directory"),
         (["lens", "x", "-m", "{}", "--dtype", "int8"], "dtype is 'int8'"),
+        (["capture", "x", "-m", "{}", "--sites", "q", "--layers", "2-1,0", "-o", "{tmp}/x"], "a rising range"),
+        (["capture", "x", "-m", "{}", "--sites", "embed", "--layers", "1", "-o", "{tmp}/x"], "outside the layers"),
+        (["capture", "x", "-m", "{}", "--sites", "q", "-o", "{tmp}"], "it is a directory"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line_and_code_2(

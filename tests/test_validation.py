@@ -33,6 +33,7 @@ TOKENS = {
     "negative": ([-1, 3], ValueError, r"tokens\[0\] is -1"),
     "empty": ([], ValueError, "prompt is empty"),
     "batch": ([[1, 2]], ValueError, r"shape \[1, 2\], and one sequence \[T\].*jax.vmap"),
+    "text": ("abc", TypeError, "tokens is text"),
     "device float": (jnp.ones(3), TypeError, "float32, and integers"),
 }  # fmt: skip
 
@@ -60,7 +61,7 @@ ARGUMENTS = {
     "float layer": (dict(capture=CaptureSpec("z", layers=[1.0])), TypeError, "sequence of integers"),
     "no layer axis": (dict(capture=CaptureSpec("embed", layers=[1])), ValueError, "'embed' occurs once"),
     "position": (dict(capture=CaptureSpec("z", positions=[11])), ValueError, r"positions is \[11\], but the prompt has 11 tokens"),
-    "capture dtype": (dict(capture=CaptureSpec("z", dtype="int8")), ValueError, "int8, and a floating-point"),
+    "capture dtype": (dict(capture=CaptureSpec("z", dtype="int8")), ValueError, "int8; it can be a floating-point dtype"),
     "capture dtype name": (dict(capture=CaptureSpec("z", dtype="float33")), ValueError, "'float33', which is not a dtype"),
     "capture type": (dict(capture=3), TypeError, "capture is 3"),
     "intervention type": (dict(interventions=[3]), TypeError, r"interventions\[0\] is a int, not an intervention"),
@@ -95,7 +96,7 @@ INTERVENTIONS = {
     "replacement shape": (HeadAblation(0, 0, np.ones(5)), ValueError, r"shape \[5\], and must broadcast to \[11, 6\]"),
     "replacement nan": (HeadAblation(0, 0, np.full(6, NAN)), ValueError, "replacement holds NaN"),
     "vector shape": (Steer(0, np.ones(23)), ValueError, r"vector has shape \[23\], and must broadcast to \[11, 24\]"),
-    "value layers": (ActivationPatch("z", 0, np.ones((2, 4, 11, 6))), ValueError, "must be a scalar or lead with L = 3"),
+    "value layers": (ActivationPatch("z", 0, np.ones((2, 4, 11, 6))), ValueError, r"must broadcast to \[4, 11, 6\].*behind a leading L"),
     "unknown site": (Ablation("mlp", 0), ValueError, "Unknown site 'mlp'"),
     "foreign site": (Ablation("blocks.0.hook_mlp_out", 0), ValueError, "called 'mlp_out' here"),
     "neuron": (Ablation("act", 0, 40), ValueError, "index is 40, but there are 40 neurons"),
@@ -127,6 +128,10 @@ INTERVENTIONS = {
     "zero direction": (DirectionAblation("resid_mid", 0, np.zeros(24)), ValueError, "direction is zero"),
     "steering a table": (Steer(0, np.ones(11), site="allowed"), ValueError, "'allowed' is a table of yes and no"),
     "embed of layers": (ActivationPatch("embed", None, np.ones((3, 11, 24))), ValueError, r"must broadcast to \[11, 24\]"),
+    "additive mask": (ActivationPatch("allowed", 0, np.full((11, 11), -1e9)), TypeError, "yes and no, and must be bool"),
+    "infinite vector": (Steer(0, np.full(24, np.inf)), ValueError, "vector holds an infinity"),
+    "mixed positions": (Steer(0, np.ones(24), positions=[True, 3]), TypeError, "mixes positions and yes or no"),
+    "a class": (HeadAblation, TypeError, "is the class HeadAblation; give an instance"),
     "edit nan": (Edit("z", "apply", 0, value={"a": np.array([NAN])}, fn=lambda x, v: x), ValueError, "holds NaN"),
 }  # fmt: skip
 
@@ -178,6 +183,13 @@ def test_a_class_of_the_users_own_is_refused_in_a_sentence() -> None:
 
     with pytest.raises(TypeError, match=r"Mine has fields that oculi_jax\.fields\.field did not declare"):
         forward(MODEL, prompt(), Mine())
+
+
+@pytest.mark.parametrize("model", [None, "weights/tiny-gqa", MODEL.config, type(MODEL)])
+def test_what_is_no_model(model) -> None:
+    for call in (lambda: forward(model, [1]), lambda: lens(model, np.ones(24, np.float32))):
+        with pytest.raises(TypeError, match="give a Llama"):
+            call()
 
 
 def test_names_of_other_tools_are_found() -> None:

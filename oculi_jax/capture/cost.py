@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -27,6 +28,11 @@ def capture_bytes(config: LlamaConfig, n_tokens: int, capture: Any, *, dtype: An
     Returns:
         Bytes. For a `LogitConfig`, its logits or top k, its probabilities, and the normalised residual that it keeps.
     """
+    if not hasattr(config, "num_hidden_layers"):
+        raise TypeError(f"capture_bytes takes a config, such as model.config, and was given a {type(config).__name__}.")
+    n_tokens = operator.index(n_tokens)
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens is {n_tokens}, and must be at least 1.")
     own = jnp.dtype(dtype or config.dtype or "float32")
     if isinstance(capture, list | tuple) and any(isinstance(part, Config) for part in capture):
         return sum(capture_bytes(config, n_tokens, part, dtype=dtype) for part in capture)

@@ -19,6 +19,7 @@ from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture,
 
 STRUCTURES = {cls.__name__: cls for cls in (AttentionCapture, ResidualCapture, MLPCapture, LogitCapture, FullCapture)}
 _NOT_WRITTEN = {"unembedding"}
+FORMAT = "oculi_jax capture 1"
 
 
 def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -35,11 +36,13 @@ def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, s
     kind = type(capture).__name__ if type(capture).__name__ in STRUCTURES else "arrays"
     header = {
         **(metadata or {}),
-        "format": "oculi_jax capture 1",
+        "format": FORMAT,
         "kind": kind,
         "static": json.dumps(static),
-        "axes": json.dumps({name: axes for name in arrays if (axes := _axes(name))}),
+        "axes": json.dumps({name: axes for name, value in arrays.items() if (axes := _axes(name, np.ndim(value)))}),
     }
+    if reserved := set(metadata or {}) & {"format", "kind", "static", "axes"}:
+        raise ValueError(f"metadata holds {sorted(reserved)}, which are written anyway; use other names.")
     with write_aside(path) as aside:
         tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         write_tensors(aside, tensors, header, name=Path(path))
@@ -51,28 +54,30 @@ def load(path: str | os.PathLike[str]) -> Any:
     Raises:
         OSError: there is no such file. ValueError: it is no whole capture file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         with safe_open(path, framework="numpy") as handle:
             header = handle.metadata() or {}
-            arrays = {name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
+            arrays = {name: _array(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-    except (SafetensorError, IsADirectoryError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    if not header.get("format", "").startswith("oculi_jax capture"):
+    if header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but no capture: it lacks the metadata that save writes.")
-    if header["kind"] == "arrays":
+    if header.get("kind") == "arrays":
         return arrays
     try:
         return _build(STRUCTURES[header["kind"]], arrays, json.loads(header["static"]))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a capture that this version knows: {error!r}.") from None
 
 
 def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Name → array, and the static fields; parts of a full capture have a dotted name."""
     if isinstance(capture, Mapping):
+        if wrong := [name for name in capture if not isinstance(name, str)]:
+            raise TypeError(f"save takes names → arrays, and {wrong[0]!r} is not a name.")
         return dict(capture), {}
     if type(capture) not in STRUCTURES.values():
         raise TypeError(f"save takes a capture or a dictionary of arrays, and was given a {type(capture).__name__}.")
@@ -114,8 +119,16 @@ _FIELD_AXES = {
 }  # fmt: skip
 
 
-def _axes(name: str) -> str | None:
-    """The letters of an array, by its name."""
+def _axes(name: str, ndim: int) -> str | None:
+    """The letters of an array, by its name; those of a batch lead with B."""
     if name in SITES:
-        return " ".join((("L",) if SITES[name].layered else ()) + SITES[name].axes)
-    return _FIELD_AXES.get(name.rpartition(".")[2])
+        letters = [*(("L",) if SITES[name].layered else ()), *SITES[name].axes]
+    else:
+        letters = _FIELD_AXES.get(name.rpartition(".")[2], "").split()
+    letters = ["B"] * (ndim - len(letters) == 1) + letters
+    return " ".join(letters) if len(letters) == ndim else None
+
+
+def _array(value: np.ndarray) -> Any:
+    """A JAX array, or the NumPy array itself where JAX would make 64 bits 32."""
+    return value if value.dtype.itemsize == 8 else jnp.asarray(value)

@@ -87,10 +87,11 @@ def integers(values: Any, what: str) -> tuple[int, ...]:
     if isinstance(values, int | np.integer):
         values = (values,)
     try:
-        array = np.asarray(list(values))
-    except TypeError:
+        values = list(values)
+        array = np.asarray(values)
+    except (TypeError, ValueError):
         raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.") from None
-    if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
+    if array.size and (array.dtype.kind not in "iu" or array.ndim != 1 or any(isinstance(v, bool) for v in values)):
         raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.")
     return tuple(int(value) for value in array)
 
@@ -101,8 +102,8 @@ def float_dtype(dtype: Any, what: str) -> str:
         name = jnp.dtype(dtype).name
     except TypeError:
         raise ValueError(f"{what} is {dtype!r}, which is not a dtype.") from None
-    if not jnp.issubdtype(jnp.dtype(name), jnp.floating):
-        raise ValueError(f"{what} is {name}, and a floating-point dtype is needed.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{what} is {name}; it can be a floating-point dtype: float32, bfloat16 or float16.")
     return name
 
 

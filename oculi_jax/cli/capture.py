@@ -30,6 +30,9 @@ def capture(
     allow_longer: Longer = False,
 ) -> None:
     """Writes chosen sites of one prompt as a safetensors file: arrays, and axes, model and tokens as metadata."""
+    output = output.expanduser()
+    if output.is_dir():
+        raise IsADirectoryError(f"Cannot write {str(output)!r}: it is a directory.")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"Cannot write {str(output)!r}: there is no directory {str(output.parent)!r}.")
     names = [name.strip() for name in sites.split(",")]
@@ -38,6 +41,8 @@ def capture(
     chosen = integers(layers, "--layers")
     inside = tuple(name for name in names if SITES[name].layered)
     outside = tuple(name for name in names if name not in inside)
+    if chosen is not None and not inside:
+        raise ValueError(f"--layers is given, but {sites} occurs once, outside the layers.")
     specs = (*([CaptureSpec(inside, chosen)] if inside else []), *([CaptureSpec(outside)] if outside else []))
     adapter = open_adapter(model, dtype)
     prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)

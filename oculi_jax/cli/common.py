@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import jax
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ..models.llama import LlamaAttentionAdapter
 from ..models.llama.model import Llama
@@ -44,7 +46,7 @@ def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
 @contextmanager
 def working(label: str) -> Iterator[None]:
     """A spinner on a terminal while something runs."""
-    with console(error=True).status(label):
+    with console(error=True).status(escape(label)):
         yield
 
 
@@ -53,12 +55,12 @@ def integers(text: str | None, what: str) -> list[int] | None:
     if text is None:
         return None
     found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            found += range(int(first), int(last) + 1) if dash and first else [int(part)]
-    except ValueError:
-        raise ValueError(f"{what} is {text!r}; write numbers with commas, or a range: 10,15 or 0-5.") from None
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,6})(?:-([0-9]{1,6}))?\s*", part)
+        span = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not span:
+            raise ValueError(f"{what} is {text!r}; write numbers with commas, or a rising range: 10,15 or 0-5.")
+        found += span
     return found
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text as TextCell
 
 from ..capture.configs import LogitConfig
 from .common import Dtype, Longer, Model, Text, console, open_adapter, shown, working
@@ -16,7 +16,9 @@ from .common import Dtype, Longer, Model, Text, console, open_adapter, shown, wo
 def lens(
     text: Text,
     model: Model,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", help="How many tokens to show at each layer.", min=1)] = 3,
+    top_k: Annotated[
+        int, typer.Option("--top-k", "-k", help="How many tokens to show at each layer.", min=1, max=20)
+    ] = 3,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -42,10 +44,10 @@ def lens(
     table.add_column("layer", justify="right")
     for k in range(top_k):
         table.add_column("what it would say" if k == 0 else "")
-    table.add_column(f"P({escape(name(answer))})")
+    table.add_column(TextCell(f"P({name(answer)})"))
     for layer, row_logits, row_ids, lse, p in zip(capture.captured_layers, logits, ids, norm, trajectory, strict=True):
-        cells = [f"{escape(name(i))} {np.exp(x - lse):.3f}" for x, i in zip(row_logits, row_ids, strict=True)]
+        cells = [TextCell(f"{name(i)} {np.exp(x - lse):.3f}") for x, i in zip(row_logits, row_ids, strict=True)]
         table.add_row(str(layer), *cells, f"{p:.3f} {'█' * round(20 * float(p))}")
     out = console()
     out.print(table)
-    out.print(f"{escape(text)} → {escape(name(answer))} with probability {trajectory[-1]:.3f}")
+    out.print(TextCell(f"{text} → {name(answer)} with probability {trajectory[-1]:.3f}"))

@@ -18,6 +18,10 @@ from ..lens import lens_layers
 from ..utils import tokens as token_utils
 from .llama.model import Llama
 
+_CONFIGS: dict[str, type] = {
+    "attention": CaptureConfig, "residual": ResidualConfig, "mlp": MLPConfig, "logits": LogitConfig,
+}  # fmt: skip
+
 
 class LlamaAttentionAdapter:
     """Captures from a Llama in the guide's words. It holds a model and a tokenizer, and no state.
@@ -57,9 +61,9 @@ class LlamaAttentionAdapter:
         Raises:
             ValueError, TypeError: a prompt or config that cannot be run, before anything runs.
         """
-        return self._run(ids_or_text, {"attention": config or CaptureConfig()}, attention_mask, allow_longer)[
-            "attention"
-        ]
+        return self._run(
+            ids_or_text, {"attention": CaptureConfig() if config is None else config}, attention_mask, allow_longer
+        )["attention"]
 
     def capture_residual(
         self,
@@ -70,9 +74,9 @@ class LlamaAttentionAdapter:
         allow_longer: bool = False,
     ) -> ResidualCapture:
         """The residual stream's four points, `[L, T, E]` each, with what attribution needs. Arguments as in `capture`."""
-        return self._run(ids_or_text, {"residual": config or ResidualConfig()}, attention_mask, allow_longer)[
-            "residual"
-        ]
+        return self._run(
+            ids_or_text, {"residual": ResidualConfig() if config is None else config}, attention_mask, allow_longer
+        )["residual"]
 
     def capture_mlp(
         self,
@@ -83,7 +87,9 @@ class LlamaAttentionAdapter:
         allow_longer: bool = False,
     ) -> MLPCapture:
         """The MLP's projections and neurons, `[L, T, F]` each, and output `[L, T, E]`. Arguments as in `capture`."""
-        return self._run(ids_or_text, {"mlp": config or MLPConfig()}, attention_mask, allow_longer)["mlp"]
+        return self._run(ids_or_text, {"mlp": MLPConfig() if config is None else config}, attention_mask, allow_longer)[
+            "mlp"
+        ]
 
     def capture_logits(
         self,
@@ -97,7 +103,9 @@ class LlamaAttentionAdapter:
 
         Arguments as in `capture`.
         """
-        return self._run(ids_or_text, {"logits": config or LogitConfig()}, attention_mask, allow_longer)["logits"]
+        return self._run(
+            ids_or_text, {"logits": LogitConfig() if config is None else config}, attention_mask, allow_longer
+        )["logits"]
 
     def capture_full(
         self,
@@ -112,10 +120,10 @@ class LlamaAttentionAdapter:
     ) -> FullCapture:
         """All four in one pass, each in full by default; of the lens the ten likeliest tokens. Arguments as in `capture`."""
         configs: dict[str, Config] = {
-            "attention": attention or CaptureConfig(),
-            "residual": residual or ResidualConfig(),
-            "mlp": mlp or MLPConfig(),
-            "logits": logits or LogitConfig(top_k=10),
+            "attention": CaptureConfig() if attention is None else attention,
+            "residual": ResidualConfig() if residual is None else residual,
+            "mlp": MLPConfig() if mlp is None else mlp,
+            "logits": LogitConfig(top_k=10) if logits is None else logits,
         }
         return FullCapture(**self._run(ids_or_text, configs, attention_mask, allow_longer))
 
@@ -137,8 +145,10 @@ class LlamaAttentionAdapter:
             prompt, self.tokenizer, model.config, attention_mask=attention_mask, allow_longer=allow_longer
         )
         for name, config in configs.items():
-            if not isinstance(config, Config):
-                raise TypeError(f"The {name} config is a {type(config).__name__}; the guide's configs are expected.")
+            if not isinstance(config, _CONFIGS[name]):
+                raise TypeError(
+                    f"The {name} config is a {type(config).__name__}, and a {_CONFIGS[name].__name__} is needed."
+                )
         configs = {
             name: config.canonical(model.config) if isinstance(config, LogitConfig) else config
             for name, config in configs.items()

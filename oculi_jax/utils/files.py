@@ -13,11 +13,13 @@ from typing import Any
 @contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success and deletes it on failure."""
-    path = Path(path)
+    path = Path(os.path.realpath(Path(path).expanduser()))  # a link stays one, and what it names is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a directory.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"Cannot write {str(path)!r}: it is no regular file.")
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
     aside = Path(name)
@@ -25,7 +27,7 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield aside
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(aside, 0o666 & ~mask)
+        os.chmod(aside, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -42,5 +44,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
         save_file(dict(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:
         raise OSError(f"Could not write {str(name)!r}: {error}") from error
-    except KeyError as error:
-        raise ValueError(f"Could not write {str(name)!r}: safetensors has no dtype {error}.") from error
+    except (KeyError, AttributeError) as error:
+        raise ValueError(f"Could not write {str(name)!r}: safetensors has no such dtype: {error}.") from error

@@ -24,8 +24,14 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
         raise OSError(f"There is no usable tokenizer in {os.fspath(source)!r}: {reason}") from error
 
 
+def _need(tokenizer: Any) -> None:
+    if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "decode"):
+        raise TypeError(f"A tokenizer is needed for text, and a {type(tokenizer).__name__} was given.")
+
+
 def to_single_token(tokenizer: Any, text: str) -> int:
     """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
+    _need(tokenizer)
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) != 1:
         pieces = [tokenizer.decode([i]) for i in ids]
@@ -38,6 +44,7 @@ def to_single_token(tokenizer: Any, text: str) -> int:
 
 def str_tokens(tokenizer: Any, text_or_ids: Any) -> list[str]:
     """The text of each token, of a text (with the special tokens that the tokenizer adds) or of ids `[T]` or `[1, T]`."""
+    _need(tokenizer)
     ids = tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids)
     ids = np.asarray(ids)
     ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
@@ -51,6 +58,7 @@ def first_difference(tokenizer: Any, one: str | Sequence[int], other: str | Sequ
 
     Where one is the start of the other, that is the length of the shorter.
     """
+    _need(tokenizer)
     a, b = (tokenizer.encode(text) if isinstance(text, str) else list(map(int, text)) for text in (one, other))
     for position, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:

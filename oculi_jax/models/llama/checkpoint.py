@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def load(
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
     """See `Llama.save_pretrained`."""
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
         raise ValueError(f"{directory} holds a sharded checkpoint; save to a directory without {INDEX}.")
@@ -107,6 +108,8 @@ def _placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Paramet
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(find_device(device))
         return lambda row: single
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh is a {type(mesh).__name__}; give a jax.sharding.Mesh, as jax.make_mesh makes.")
     if device is not None:
         raise ValueError("Give either device or mesh: a mesh already says which devices are used.")
     if set(mesh.axis_names) != {"data", "model"}:
@@ -123,7 +126,10 @@ def _placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Paramet
 
 def _find(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> Path:
     """The directory that holds the checkpoint, downloaded where `source` is an id on the Hub."""
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"There is no directory {os.fspath(source)!r}.") from None
     if path.is_dir():
         return path
     text = os.fspath(source)
@@ -159,6 +165,8 @@ def _opened(file: Path) -> Iterator[Any]:
         raise FileNotFoundError(f"The weights file {str(file)!r} is missing.") from None
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+    except OSError as error:
+        raise OSError(f"The weights file {str(file)!r} cannot be read: {error}") from None
 
 
 def _read_headers(directory: Path) -> dict[str, Stored]:
@@ -182,6 +190,8 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
         with _opened(file) as handle:
             for tensor in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                 part = handle.get_slice(tensor)
+                if tensor in stored:
+                    raise ValueError(f"{tensor} is in two files, {stored[tensor].file.name} and {name}: one is wrong.")
                 stored[tensor] = Stored(file, tuple(part.get_shape()), part.get_dtype())
             absent = sorted((expected or set()) - set(handle.keys()))
         if absent:
@@ -194,7 +204,7 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     try:
         places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         items = [(str(tensor), str(name)) for tensor, name in places.items()]
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not a shard index with a 'weight_map' of tensors to files: {error!r}.") from None
     files: dict[str, set[str]] = {}
     for tensor, name in items:
@@ -209,6 +219,12 @@ def _read_index(index: Path) -> dict[str, set[str]]:
 def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored: dict[str, Stored]) -> None:
     """Compares what the config needs with what the files hold, both ways; one error lists everything."""
     problems: list[str] = []
+    numbers = [int(name.split(".")[2]) for name in stored if re.match(r"model\.layers\.\d{1,9}\.", name)]
+    n_layers = max(numbers, default=-1) + 1
+    if config.num_hidden_layers > 2 * n_layers + 10:
+        raise ValueError(
+            f"config.json in {str(directory)!r} says {config.num_hidden_layers} layers, and the weights hold {n_layers}."
+        )
     expected = {tensor: row for row in table for tensor in row.tensors()}
     for tensor, row in expected.items():
         found = stored.get(tensor)
@@ -231,6 +247,8 @@ def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored:
             continue
         problems.append(f"unexpected: {tensor} {list(found.shape)} in {found.file.name}")
     if problems:
+        if len(problems) > 60:
+            problems[60:] = [f"… and {len(problems) - 60} more"]
         hint = ""
         if any(name.startswith("layers.") for name in stored):
             hint = " (These look like weights of a bare LlamaModel: names lack the 'model.' prefix.)"
@@ -250,6 +268,7 @@ def _same(one: Stored, other: Stored | None, one_name: str, other_name: str) -> 
 
 
 def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], table: list[Parameter]) -> np.dtype:
+    given = dtype
     if isinstance(dtype, str) and dtype == "auto":
         dtype = config.dtype or _FLOATS[stored[table[0].tensors()[0]].dtype]
     try:
@@ -257,7 +276,8 @@ def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], ta
     except TypeError:
         target = None
     if target is None or target.name not in _FLOATS.values():
-        raise ValueError(f"dtype is {dtype!r}; it can be 'auto', {', '.join(map(repr, _FLOATS.values()))}.")
+        what = "config.json's dtype" if isinstance(given, str) and given == "auto" else "dtype"
+        raise ValueError(f"{what} is {dtype!r}; it can be 'auto', {', '.join(map(repr, _FLOATS.values()))}.")
     return target
 
 
@@ -296,7 +316,13 @@ def _read_tensor(name: str, file: Path, row: Parameter, inner: list[slice], out:
         with _opened(file) as handle:
             rows = handle.get_slice(name)[(slice(start, stop), *bounds[1:])]
         first, last = (start - bounds[0].start) // unit, (stop - bounds[0].start) // unit
-        np.copyto(out[first:last], rows.reshape(out[first:last].shape), casting="unsafe")
+        part = out[first:last]
+        with np.errstate(over="ignore"):
+            np.copyto(part, rows.reshape(part.shape), casting="unsafe")
+        if out.dtype == np.float16 and np.isinf(part).any() and not np.isinf(rows).any():
+            raise ValueError(
+                f"{name} in {file.name} holds values beyond float16's 65504; load it as bfloat16 or float32."
+            )
 
 
 def _aligned_empty(shape: list[int], dtype: np.dtype) -> np.ndarray:

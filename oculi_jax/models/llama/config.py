@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -141,6 +141,7 @@ class LlamaConfig:
 
     def kv_head(self, head: int) -> int:
         """The key/value head that query head `head` reads: `head // G`."""
+        head = operator.index(head)
         if not 0 <= head < self.num_attention_heads:
             raise IndexError(
                 f"head is {head}, but this model has {self.num_attention_heads} query heads, "
@@ -156,7 +157,7 @@ class LlamaConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"There is no config.json in {str(directory)!r}.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON: {error}.") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}; a model's config is an object.")
@@ -177,7 +178,9 @@ class LlamaConfig:
         Raises:
             ValueError: one message with every field that is missing, malformed, or not implemented.
         """
-        ignored = set(ignore_fields)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"A config is a dictionary, and a {type(values).__name__} was given.")
+        ignored = {ignore_fields} if isinstance(ignore_fields, str) else set(ignore_fields)
         fields = {name: value for name, value in values.items() if name not in ignored}
         problems: list[str] = []
         read = _Reader(fields, problems)
@@ -196,7 +199,7 @@ class LlamaConfig:
         if head_dim and head_dim % 2:
             problems.append(f"head_dim is {head_dim}, and rotary embedding needs an even one")
         act = fields.get("hidden_act", "silu")
-        if act not in ACTIVATIONS:
+        if not isinstance(act, str) or act not in ACTIVATIONS:
             near = difflib.get_close_matches(str(act), ACTIVATIONS, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             problems.append(f"hidden_act is {act!r}{hint}; known ones are {', '.join(ACTIVATIONS)}")
@@ -269,7 +272,10 @@ class _Reader:
 
     def integer(self, name: str, default: int | None = None) -> Any:
         return self._get(
-            name, default, lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0, "a positive integer"
+            name,
+            default,
+            lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v < 2**31,
+            "a positive integer",
         )
 
     def number(self, name: str, default: float | None = None) -> Any:
@@ -294,7 +300,8 @@ class _Reader:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    """A positive number that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30
 
 
 def _read_rope(
@@ -343,6 +350,8 @@ def _read_rope(
             if not isinstance(value, bool):
                 problems.append(f"{spelling}.truncate is {value!r}, and true or false is expected")
             values[name] = value
+        elif name == _ORIGINAL and not (isinstance(value, int) and not isinstance(value, bool) and 1 < value < 2**31):
+            problems.append(f"{spelling}.{name} is {value!r}, and an integer above 1 is expected")
         elif not _is_number(value):
             problems.append(f"{spelling}.{name} is {value!r}, and a positive number is expected")
         else:
@@ -355,7 +364,9 @@ def _read_rope(
         problems.append(
             f"{spelling}: low_freq_factor and high_freq_factor are equal, so the ramp between them is undefined"
         )
-    if theta is not None and not _is_number(theta):
-        problems.append(f"rope_theta is {theta!r}, and a positive number is expected")
+    if kind == "dynamic" and head_dim == 2:
+        problems.append("the rotary type 'dynamic' is undefined for head_dim 2")
+    if theta is not None and not (_is_number(theta) and theta > 1):
+        problems.append(f"rope_theta is {theta!r}, and a number above 1 is expected")
         return None
     return RopeConfig(type=kind, theta=10000.0 if theta is None else float(theta), **values)

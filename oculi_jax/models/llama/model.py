@@ -44,6 +44,7 @@ def expand_kv(x: Float[Array, "... K T D"], config: LlamaConfig) -> Float[Array,
     Returns:
         The same values as `[..., H, T, D]`.
     """
+    x = jnp.asarray(x)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if x.ndim < 3 or x.shape[-3] != kv_heads:
         raise ValueError(
@@ -269,7 +270,7 @@ class Llama(nnx.Module):
     @property
     def n_params(self) -> int:
         """Number of parameters, the embedding counted once where it is tied."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self))
+        return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self))
 
     def embed_tokens(self, tokens: Int[Array, "T"], tap: Tap) -> Float[Array, "T E"]:
         # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.
