@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..sites import SITES
 from .spec import CaptureSpec, float_dtype, integers
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ QK_STAGES = ("post_rope", "pre_rope")
 @dataclass(frozen=True)
 class CaptureConfig:
     """Attention: queries, keys, values and patterns, and always the heads' outputs `z`, which attribution reads.
+
+    Where every layer is captured, the final norm's scale comes with them, which attribution reads too.
 
     Args:
         layers: which layers, in the order wanted; None for all.
@@ -46,17 +49,20 @@ class CaptureConfig:
             "values": (self.capture_values, "v"),
             "patterns": (self.capture_patterns, "pattern"),
             "z": (True, "z"),
+            "final_scale": (self.layers is None, "final_scale"),
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them."""
-        return (CaptureSpec(tuple(self.fields().values()), self.layers, dtype=self.dtype),)
+        return _specs(self)
 
 
 @dataclass(frozen=True)
 class ResidualConfig:
     """The four points of the residual stream; `post_attn` and `pre_mlp` are one and the same point.
+
+    What a layer's attention or MLP added between two points that are kept is kept as well, for attribution.
 
     Args:
         layers: which layers, in the order wanted; None for all.
@@ -73,24 +79,30 @@ class ResidualConfig:
 
     def fields(self) -> dict[str, str]:
         """Field of the capture → site."""
+        middle = self.capture_post_attn or self.capture_pre_mlp
         wanted = {
             "pre_attn": (self.capture_pre_attn, "resid_pre"),
             "post_attn": (self.capture_post_attn, "resid_mid"),
             "pre_mlp": (self.capture_pre_mlp, "resid_mid"),
             "post_mlp": (self.capture_post_mlp, "resid_post"),
+            "attn_out": (self.capture_pre_attn and middle, "attn_out"),
+            "mlp_out": (middle and self.capture_post_mlp, "mlp_out"),
+            "embedding": (True, "embed"),
+            "final_scale": (True, "final_scale"),
+            "final_norm": (True, "final_norm"),
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them."""
-        sites = tuple(dict.fromkeys(self.fields().values()))
-        layered = (CaptureSpec(sites, self.layers, dtype=self.dtype),) if sites else ()
-        return (*layered, CaptureSpec("embed", dtype=self.dtype), CaptureSpec("final_scale"))
+        return _specs(self)
 
 
 @dataclass(frozen=True)
 class MLPConfig:
     """The MLP's projections, neurons and output.
+
+    Where every layer is captured, the final norm's scale comes with them, which attribution reads.
 
     Args:
         layers: which layers, in the order wanted; None for all.
@@ -112,13 +124,13 @@ class MLPConfig:
             "up": (self.capture_up, "up"),
             "post_activation": (self.capture_post_activation, "act"),
             "output": (self.capture_output, "mlp_out"),
+            "final_scale": (self.layers is None, "final_scale"),
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them."""
-        sites = tuple(self.fields().values())
-        return (CaptureSpec(sites, self.layers, dtype=self.dtype),) if sites else ()
+        return _specs(self)
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,16 @@ class LogitConfig:
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them: the residual stream that the lens reads."""
         return (CaptureSpec("resid_post", self.layers, self.positions),)
+
+
+def _specs(config: CaptureConfig | ResidualConfig | MLPConfig) -> tuple[CaptureSpec, ...]:
+    sites = tuple(dict.fromkeys(config.fields().values()))
+    layered = tuple(name for name in sites if SITES[name].layered)
+    # Norm scales stay float32: attribution multiplies everything by them.
+    outside = [
+        CaptureSpec(name, dtype=config.dtype if name == "embed" else None) for name in sites if name not in layered
+    ]
+    return (*([CaptureSpec(layered, config.layers, dtype=config.dtype)] if layered else []), *outside)
 
 
 Config = CaptureConfig | ResidualConfig | MLPConfig | LogitConfig

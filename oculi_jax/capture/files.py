@@ -113,6 +113,7 @@ _PARTS = {
 _FIELD_AXES = {
     "queries": "L H T D", "keys": "L K T D", "values": "L K T D", "patterns": "L H T S", "z": "L H T D",
     "pre_attn": "L T E", "post_attn": "L T E", "pre_mlp": "L T E", "post_mlp": "L T E", "embedding": "T E",
+    "attn_out": "L T E", "mlp_out": "L T E", "final_norm": "T E",
     "final_scale": "T", "final_weight": "E", "gate": "L T F", "up": "L T F", "post_activation": "L T F",
     "output": "L T E", "logits": "L T V", "top_k_logits": "L T k", "top_k_indices": "L T k", "log_normalizer": "L T",
     "probabilities": "L T N", "probability_tokens": "N", "normalized": "L T E", "tokens": "T", "mask": "T",

@@ -72,6 +72,7 @@ class AttentionCapture(_Capture):
         values: `[L, K, T, D]`.
         patterns: `[L, H, T, S]`; rows of real tokens sum to 1, rows of padding are zero.
         z: `[L, H, T, D]`, each head's output before the output projection.
+        final_scale: `[T]`, what the final norm multiplied by, where every layer was captured.
         tokens: ids `[T]`.
         mask: bool `[T]`, True at real tokens.
         captured_layers: true layer numbers, in the order of the leading axis.
@@ -84,6 +85,7 @@ class AttentionCapture(_Capture):
     values: Float[Array, "L K T D"] | None = _array()
     patterns: Float[Array, "L H T S"] | None = _array()
     z: Float[Array, "L H T D"] | None = _array()
+    final_scale: Float[Array, "T"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = _static()
@@ -101,8 +103,11 @@ class ResidualCapture(_Capture):
         pre_attn: `[L, T, E]`, entering the layer.
         post_attn, pre_mlp: `[L, T, E]`, between attention and MLP: one point with two names.
         post_mlp: `[L, T, E]`, leaving the layer. `post_mlp − pre_attn` is what the layer added.
+        attn_out, mlp_out: `[L, T, E]`, what attention and the MLP added: kept where the points before and after are, so
+            that an edit of the stream itself shows as what is left.
         embedding: `[T, E]`, where the stream begins.
         final_scale: `[T]`, what the final norm multiplied by: 1 / root mean square.
+        final_norm: `[T, E]`, after the final norm: what is unembedded.
         final_weight: `[E]`, the final norm's weight.
         tokens, mask, captured_layers: as in `AttentionCapture`.
     """
@@ -111,8 +116,11 @@ class ResidualCapture(_Capture):
     post_attn: Float[Array, "L T E"] | None = _array()
     pre_mlp: Float[Array, "L T E"] | None = _array()
     post_mlp: Float[Array, "L T E"] | None = _array()
+    attn_out: Float[Array, "L T E"] | None = _array()
+    mlp_out: Float[Array, "L T E"] | None = _array()
     embedding: Float[Array, "T E"] | None = _array()
     final_scale: Float[Array, "T"] | None = _array()
+    final_norm: Float[Array, "T E"] | None = _array()
     final_weight: Float[Array, "E"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
@@ -127,6 +135,7 @@ class MLPCapture(_Capture):
         gate, up: `[L, T, F]`, the two projections.
         post_activation: `[L, T, F]`, silu(gate) · up: the neurons.
         output: `[L, T, E]`, what the MLP adds to the residual stream.
+        final_scale: `[T]`, what the final norm multiplied by, where every layer was captured.
         tokens, mask, captured_layers: as in `AttentionCapture`.
     """
 
@@ -134,6 +143,7 @@ class MLPCapture(_Capture):
     up: Float[Array, "L T F"] | None = _array()
     post_activation: Float[Array, "L T F"] | None = _array()
     output: Float[Array, "L T E"] | None = _array()
+    final_scale: Float[Array, "T"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = _static()
@@ -141,7 +151,7 @@ class MLPCapture(_Capture):
 
 @_structure
 class LogitCapture(_Capture):
-    """The logit lens at the captured layers: the final norm, then the unembedding, of `resid_post`.
+    """The lens at the captured layers: the final norm, then the unembedding, of `resid_post`.
 
     `T` is the number of captured positions.
 
@@ -155,6 +165,7 @@ class LogitCapture(_Capture):
         unembedding: `[V, E]`, a reference to the model's; not written to files.
         tokens, mask, captured_layers: as in `AttentionCapture`; of the whole prompt.
         positions: which positions were captured; None for all.
+        lens: `"logit"`, or `"tuned"` where a tuned lens translated the stream first.
     """
 
     logits: Float[Array, "L T V"] | None = _array()
@@ -169,6 +180,7 @@ class LogitCapture(_Capture):
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = _static()
     positions: tuple[int, ...] | None = _static(None)
+    lens: str = _static("logit")
 
 
 @_structure

@@ -252,9 +252,10 @@ def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: d
         case ResidualConfig():
             arrays = {field: values[site] for field, site in config.fields().items()}
             return ResidualCapture(
-                **arrays, **common, embedding=values["embed"], final_scale=values["final_scale"],
+                **arrays,
+                **common,
                 final_weight=model.norm.weight[...],
-            )  # fmt: skip
+            )
         case MLPConfig():
             return MLPCapture(**{field: values[site] for field, site in config.fields().items()}, **common)
         case LogitConfig():
