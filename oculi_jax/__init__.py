@@ -16,6 +16,7 @@ from .capture import (
     save,
 )
 from .forward import Output, forward
+from .generate import generate
 from .lens import lens
 from .sites import SITES, Site, find_site
 
@@ -37,6 +38,7 @@ __all__ = [
     "capture_bytes",
     "find_site",
     "forward",
+    "generate",
     "lens",
     "load",
     "save",

@@ -37,7 +37,9 @@ def bucket(n_tokens: int) -> int:
     return -(-n_tokens // step) * step
 
 
-def prepare(prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask: Any, allow_longer: bool) -> Prompts:
+def prepare(
+    prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask: Any, allow_longer: bool, n_new: int = 0
+) -> Prompts:
     """Reads a prompt or a batch of prompts.
 
     Args:
@@ -47,6 +49,7 @@ def prepare(prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask:
         config: the model's.
         attention_mask: `[T]` or `[B, T]`, 1 or True at real tokens; only with ids.
         allow_longer: go beyond the length that the model was made for.
+        n_new: how many tokens will be generated, which count towards that length.
     """
     rows, mask = _rows(prompt, tokenizer, attention_mask)
     lengths = [len(row) for row in rows]
@@ -67,19 +70,27 @@ def prepare(prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask:
     if not real.any(axis=1).all():
         raise ValueError(f"attention_mask is 0 everywhere in prompt {int(np.argmin(real.any(axis=1)))}.")
     longest, limit = int(real.sum(axis=1).max()), config.limit
-    if limit is not None and longest > limit and not allow_longer:
+    if limit is not None and longest + n_new > limit and not allow_longer:
+        more = f" and {n_new} are to be generated" if n_new else ""
         raise ValueError(
-            f"The prompt has {longest} tokens, and this model was made for at most {limit} (max_position_embeddings). "
+            f"The prompt has {longest} tokens{more}, and this model was made for at most {limit} (max_position_embeddings). "
             "Shorten it, or pass allow_longer=True to see what it does beyond."
         )
     return Prompts(tokens, real, n_tokens, single=len(rows) == 1)
+
+
+def is_text(prompt: Any) -> bool:
+    """Whether a prompt is a text or a list of texts, rather than ids."""
+    return isinstance(prompt, str) or (
+        isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(text, str) for text in prompt)
+    )
 
 
 def _rows(prompt: Any, tokenizer: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray | None]:
     if isinstance(prompt, Mapping):
         raise TypeError("The prompt is a dictionary; give its input_ids, and its attention_mask by that name.")
     texts = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(texts, list | tuple) and texts and all(isinstance(text, str) for text in texts):
+    if is_text(texts):
         if attention_mask is not None:
             raise ValueError("attention_mask goes with ids; texts are padded, and masked, for you.")
         if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):

@@ -36,8 +36,8 @@ def check_capture(capture: Any, kind: str) -> None:
         raise TypeError(f"This analysis takes {_a(kind)}, and was given {_a(type(capture).__name__)}.{hint}")
     if capture.tokens is not None and capture.tokens.ndim != 1:
         raise ValueError(
-            f"This capture is a batch: its tokens are [B, T] = {list(capture.tokens.shape)}. Analyses take one prompt; "
-            "map over the batch with jax.vmap(analysis)(capture), or take one row with jax.tree.map(lambda x: x[i], capture)."
+            f"This capture is a batch: its tokens are [B, T] = {list(capture.tokens.shape)}. Analyses take one prompt: "
+            "take one with capture[i], or map over all of them with capture.map(analysis)."
         )
 
 

@@ -68,7 +68,7 @@ def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: Arra
         mask: bool `[T]`, True at real tokens; None where all are.
 
     Returns:
-        `value` with `len(positions)` entries on that axis; NaN (False in a bool array) where there is no such token.
+        `value` with `len(positions)` entries on that axis; where there is no such token, NaN (False for bools, −1 for integers).
     """
     if mask is None:
         return jnp.take(value, np.array(positions) % value.shape[axis], axis=axis)
@@ -77,7 +77,8 @@ def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: Arra
     wanted = jnp.where(wanted < 0, wanted + rank[-1] + 1, wanted)
     match = (rank[None, :] == wanted[:, None]) & mask[None, :]
     found = match.any(axis=1).reshape(-1, *(1,) * (value.ndim - axis - 1))
-    missing = False if value.dtype == bool else jnp.nan
+    integers = jnp.issubdtype(value.dtype, jnp.integer)
+    missing = False if value.dtype == bool else -1 if integers else jnp.nan
     taken = jnp.take(value, match.argmax(axis=1), axis=axis)
     return jnp.where(jnp.broadcast_to(jnp.expand_dims(found, tuple(range(axis))), taken.shape), taken, missing)
 

@@ -6,8 +6,9 @@ Shapes are those of one prompt; a batch of several leads with `B`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, Self, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -34,6 +35,10 @@ def _structure(cls: type[T]) -> type[T]:
     return cls
 
 
+# Fields that are the model's and not a prompt's.
+_SHARED = ("final_weight", "unembedding", "probability_tokens")
+
+
 class _Capture:
     """What all captures share: they know their prompt and layers, and print in one line."""
 
@@ -49,6 +54,25 @@ class _Capture:
     def n_tokens(self) -> int:
         """Length of the prompt (of the longest one in a batch)."""
         return self.tokens.shape[-1]
+
+    def map(self, analysis: Callable[..., Any], *arguments: Any) -> Any:
+        """Maps an analysis of one prompt over a batch: `analysis(prompt, *arguments)` for each, results leading with `B`."""
+        if self.tokens.ndim == 1:
+            raise ValueError("This capture is of one prompt; call the analysis on it.")
+        # What all prompts share has no batch axis.
+        axes = jax.tree.map(lambda _: 0, self)
+        shared = {name: None for name in _SHARED if getattr(self, name, None) is not None}
+        axes = dataclasses.replace(axes, **shared)  # type: ignore[type-var]
+        return jax.vmap(lambda one: analysis(one, *arguments), in_axes=(axes,))(self)
+
+    def __getitem__(self, row: int) -> Self:
+        """One prompt's capture out of a batch's, padded as the batch is: its `mask` says which tokens are real."""
+        if self.tokens.ndim == 1:
+            raise TypeError("This capture is of one prompt; only a batch of several can be indexed.")
+        if not -len(self.tokens) <= row < len(self.tokens):
+            raise IndexError(f"Row {row} of a batch of {len(self.tokens)} prompts.")
+        shared = {name: value for name in _SHARED if (value := getattr(self, name, None)) is not None}
+        return dataclasses.replace(jax.tree.map(lambda x: x[row], self), **shared)  # type: ignore[type-var]
 
     def __repr__(self) -> str:
         parts = []
@@ -191,6 +215,10 @@ class FullCapture:
     residual: ResidualCapture = _array()
     mlp: MLPCapture = _array()
     logits: LogitCapture = _array()
+
+    def __getitem__(self, row: int) -> FullCapture:
+        """One prompt's captures out of a batch's."""
+        return FullCapture(**{name: getattr(self, name)[row] for name in ("attention", "residual", "mlp", "logits")})
 
     def __repr__(self) -> str:
         layers = {name: getattr(self, name).n_layers for name in ("attention", "residual", "mlp", "logits")}

@@ -1,6 +1,7 @@
 """Interventions: `Edit`, the primitive, and the named ones that lower to it."""
 
 from ..edits import Edit
+from .context import InterventionContext
 from .named import (
     Ablation,
     ActivationPatch,
@@ -22,6 +23,7 @@ __all__ = [
     "Edit",
     "HeadAblation",
     "HeadMask",
+    "InterventionContext",
     "KScaler",
     "QScaler",
     "SpectraScaler",

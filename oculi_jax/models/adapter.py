@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax import Array
 
-from .. import prompts
+from .. import prompts, variants
 from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
 from ..capture.spec import CaptureSpec, Reading, at_positions, check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
-from ..forward import forward
+from ..fields import canonical
+from ..forward import run
+from ..frame import Frame
+from ..intervention.context import active
 from ..lens import lens_layers
 from ..utils import tokens as token_utils
+from .continuation import both, continue_ids, continue_texts
 from .llama.model import Llama
+
+if TYPE_CHECKING:
+    from ..training import TunedLens
 
 _CONFIGS: dict[str, type] = {
     "attention": CaptureConfig, "residual": ResidualConfig, "mlp": MLPConfig, "logits": LogitConfig,
@@ -24,11 +31,12 @@ _CONFIGS: dict[str, type] = {
 
 
 class LlamaAttentionAdapter:
-    """Captures from a Llama in the guide's words. It holds a model and a tokenizer, and no state.
+    """Captures from a Llama, and continues its texts, in the guide's words. It holds a model and a tokenizer, and no state.
 
     Every method takes a text, a list of texts (padded for you), or ids `[T]` or `[B, T]` as a list or an array of NumPy,
     JAX or torch, with `attention_mask` where they are padded. One prompt gives the guide's shapes, several a leading `B`.
-    Lengths are padded inside so that near ones share a compiled program; results never show it.
+    Lengths are padded inside so that near ones share a compiled program; results never show it. Inside an
+    `InterventionContext` of this adapter, every method is under its interventions.
     """
 
     def __init__(self, model: Llama, tokenizer: Any = None):
@@ -98,14 +106,14 @@ class LlamaAttentionAdapter:
         *,
         attention_mask: Any = None,
         allow_longer: bool = False,
+        tuned_lens: TunedLens | None = None,
     ) -> LogitCapture:
         """The logit lens at every layer, `[L, T, V]`; with `top_k`, which never holds as much, `[L, T, k]`.
 
-        Arguments as in `capture`.
+        Arguments as in `capture`, and `tuned_lens`: a `TunedLens` that translates each layer's stream first.
         """
-        return self._run(
-            ids_or_text, {"logits": LogitConfig() if config is None else config}, attention_mask, allow_longer
-        )["logits"]
+        configs: dict[str, Config] = {"logits": LogitConfig() if config is None else config}
+        return self._run(ids_or_text, configs, attention_mask, allow_longer, tuned_lens)["logits"]
 
     def capture_full(
         self,
@@ -127,6 +135,28 @@ class LlamaAttentionAdapter:
         }
         return FullCapture(**self._run(ids_or_text, configs, attention_mask, allow_longer))
 
+    def generate(self, ids_or_text: Any, max_new_tokens: int = 20, interventions: Any = (), **options: Any) -> Any:
+        """Continues a prompt or several, greedily by default, under the context's interventions and then the call's own.
+
+        Args:
+            ids_or_text: as in `capture`.
+            max_new_tokens: how many tokens at most.
+            interventions: one or a list; with one leading axis on their index and strength fields, variants that are
+                decoded side by side in one program.
+            options: `temperature`, `top_k`, `top_p`, `min_p`, `stop_tokens`, `key` and `capture` as in
+                `oculi_jax.generate`; `attention_mask`; `allow_longer`.
+
+        Returns:
+            For a text, the text with its continuation; a list of texts for several, or for variants. For ids, the
+            prompt's ids and the new ones, as `model.generate` returns them. With `capture`, that and the captured values.
+        """
+        ambient = active(self)
+        if not prompts.is_text(ids_or_text):
+            return continue_ids(self.model, ids_or_text, max_new_tokens, ambient, interventions, **options)
+        return continue_texts(
+            self.model, self.tokenizer, ids_or_text, max_new_tokens, both(ambient, interventions), **options
+        )
+
     def to_single_token(self, text: str) -> int:
         """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
         return token_utils.to_single_token(self.tokenizer, text)
@@ -139,7 +169,14 @@ class LlamaAttentionAdapter:
         """The first position at which two prompts' tokens differ; None where they are the same."""
         return token_utils.first_difference(self.tokenizer, one, other)
 
-    def _run(self, prompt: Any, configs: dict[str, Config], attention_mask: Any, allow_longer: bool) -> dict[str, Any]:
+    def _run(
+        self,
+        prompt: Any,
+        configs: dict[str, Config],
+        attention_mask: Any,
+        allow_longer: bool,
+        tuned_lens: TunedLens | None = None,
+    ) -> dict[str, Any]:
         model = self.model
         batch = prompts.prepare(
             prompt, self.tokenizer, model.config, attention_mask=attention_mask, allow_longer=allow_longer
@@ -155,18 +192,36 @@ class LlamaAttentionAdapter:
         }
         shortest = int(batch.mask.sum(axis=1).min())
         wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
-        tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
+        interventions = active(self)
+        if n := variants.count(interventions):
+            raise ValueError(
+                f"The interventions of this context are {n} variants, and a capture is of one run: use scalars. "
+                "generate decodes variants side by side."
+            )
+        frames = [Frame(model.config, model.dtype, batch.n_tokens, row, len(row)) for row in batch.mask]
+        tokens, mask = batch.tokens, batch.mask
+        if batch.single:
+            tokens, mask, leads = tokens[0], mask[0], ()
+            stacked = canonical(interventions, frames[0])
+        else:
+            stacked, leads = variants.stack([interventions] * len(frames), frames)
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
         ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)
-        values = _captured(model, tokens, mask, ids, tuple(wanted.items()), lens.top_k, lens.dtype)
+        if tuned_lens is not None:
+            tuned_lens.check(model.config)
+        values = _captured(
+            model, tokens, mask, stacked, ids, tuned_lens, leads,
+            tuple(wanted.items()), lens.top_k, lens.dtype, variants.covered(stacked, batch),
+        )  # fmt: skip
         if batch.n_tokens != batch.tokens.shape[1]:
             values = _trim(values, tuple(wanted.items()), batch.n_tokens, lead=0 if batch.single else 1)
         prompt_arrays = {
             "tokens": jax.device_put(tokens[..., : batch.n_tokens]),
             "mask": jax.device_put(mask[..., : batch.n_tokens]),
         }
-        return {name: _structure(model, config, values[name], prompt_arrays) for name, config in configs.items()}
+        kind = "logit" if tuned_lens is None else "tuned"
+        return {name: _structure(model, config, values[name], prompt_arrays, kind) for name, config in configs.items()}
 
 
 # Part of the capture → what it reads; static.
@@ -186,25 +241,41 @@ def _merged(wanted: Wanted) -> tuple[CaptureSpec, ...]:
     return tuple(CaptureSpec(name, r.layers or None, r.positions, r.dtype) for name, r in merged.items())
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6))
+@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
 def _captured(
-    model: Llama, tokens: Array, mask: Array, ids: Array | None, wanted: Wanted, top_k: int | None, dtype: Any
+    model: Llama,
+    tokens: Array,
+    mask: Array,
+    interventions: tuple[Any, ...],
+    ids: Array | None,
+    tuned_lens: TunedLens | None,
+    leads: tuple[bool, ...],
+    wanted: Wanted,
+    top_k: int | None,
+    dtype: Any,
+    n_covered: int,
 ) -> dict[str, dict[str, Array]]:
     """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
     specs = _merged(wanted)
+    readings = plan(specs, model.config, tokens.shape[-1])
 
-    def one(tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
-        activations = forward(model, tokens, capture=specs, logits="none", mask=mask).activations
+    def one(interventions: Any, tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
+        activations = run(model, tokens, mask, interventions, readings, n_covered=n_covered).activations
         full = {spec.sites: spec for spec in specs}
         parts = {
             part: {r.site.name: _select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}
             for part, readings in wanted
         }
         if "logits" in parts:
-            parts["logits"] = lens_layers(model, parts["logits"]["resid_post"], top_k, ids, dtype)
+            resid = parts["logits"]["resid_post"]
+            if tuned_lens is not None:
+                resid = tuned_lens.translate(resid, dict(wanted)["logits"][0].layers)
+            parts["logits"] = lens_layers(model, resid, top_k, ids, dtype)
         return parts
 
-    return one(tokens, mask) if tokens.ndim == 1 else jax.vmap(one)(tokens, mask)
+    if tokens.ndim == 1:
+        return one(interventions, tokens, mask)
+    return variants.along_rows(one, interventions, leads)(tokens, mask)
 
 
 def _select(value: Array, spec: CaptureSpec, reading: Reading, mask: Array) -> Array:
@@ -237,7 +308,9 @@ def _cut(value: Array, axes: tuple[int, ...], n_tokens: int) -> Array:
     return value[index]
 
 
-def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: dict[str, Array]) -> Any:
+def _structure(
+    model: Llama, config: Config, values: dict[str, Array], prompt: dict[str, Array], kind_of_lens: str
+) -> Any:
     """The guide's structure from the values of its part."""
     layers = check_layers(config.layers, model.config)
     common = {**prompt, "captured_layers": layers}
@@ -262,5 +335,6 @@ def _structure(model: Llama, config: Config, values: dict[str, Array], prompt: d
             positions = None if config.positions is None else tuple(config.positions)
             ids = None if config.tokens is None else jax.device_put(np.array(config.tokens, np.int32))
             return LogitCapture(
-                **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight
-            )
+                **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight,
+                lens=kind_of_lens,
+            )  # fmt: skip

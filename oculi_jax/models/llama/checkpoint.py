@@ -63,7 +63,7 @@ def load(
 
     params: dict[str, Array] = {}
     total = sum(int(np.prod(row.shape)) * target.itemsize for row in table)
-    with progress(f"Loading {directory.name}", total) as advance:
+    with progress(f"Loading {directory.name}", total, in_bytes=True) as advance:
         # The largest first: while a parameter is copied to its device it exists twice.
         for row in sorted(table, key=lambda row: -int(np.prod(row.shape))):
             sharding = place(row)

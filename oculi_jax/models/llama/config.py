@@ -135,6 +135,12 @@ class LlamaConfig:
         }  # fmt: skip
 
     @property
+    def pad_id(self) -> int:
+        """What stands where there is no token: the pad token, else the (first) end token, else 0."""
+        found = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+        return (found[0] if isinstance(found, tuple) else found) or 0
+
+    @property
     def limit(self) -> int | None:
         """The longest prompt that the model was made for; None where its rotary type grows with the prompt."""
         return None if self.rope.type == "dynamic" else self.max_position_embeddings

@@ -261,6 +261,27 @@ class Llama(nnx.Module):
 
         save(self, directory)
 
+    def generate(self, input_ids: Any, max_new_tokens: int = 20, interventions: Any = (), **options: Any) -> np.ndarray:
+        """Continues prompts as Hugging Face's `generate` does: the prompt's ids and the new ones, greedily by default.
+
+        It is under an `InterventionContext` of an adapter of this model. Inside `jit` use `oculi_jax.generate`.
+
+        Args:
+            input_ids: ids `[T]` or `[B, T]`, of NumPy, JAX, torch or lists.
+            max_new_tokens: how many at most; a row that stops early is filled with the pad id.
+            interventions: active after those of the context.
+            options: `temperature`, `top_k`, `top_p`, `min_p`, `stop_tokens`, `key`, as in `oculi_jax.generate`;
+                `attention_mask`, 1 at real tokens; `allow_longer`.
+
+        Returns:
+            int32 `[1, T + max_new_tokens]`, `[B, …]` for several prompts or for variants of the interventions; without
+            the leading axis for ids `[T]`.
+        """
+        from ...intervention.context import active_on
+        from ..continuation import continue_ids
+
+        return continue_ids(self, input_ids, max_new_tokens, active_on(self), interventions, **options)
+
     @property
     def lm_head(self) -> Unembedding:
         """`.weight` is the unembedding `[V, E]`, tied or not."""

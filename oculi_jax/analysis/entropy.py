@@ -1,0 +1,149 @@
+"""How diffuse attention is: Shannon entropy of patterns, and the statistics over real tokens that other analyses share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float
+
+from .inputs import at_position, check_capture, need
+
+if TYPE_CHECKING:
+    from ..capture.structures import AttentionCapture
+
+
+def real_tokens(capture: Any, ignore_first: int = 0) -> Bool[Array, "T"]:
+    """Which tokens of a prompt an average runs over: the real ones, less the first `ignore_first` of them."""
+    n_tokens = capture.tokens.shape[0]
+    if not hasattr(ignore_first, "__index__") or not 0 <= ignore_first < n_tokens:
+        raise ValueError(
+            f"ignore_first is {ignore_first!r}, and must be an integer from 0 to {n_tokens - 1}: the prompt has "
+            f"{n_tokens} tokens."
+        )
+    real = jnp.ones(n_tokens, bool) if capture.mask is None else jnp.asarray(capture.mask, bool)
+    return real & (jnp.cumsum(real) > ignore_first)
+
+
+def centred(
+    values: Float[Array, "... T"], real: Bool[Array, "... T"]
+) -> tuple[Float[Array, "..."], Float[Array, "... T"]]:
+    """The mean over real tokens (NaN where there is none), and what each is above it (0 on the others).
+
+    Deviations of equal values are exactly 0, which a mean's rounding would otherwise hide.
+    """
+    real = jnp.broadcast_to(real, values.shape)
+    low = jax.lax.stop_gradient(jnp.min(jnp.where(real, values, jnp.inf), axis=-1, keepdims=True))
+    above = jnp.where(real, values - low, 0.0)
+    mean = jnp.sum(above, axis=-1, keepdims=True) / count(real)[..., None]
+    return (mean + low)[..., 0], jnp.where(real, above - mean, 0.0)
+
+
+def count(real: Bool[Array, "... T"]) -> Float[Array, "..."]:
+    """How many tokens are real, as float32."""
+    return jnp.sum(real, axis=-1).astype(jnp.float32)
+
+
+def root(x: Array) -> Array:
+    """√x whose gradient at 0 is 0."""
+    zero = x == 0
+    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
+
+
+def check_same_heads(one: Any, other: Any) -> None:
+    """Raises where two attention captures do not hold the same heads of the same layers in the same order."""
+    for capture in (one, other):
+        check_capture(capture, "AttentionCapture")
+    if one.captured_layers != other.captured_layers:
+        raise ValueError(
+            f"The captures have different layers: {list(one.captured_layers)} and {list(other.captured_layers)}. "
+            "Capture both with the same CaptureConfig(layers=…)."
+        )
+    if one.n_heads != other.n_heads:
+        raise ValueError(f"The captures are of different models: {one.n_heads} and {other.n_heads} query heads.")
+
+
+class EntropyAnalysis:
+    """Shannon entropy of attention, H = −Σ_s p_s ln p_s (Shannon 1948), in nats.
+
+    Low is focused, high is diffuse: 0 where one key has all the attention, ln n where n keys share it equally. The first
+    token can attend only to itself, so its entropy is 0. Averages run over the real tokens; `ignore_first` leaves out that
+    many of the first ones, and an average over none is NaN.
+    """
+
+    @staticmethod
+    def token_entropy(capture: AttentionCapture) -> Float[Array, "L H T"]:
+        """Entropy of each token's attention.
+
+        Args:
+            capture: an `AttentionCapture` with patterns.
+
+        Returns:
+            `[L, H, T]` in nats, finite everywhere and 0 on padding. The gradient is finite too: a weight of 0 gets none.
+
+        Raises:
+            TypeError, ValueError: another capture, a batch (map over it with `jax.vmap`), or patterns not captured.
+        """
+        p = jnp.asarray(need(capture, "AttentionCapture", "patterns"), jnp.float32)
+        # 1 stands in for 0, and for what the device may flush to 0: 1 ln 1 adds nothing and its gradient is finite.
+        p = jnp.where(p < jnp.finfo(jnp.float32).tiny, 1.0, p)
+        entropy = jnp.sum(-p * jnp.log(p), axis=-1)
+        return jnp.where(real_tokens(capture)[None, None, :], entropy, 0.0)
+
+    @staticmethod
+    def effective_rank(capture: AttentionCapture) -> Float[Array, "L H T"]:
+        """The number of keys that, attended to equally, would give this entropy: exp(H).
+
+        Args:
+            capture: an `AttentionCapture` with patterns.
+
+        Returns:
+            `[L, H, T]`, from 1 to the number of keys; 0 on padding and where every key is knocked out.
+        """
+        attends = jnp.any(jnp.asarray(need(capture, "AttentionCapture", "patterns")) != 0, axis=-1)
+        attends = attends & real_tokens(capture)[None, None, :]
+        return jnp.where(attends, jnp.exp(EntropyAnalysis.token_entropy(capture)), 0.0)
+
+    @staticmethod
+    def mean_entropy(capture: AttentionCapture, ignore_first: int = 0) -> Float[Array, "L H"]:
+        """Mean entropy over the real tokens, `[L, H]` in nats."""
+        entropy = EntropyAnalysis.token_entropy(capture)
+        return centred(entropy, real_tokens(capture, ignore_first))[0]
+
+    @staticmethod
+    def entropy_std(capture: AttentionCapture, ignore_first: int = 0) -> Float[Array, "L H"]:
+        """Standard deviation of entropy over the real tokens (of a population: the divisor is their number), `[L, H]` in nats."""
+        entropy = EntropyAnalysis.token_entropy(capture)
+        real = real_tokens(capture, ignore_first)
+        return root(jnp.sum(centred(entropy, real)[1] ** 2, axis=-1) / count(real))
+
+    @staticmethod
+    def delta_entropy(
+        treatment: AttentionCapture, control: AttentionCapture, method: str = "mean", ignore_first: int = 0
+    ) -> Float[Array, "L H"]:
+        """How much more diffuse attention is on one prompt than on another: H(treatment) − H(control).
+
+        Args:
+            treatment: an `AttentionCapture` with patterns.
+            control: another, of the same layers; its prompt may have another length.
+            method: `"mean"`, over each capture's own real tokens, or `"final"`, at the last real token of each.
+            ignore_first: how many of the first tokens a mean leaves out.
+
+        Returns:
+            `[L, H]` in nats.
+
+        Raises:
+            ValueError: different layers, or another method.
+        """
+        if method not in ("mean", "final"):
+            raise ValueError(f"method is {method!r}, and must be 'mean' or 'final'.")
+        check_same_heads(treatment, control)
+
+        def aggregate(capture: AttentionCapture) -> Array:
+            if method == "mean":
+                return EntropyAnalysis.mean_entropy(capture, ignore_first)
+            return at_position(capture, EntropyAnalysis.token_entropy(capture), 2, -1)
+
+        return aggregate(treatment) - aggregate(control)

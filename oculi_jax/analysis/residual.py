@@ -1,0 +1,140 @@
+"""The residual stream as a sum: what the embedding, attention, the MLPs and edits of the stream itself put into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from .inputs import at_position, check_capture, need
+
+if TYPE_CHECKING:
+    from ..capture.structures import AttentionCapture, ResidualCapture
+    from ..models.llama.model import Llama
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["embedding", "attn", "mlp", "edits"], meta_fields=[])
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """Parts of the residual stream, float32: `embedding + Σ attn + Σ mlp + Σ edits` is the stream after the last layer.
+
+    Attributes:
+        embedding: `[T, E]`, where the stream begins.
+        attn, mlp: `[L, T, E]`, what each layer's attention and MLP added.
+        edits: `[L, T, E]`, jumps of the stream that no component explains: zero but for rounding unless an intervention
+            set the stream itself.
+    """
+
+    embedding: Float[Array, "T E"]
+    attn: Float[Array, "L T E"]
+    mlp: Float[Array, "L T E"]
+    edits: Float[Array, "L T E"]
+
+
+def decompose_resid(residual: ResidualCapture, position: int | None = None) -> Decomposition:
+    """The residual stream as the sum of what was written into it (Elhage et al. 2021, transformer-circuits.pub).
+
+    The edit of layer l is `resid_pre(l) − resid_post(l − 1)` (the embedding before layer 0), plus
+    `post_attn − pre_attn − attn_out`, plus `post_mlp − post_attn − mlp_out`. The first of these is known, and counted, only
+    where the layer before was captured too.
+
+    Args:
+        residual: with all its points. Of all layers, the parts sum to the last `post_mlp`; of some, those layers' parts.
+        position: one position among the real tokens, negative from the last; None for all.
+
+    Returns:
+        A `Decomposition`; with `position`, without the `T` axis.
+
+    Raises:
+        ValueError, TypeError: something was not captured, or the position is beyond the prompt.
+    """
+    check_capture(residual, "ResidualCapture")
+    return _decompose(residual, position)
+
+
+@partial(jax.jit, static_argnums=1)
+def _decompose(residual: Any, position: int | None) -> Decomposition:
+    middle = "pre_mlp" if residual.post_attn is None and residual.pre_mlp is not None else "post_attn"
+    layered = need(residual, "ResidualCapture", "pre_attn", middle, "post_mlp", "attn_out", "mlp_out")
+    embedding = need(residual, "ResidualCapture", "embedding")
+    if position is not None:
+        layered = tuple(at_position(residual, value, 1, position) for value in layered)
+        embedding = at_position(residual, embedding, 0, position)
+    pre, mid, post, attn, mlp = (value.astype(jnp.float32) for value in layered)
+    embedding = embedding.astype(jnp.float32)
+
+    layers = residual.captured_layers
+    row = {-1: 0, **{layer: i for i, layer in enumerate(layers, start=1)}}  # layer → what left it; −1 is the embedding
+    before = jnp.concatenate([embedding[None], post])[np.array([row.get(layer - 1, 0) for layer in layers])]
+    known = np.array([layer - 1 in row for layer in layers]).reshape(-1, *(1,) * (pre.ndim - 1))
+    entering = jnp.where(jnp.broadcast_to(known, pre.shape), pre - before, 0.0)
+    return Decomposition(embedding, attn, mlp, entering + (mid - pre - attn) + (post - mid - mlp))
+
+
+def stack_head_results(
+    attention: AttentionCapture, model: Llama, position: int | None = None
+) -> Float[Array, "L H T E"] | Float[Array, "L H E"]:
+    """What each head adds to the residual stream, `z_h W_O,h`; over heads, with the output bias, they sum to `attn_out`.
+
+    Of all positions this is `[L, H, T, E]`, `H` times a residual capture: give a position where one will do.
+
+    Args:
+        attention: a capture; `z` is always kept, so an ablated head adds nothing.
+        model: the model that was captured.
+        position: one position among the real tokens, negative from the last; None for all.
+
+    Returns:
+        float32 `[L, H, T, E]`; `[L, H, E]` at one position.
+
+    Raises:
+        ValueError, TypeError: a capture that is no AttentionCapture of this model, or a position beyond the prompt.
+    """
+    z = need(attention, "AttentionCapture", "z")
+    weight = captured_rows(attention, model, "attn.o", z.shape[1], z.shape[3])
+    if position is not None:
+        z = at_position(attention, z, 2, position)
+    return _head_results(z.astype(jnp.float32), weight)
+
+
+@jax.jit
+def _head_results(z: Float[Array, "L H ... D"], weight: Float[Array, "L E H D"]) -> Float[Array, "L H ... E"]:
+    # A layer at a time, so that a float32 copy of narrower weights is never held whole.
+    def layer(row: tuple[Array, Array]) -> Array:
+        z, weight = row
+        return jnp.einsum("h...d,ehd->h...e", z, weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.map(layer, (z, weight))
+
+
+def captured_rows(capture: Any, model: Llama, name: str, *sizes: int) -> Array:
+    """Rows of a stacked output weight, `[L, E, …]`, for the layers of a capture.
+
+    Args:
+        capture: whose `captured_layers` are wanted.
+        model: the model that was captured.
+        name: `"attn.o"` or `"mlp.down"`.
+        sizes: the capture's sizes of the weight's axes after `E`.
+
+    Raises:
+        TypeError: `model` is no Llama. ValueError: it is not the one that was captured.
+    """
+    if not hasattr(model, "layers") or not hasattr(model, "lm_head"):
+        hint = " Give its .model." if hasattr(model, "model") else ""
+        raise TypeError(f"The model is a {type(model).__name__}, and the Llama that was captured is needed.{hint}")
+    part, linear = name.split(".")
+    weight = getattr(getattr(model.layers, part), linear).weight[...]
+    layers = capture.captured_layers
+    if max(layers) >= weight.shape[0] or tuple(weight.shape[2:]) != sizes:
+        found = ", ".join(map(str, sizes))
+        there = ", ".join(map(str, weight.shape[2:]))
+        raise ValueError(
+            f"This capture is of another model: its layers go to {max(layers)} and the inputs of {name} are [{found}], but "
+            f"the model has {weight.shape[0]} layers with inputs [{there}]. Give the model that was captured."
+        )
+    return weight if layers == tuple(range(weight.shape[0])) else weight[np.array(layers)]

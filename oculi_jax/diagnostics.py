@@ -1,0 +1,123 @@
+"""Standard experiments that make their own inputs: what every head does on repeated random tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from .analysis.circuits import pattern_scores
+from .forward import check_model, forward
+
+if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
+    from .models.llama.model import Llama
+
+_SCORES = ("induction", "previous_token", "duplicate_token", "bos", "recent", "local", "uniform")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[*_SCORES, "standard_error"], meta_fields=[])
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadScores:
+    """Scores of every head, means over sequences, each in 0…1; `CircuitDetection` defines them.
+
+    Attributes:
+        induction: `[L, H]`, attention to what followed earlier occurrences of the current token.
+        previous_token: `[L, H]`, attention to the token before.
+        duplicate_token: `[L, H]`, attention to earlier occurrences of the current token.
+        bos: `[L, H]`, attention to the first token.
+        recent: `[L, H]`, attention to the 4 tokens before.
+        local: `[L, H]`, attention to these and to itself.
+        uniform: `[L, H]`, entropy over the largest possible.
+        standard_error: the name of each → `[L, H]`, standard deviation over sequences (n − 1) / √n.
+    """
+
+    induction: Float[Array, "L H"]
+    previous_token: Float[Array, "L H"]
+    duplicate_token: Float[Array, "L H"]
+    bos: Float[Array, "L H"]
+    recent: Float[Array, "L H"]
+    local: Float[Array, "L H"]
+    uniform: Float[Array, "L H"]
+    standard_error: Mapping[str, Float[Array, "L H"]]
+
+    def top(self, name: str, k: int = 5) -> list[tuple[int, int, float, float]]:
+        """The k heads with the highest score, as (layer, head, score, standard error). Host function.
+
+        Args:
+            name: a score, for instance `"induction"`.
+            k: how many.
+        """
+        if name not in _SCORES:
+            raise ValueError(f"There is no score {name!r}; there are {', '.join(_SCORES)}.")
+        scores, errors = np.asarray(getattr(self, name)), np.asarray(self.standard_error[name])
+        order = np.argsort(-scores, axis=None, kind="stable")[:k]
+        heads = zip(*np.unravel_index(order, scores.shape), strict=True)
+        return [
+            (int(layer), int(head), float(scores[layer, head]), float(errors[layer, head])) for layer, head in heads
+        ]
+
+    def __repr__(self) -> str:
+        names = ", ".join(item.name for item in fields(self))
+        return f"HeadScores({names}; each [{', '.join(map(str, self.induction.shape))}])"
+
+
+def head_scores(model: Llama, seed: int = 0, n_sequences: int = 8, length: int = 50) -> HeadScores:
+    """What each head does on random tokens repeated once: the standard test for induction.
+
+    A sequence is the beginning-of-sequence token (where the config has one), `length` distinct random ids without special
+    ones, and the same ids once more; Olsson et al. (2022), arXiv:2209.11895. Nothing but the repetition can be predicted,
+    so what a head does there is not a matter of the prompt.
+
+    Args:
+        model: a `Llama`.
+        seed: of the sequences; the same seed gives the same scores. Another one runs the same program.
+        n_sequences: how many, at least 2. Patterns are held for one of them at a time.
+        length: tokens that are repeated.
+
+    Returns:
+        A `HeadScores`.
+
+    Raises:
+        ValueError: a length that the vocabulary or the model's context cannot hold; fewer than 2 sequences.
+    """
+    return _run(model, repeated_tokens(check_model(model), seed, n_sequences, length))
+
+
+def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
+    """The sequences of `head_scores`: int32 `[n_sequences, T]`, with T = 2 · length, plus 1 where there is a BOS."""
+    bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
+    special = (bos, pad, *(eos if isinstance(eos, tuple) else (eos,)))
+    usable = np.setdiff1d(np.arange(config.vocab_size), [i for i in special if i is not None])
+    lead = [bos] if bos is not None and 0 <= bos < config.vocab_size else []
+    most = min(len(usable), (config.max_position_embeddings - len(lead)) // 2)
+    if not 1 <= length <= most:
+        raise ValueError(
+            f"length is {length}, and must be from 1 to {most}: the ids are distinct ones of {len(usable)}, and twice as "
+            f"many must fit into a context of {config.max_position_embeddings}."
+        )
+    if n_sequences < 2:
+        raise ValueError(f"n_sequences is {n_sequences}; a standard error takes at least 2.")
+    rng = np.random.default_rng(seed)
+    once = np.stack([rng.choice(usable, length, replace=False) for _ in range(n_sequences)])
+    first = np.tile(np.array(lead, once.dtype), (n_sequences, 1))
+    return np.concatenate([first, once, once], axis=1).astype(np.int32)
+
+
+@jax.jit
+def _run(model: Llama, tokens: Int[Array, "N T"]) -> HeadScores:
+    def scores(row: Int[Array, "T"]) -> dict[str, Array]:
+        out = forward(model, row, capture="pattern", logits="none")
+        return pattern_scores(out.activations["pattern"], row)
+
+    each = jax.lax.map(scores, tokens)
+    mean = {name: jnp.mean(value, axis=0) for name, value in each.items()}
+    root = tokens.shape[0] ** 0.5
+    return HeadScores(**mean, standard_error={k: jnp.std(v, axis=0, ddof=1) / root for k, v in each.items()})

@@ -1,0 +1,62 @@
+"""`InterventionContext`: interventions that an adapter applies for the duration of a `with` block."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+# What is active here: (adapter, its interventions), outermost block first. Each thread and task has its own.
+_ACTIVE: ContextVar[tuple[tuple[Any, tuple[Any, ...]], ...]] = ContextVar("oculi_jax_interventions", default=())
+
+
+class InterventionContext:
+    """Interventions that everything an adapter captures or generates is under, inside a `with` block.
+
+    Nested blocks add up, outer ones first. Leaving the block restores, by an exception too; other threads and tasks do
+    not see it. `generate` of the adapter's own model is under it; `oculi_jax.forward` and `oculi_jax.generate`, being
+    pure, never are.
+
+    Args:
+        adapter: a `LlamaAttentionAdapter`.
+        interventions: one intervention or a list of them, applied in order.
+    """
+
+    def __init__(self, adapter: Any, interventions: Any):
+        if not hasattr(adapter, "model") or not hasattr(adapter, "capture"):
+            hint = " Pass the adapter of that model." if hasattr(adapter, "lm_head") else ""
+            raise TypeError(f"InterventionContext takes an adapter, and was given a {type(adapter).__name__}.{hint}")
+        if hasattr(interventions, "edits") or isinstance(interventions, type):
+            interventions = (interventions,)
+        if not isinstance(interventions, list | tuple):
+            raise TypeError(
+                f"InterventionContext takes a list of interventions, and was given a {type(interventions).__name__}."
+            )
+        for number, item in enumerate(interventions):
+            if isinstance(item, type) or not hasattr(item, "edits"):
+                what = f"the class {item.__name__}" if isinstance(item, type) else f"a {type(item).__name__}"
+                raise TypeError(f"interventions[{number}] is {what}, not an intervention.")
+        self.adapter, self.interventions = adapter, tuple(interventions)
+
+    def __enter__(self) -> InterventionContext:
+        _ACTIVE.set((*_ACTIVE.get(), (self.adapter, self.interventions)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _ACTIVE.set(_ACTIVE.get()[:-1])
+
+
+def active(adapter: Any) -> tuple[Any, ...]:
+    """The interventions that an adapter is under here."""
+    return tuple(item for owner, items in _ACTIVE.get() if owner is adapter for item in items)
+
+
+def active_on(model: Any) -> tuple[Any, ...]:
+    """The interventions that a model's own `generate` is under here; ValueError where those here are all for others."""
+    entries = _ACTIVE.get()
+    mine = tuple(item for owner, items in entries if owner.model is model for item in items)
+    if entries and not any(owner.model is model for owner, _ in entries):
+        raise ValueError(
+            "This model is not the one of the InterventionContext that is active here, so its interventions would be left "
+            "out: generate with the context's own adapter or its model, or leave the block."
+        )
+    return mine

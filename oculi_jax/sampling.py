@@ -1,0 +1,99 @@
+"""How the next token is chosen from logits: greedy, or by chance among the tokens that the filters leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from .frame import as_array, on_device
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["temperature", "top_p", "min_p"],
+    meta_fields=["greedy", "top_k"],
+)
+@dataclass(frozen=True)
+class Sampler:
+    """Filters in Hugging Face's order: temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: divides the logits; at 0 the largest wins.
+        top_p: float32 scalar, or None.
+        min_p: float32 scalar, or None.
+        greedy: whether the temperature is known to be 0; static.
+        top_k: static, or None.
+    """
+
+    temperature: Any
+    top_p: Any
+    min_p: Any
+    greedy: bool
+    top_k: int | None
+
+    def filter(self, logits: Float[Array, "V"]) -> Float[Array, "V"]:
+        """The logits over the temperature, −∞ where a filter leaves a token out. The likeliest token always stays."""
+        logits = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)
+        if self.top_k is not None:
+            smallest = jax.lax.top_k(logits, self.top_k)[0][-1]
+            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        if self.top_p is not None:
+            ordered = jnp.sort(logits, descending=True)
+            chances = jax.nn.softmax(ordered)
+            # A token stays where those likelier than it hold less than p (Holtzman et al. 2020, arXiv:1904.09751).
+            before = jnp.cumsum(chances) - chances
+            stays = (before < self.top_p).at[0].set(True)
+            logits = jnp.where(logits < jnp.min(jnp.where(stays, ordered, jnp.inf)), -jnp.inf, logits)
+        if self.min_p is not None:
+            # Minh et al. 2024, arXiv:2407.01082; in logarithms.
+            logits = jnp.where(logits < jnp.max(logits) + jnp.log(self.min_p), -jnp.inf, logits)
+        return logits
+
+    def choose(self, logits: Float[Array, "V"], key: Array | None) -> Int[Array, ""]:
+        """A token id, int32."""
+        likeliest = jnp.argmax(logits).astype(jnp.int32)
+        if self.greedy:
+            return likeliest
+        assert key is not None
+        drawn = jax.random.categorical(key, self.filter(logits)).astype(jnp.int32)
+        return jnp.where(self.temperature > 0, drawn, likeliest)
+
+
+def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: int) -> Sampler:
+    """Checks what the host can see of the four options; `temperature`, `top_p` and `min_p` are data of the program."""
+
+    def number(value: Any, name: str, allowed: str, ok: Any) -> Any:
+        array = as_array(value)
+        if array.shape != () or not (on_device(array) or array.dtype.kind in "iuf") or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}, and a number is needed.")
+        if not on_device(array) and not (np.isfinite(array) and ok(array)):
+            raise ValueError(f"{name} is {value}, and must be {allowed}.")
+        return array.astype(np.float32)
+
+    if top_k is not None:
+        if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer):
+            raise TypeError(f"top_k is {top_k!r}, and an integer is needed: it is a part of the program.")
+        if not 1 <= top_k <= vocab_size:
+            raise ValueError(f"top_k is {top_k}, and must be 1 to {vocab_size}, the size of the vocabulary.")
+    heat = number(temperature, "temperature", "0 (greedy) or more", lambda x: x >= 0)
+    greedy = not on_device(heat) and heat == 0
+    given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if greedy and (useless := [name for name, value in given.items() if value is not None]):
+        raise ValueError(
+            f"{' and '.join(useless)} {'filters' if len(useless) == 1 else 'filter'} chance, and temperature is 0, which "
+            "is greedy; give a temperature above 0, such as 1.0."
+        )
+    return Sampler(
+        heat,
+        None if top_p is None else number(top_p, "top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+        None if min_p is None else number(min_p, "min_p", "0 to 1", lambda x: 0 <= x <= 1),
+        bool(greedy),
+        None if top_k is None else int(top_k),
+    )

@@ -1,0 +1,297 @@
+"""The tuned lens: one affine map a layer, fitted so that the logit lens after it says what the model will say.
+
+Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv:2303.08112.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
+
+from ..capture.spec import CaptureSpec
+from ..forward import check_model, check_tokens, forward
+from ..frame import as_array, listing
+from ..utils.files import write_aside, write_tensors
+from ..utils.progress import progress
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
+    from ..models.llama.model import Llama
+
+FORMAT = "oculi_jax tuned lens 1"
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=[])
+@dataclass(frozen=True, eq=False)
+class TunedLens:
+    """A translator for each layer: h ↦ h + W h + b, before the final norm and the unembedding.
+
+    At the last layer `train_tuned_lens` leaves it the identity: there the lens is the model itself.
+
+    Attributes:
+        weight: `[L, E, E]`, output axis before input axis; the paper's matrix less the identity.
+        bias: `[L, E]`.
+    """
+
+    weight: Float[Array, "L E E"]
+    bias: Float[Array, "L E"]
+
+    @classmethod
+    def identity(cls, config: LlamaConfig) -> TunedLens:
+        """The lens that translates nothing, float32: the logit lens."""
+        n_layers, width = config.num_hidden_layers, config.hidden_size
+        return cls(jnp.zeros((n_layers, width, width), jnp.float32), jnp.zeros((n_layers, width), jnp.float32))
+
+    def __repr__(self) -> str:
+        return f"TunedLens(weight {listing(self.weight.shape)}, bias {listing(self.bias.shape)})"
+
+    def check(self, config: LlamaConfig) -> None:
+        """Raises ValueError where this lens does not fit a model of this shape."""
+        n_layers, width = config.num_hidden_layers, config.hidden_size
+        have, need = (self.weight.shape, self.bias.shape), ((n_layers, width, width), (n_layers, width))
+        if have != need:
+            raise ValueError(
+                f"This tuned lens has weight {listing(have[0])} and bias {listing(have[1])}, and this model needs "
+                f"{listing(need[0])} and {listing(need[1])}: it was made for another model."
+            )
+
+    def translate(self, resid: Float[Array, "L T E"], layers: tuple[int, ...]) -> Float[Array, "L T E"]:
+        """What the last layer's residual stream would be, judged from these layers'.
+
+        Args:
+            resid: `[L, T, E]`, the residual stream after each of `layers`.
+            layers: true layer numbers of the leading axis; static.
+
+        Returns:
+            `[L, T, E]` of the dtype of `resid`, computed in float32.
+
+        Raises:
+            ValueError: layers that the lens does not have, or another number of them than rows.
+        """
+        n_layers, width = self.bias.shape
+        layers = tuple(int(layer) for layer in layers)
+        if wrong := [layer for layer in layers if not 0 <= layer < n_layers]:
+            raise ValueError(f"layers holds {wrong}, and this tuned lens has layers 0 to {n_layers - 1}.")
+        if resid.ndim != 3 or resid.shape[0] != len(layers) or resid.shape[2] != width:
+            raise ValueError(
+                f"resid has shape {listing(resid.shape)}, and [L, T, E] with L = {len(layers)} layers and E = {width} is "
+                "needed."
+            )
+        weight, bias = self.weight, self.bias
+        if layers != tuple(range(n_layers)):
+            weight, bias = weight[np.array(layers)], bias[np.array(layers)]
+        return jax.vmap(_translated)(weight, bias, resid)
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+        """Writes a safetensors file, whole or not at all; `metadata` are texts to keep in it, such as the model's name."""
+        if "format" in (metadata or {}):
+            raise ValueError("metadata holds 'format', which is written anyway; use another name.")
+        tensors = {"weight": np.asarray(self.weight, order="C"), "bias": np.asarray(self.bias, order="C")}
+        with write_aside(path) as aside:
+            write_tensors(aside, tensors, {**(metadata or {}), "format": FORMAT}, name=Path(path))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TunedLens:
+        """Reopens what `save` wrote.
+
+        Raises:
+            OSError: there is no such file. ValueError: it is no whole file of a tuned lens.
+        """
+        path = Path(path).expanduser()
+        try:
+            with safe_open(path, framework="numpy") as handle:
+                header = handle.metadata() or {}
+                arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        if header.get("format") != FORMAT or set(arrays) != {"weight", "bias"}:
+            raise ValueError(f"{path} is a safetensors file, but no tuned lens: it lacks what TunedLens.save writes.")
+        weight, bias = arrays["weight"], arrays["bias"]
+        if bias.ndim != 2 or weight.shape != (*bias.shape, bias.shape[1]):
+            raise ValueError(
+                f"{path} has weight {listing(weight.shape)} and bias {listing(bias.shape)}, and a tuned lens has "
+                "[L, E, E] and [L, E]."
+            )
+        return cls(jnp.asarray(weight), jnp.asarray(bias))
+
+
+def train_tuned_lens(
+    model: Llama,
+    tokens: Any,
+    *,
+    n_steps: int,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    mask: Any = None,
+) -> tuple[TunedLens, Float[np.ndarray, "N L"]]:
+    """Fits a tuned lens: each layer's mean KL(model's distribution ‖ lens's), over all real positions, with Adam.
+
+    The learning rate falls linearly to 0. Layers do not influence each other; the model is left as it is. Beside the
+    model's own activations, only one layer's logits `[B, T, V]` are held at a time. One program is compiled for each shape
+    of a batch. Host function.
+
+    Args:
+        model: a `Llama`.
+        tokens: ids `[N, T]` as one array, of which each step takes `batch_size` rows, all rows once before any twice; or
+            any iterable of batches `[B, T]`, one a step.
+        n_steps: how many steps; fewer are made where the batches run out.
+        batch_size: rows a step, of an array; at most its number.
+        learning_rate: of the first step.
+        seed: of the order of the rows.
+        mask: bool `[N, T]`, True at real tokens of an array.
+
+    Returns:
+        The lens, float32, and the losses `[number of steps, L]`: each layer's mean KL in nats on the batch of each step,
+        before that step; 0 at the last layer.
+
+    Raises:
+        ValueError, TypeError: ids, a mask or a number that cannot be; no batch at all.
+    """
+    config = check_model(model)
+    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}, and must be an integer from 1.")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate is {learning_rate!r}, and must be positive.")
+    if hasattr(tokens, "shape"):
+        batches = _sampled(*_check_batch(tokens, mask, config), int(batch_size), seed)
+    elif mask is not None:
+        raise ValueError("mask goes with tokens [N, T] as one array; an iterable of batches must be without padding.")
+    else:
+        batches = (_check_batch(batch, None, config) for batch in tokens)
+
+    # The last layer has nothing to learn; under Adam even the rounding of its zero gradient would move it.
+    whole = TunedLens.identity(config)
+    lens = TunedLens(whole.weight[:-1], whole.bias[:-1])
+    state = optax.scale_by_adam().init(lens)  # type: ignore[arg-type]
+    losses = []
+    with progress("Fitting the tuned lens", int(n_steps)) as advance:
+        for step, (ids, real) in zip(range(n_steps), batches, strict=False):
+            rate = np.float32(learning_rate * (1 - step / n_steps))
+            lens, state, loss = _step(lens, state, model, ids, real, rate)
+            losses.append(np.append(loss, np.float32(0)))
+            advance(1)
+    if not losses:
+        raise ValueError("There is no batch: tokens is empty.")
+    weight = jnp.concatenate([lens.weight, whole.weight[-1:]])
+    return TunedLens(weight, jnp.concatenate([lens.bias, whole.bias[-1:]])), np.stack(losses)
+
+
+def tuned_lens_kl(model: Llama, lens: TunedLens, tokens: Any, mask: Any = None) -> Float[Array, " L"]:
+    """How far a tuned lens is from what the model says: each layer's mean KL(model ‖ lens) over real positions, in nats.
+
+    Args:
+        model: a `Llama`.
+        lens: a `TunedLens`; `TunedLens.identity(model.config)` measures the logit lens.
+        tokens: ids `[B, T]`, better ones that it was not fitted on.
+        mask: bool `[B, T]`, True at real tokens.
+
+    Returns:
+        `[L]`, differentiable with respect to `lens`.
+    """
+    config = check_model(model)
+    lens.check(config)
+    return _mean_kl(lens, model, *_check_batch(tokens, mask, config))
+
+
+@partial(jax.jit, inline=True)
+def _mean_kl(lens: TunedLens, model: Llama, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " L"]:
+    resid, log_p = _run(model, tokens, mask, model.config.num_hidden_layers)
+    one = jax.checkpoint(lambda row: _layer_kl(row[:2], row[2], model, log_p, mask.reshape(-1)))
+    return jax.lax.map(one, (lens.weight, lens.bias, resid))
+
+
+@partial(jax.jit, donate_argnums=(0, 1))
+def _step(
+    lens: TunedLens, state: Any, model: Llama, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], rate: Array
+) -> tuple[TunedLens, Any, Float[Array, " L"]]:
+    """One step on the layers that `lens` has; the learning rate is data."""
+    resid, log_p = _run(model, tokens, mask, lens.bias.shape[0])
+
+    def one(row: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        # A layer's loss knows its own translator alone, so its gradient is taken here and no other layer's is held.
+        return jax.value_and_grad(_layer_kl)(row[:2], row[2], model, log_p, mask.reshape(-1))
+
+    losses, gradient = jax.lax.map(one, (lens.weight, lens.bias, resid))
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an int32 count
+        updates, state = optax.scale_by_adam().update(TunedLens(*gradient), state)  # type: ignore[arg-type]
+    return jax.tree.map(lambda x, u: x - rate * u, lens, updates), state, losses
+
+
+def _run(model: Llama, tokens: Array, mask: Array, n_layers: int) -> tuple[Float[Array, "L N E"], Float[Array, "N V"]]:
+    """Residual streams after the first layers and the model's log-probabilities, `N` = B · T."""
+
+    def one(tokens: Array, mask: Array) -> tuple[Array, Array]:
+        spec = (CaptureSpec("resid_post", range(n_layers)),) if n_layers else ()
+        out = forward(model, tokens, capture=spec, logits="all", mask=mask)
+        assert out.logits is not None
+        none = jnp.zeros((0, tokens.shape[0], width), model.dtype)  # of a model with one layer
+        return out.activations.get("resid_post", none), jax.nn.log_softmax(out.logits, axis=-1)
+
+    width = model.config.hidden_size
+    resid, log_p = jax.vmap(one, out_axes=(1, 0))(tokens, mask)
+    return resid.reshape(n_layers, tokens.size, width), log_p.reshape(tokens.size, -1)
+
+
+def _translated(
+    weight: Float[Array, "E E"], bias: Float[Array, " E"], rows: Float[Array, "N E"]
+) -> Float[Array, "N E"]:
+    """h + W h + b, in float32."""
+    wide = rows.astype(jnp.float32)
+    moved = jnp.einsum("nj,ij->ni", wide, weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return (wide + moved + bias.astype(jnp.float32)[None, :]).astype(rows.dtype)
+
+
+def _layer_kl(
+    translator: tuple[Array, Array], rows: Array, model: Llama, log_p: Array, real: Array
+) -> Float[Array, ""]:
+    """One layer's mean KL(model ‖ lens) over real rows, in nats."""
+    rows = model.normalise(_translated(*translator, rows), lambda _, value: value)
+    log_q = jax.nn.log_softmax(model.logits(rows), axis=-1)
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return jnp.sum(jnp.where(real, kl, 0.0)) / jnp.sum(real, dtype=jnp.float32)
+
+
+def _check_batch(tokens: Any, mask: Any, config: LlamaConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask `[B, T]` on the host, int32 and bool."""
+    ids = np.asarray(as_array(tokens))
+    if ids.ndim != 2 or not ids.size:
+        raise ValueError(
+            f"tokens has shape {listing(ids.shape)}, and ids [N, T] as one array, or batches [B, T], are needed."
+        )
+    ids = np.asarray(check_tokens(ids.reshape(-1), config.vocab_size)).reshape(ids.shape)
+    real = np.ones(ids.shape, bool) if mask is None else np.asarray(as_array(mask))
+    if real.shape != ids.shape or real.dtype != bool:
+        raise ValueError(
+            f"mask has shape {listing(real.shape)} and dtype {real.dtype}, and bool {listing(ids.shape)} is needed."
+        )
+    if not real.any(axis=1).all():
+        raise ValueError(f"mask is False everywhere in row {int(real.any(axis=1).argmin())}: there is no real token.")
+    return ids, real
+
+
+def _sampled(ids: np.ndarray, real: np.ndarray, batch_size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of rows without end, all of one size, every row once before any twice."""
+    rng = np.random.default_rng(seed)
+    size = min(batch_size, len(ids))
+    order = np.zeros(0, np.int64)
+    while True:
+        if len(order) < size:
+            order = np.concatenate([order, rng.permutation(len(ids))])
+        rows, order = order[:size], order[size:]
+        yield ids[rows], real[rows]

@@ -1,0 +1,25 @@
+"""Pictures of what captures, analyses and sweeps return: arrays in, a matplotlib `Figure` out.
+
+Needs `pip install "oculi-jax[viz]"`; matplotlib is imported when the first picture is drawn. Nothing here touches pyplot:
+write a figure with `figure.savefig("file.png")`, or give an `ax` of your own figure, best made with `layout="constrained"`,
+which is then drawn in and returned. Layers run downwards, and all text is shown literally: no mathematics between dollars.
+"""
+
+from .attention import attention_heatmap, head_grid
+from .bars import attribution_bars
+from .curves import alpha_curve, layer_profile
+from .heads import entropy_heatmap, head_heatmap, sweep_heatmap
+from .lens import lens_table, probability_trajectory
+
+__all__ = [
+    "alpha_curve",
+    "attention_heatmap",
+    "attribution_bars",
+    "entropy_heatmap",
+    "head_grid",
+    "head_heatmap",
+    "layer_profile",
+    "lens_table",
+    "probability_trajectory",
+    "sweep_heatmap",
+]

@@ -1,0 +1,129 @@
+"""Grids over layers and heads (or layers and tokens): entropies, scores, effects of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .canvas import (
+    SIGNED,
+    WEIGHTS,
+    as_numbers,
+    as_texts,
+    as_values,
+    canvas,
+    colour_bar,
+    draw_grid,
+    label_numbers,
+    label_tokens,
+    limits_of,
+    name_axes,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def head_heatmap(
+    values: Any,
+    label: str,
+    layers: Sequence[int] | None = None,
+    diverging: bool = False,
+    limits: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Figure:
+    """A number for each head: layers down, heads across.
+
+    Args:
+        values: `[L, H]`. Entries that are not finite are grey.
+        label: what the numbers are, with their unit.
+        layers: true layer numbers of the L rows, as `capture.captured_layers`; None for 0 to L − 1.
+        diverging: colours centred on 0, red above and blue below, for what can have either sign.
+        limits: the range of the colours; None for 0 to the largest value (from the least, if that is negative), or
+            symmetric about 0 where `diverging`. Give it where pictures are to be compared.
+        ax: where to draw; None for a new figure.
+        title: shown literally.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError, TypeError: a shape, or a number of layers, that cannot be.
+    """
+    return _heatmap(as_values(values, "values", "L H"), label, layers, diverging, limits, None, "head", ax, title)
+
+
+def entropy_heatmap(
+    entropy: Any, layers: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
+) -> Figure:
+    """Each head's attention entropy in nats: layers down, heads across.
+
+    Args:
+        entropy: `[L, H]`, as `EntropyAnalysis.token_entropy(capture).mean(axis=-1)`.
+        layers, ax, title: as in `head_heatmap`.
+
+    Returns:
+        The figure.
+    """
+    hint = "Of entropies [L, H, T], draw the mean: entropy.mean(axis=-1)."
+    values = as_values(entropy, "entropy", "L H", hint=hint)
+    return _heatmap(values, "attention entropy (nats)", layers, False, None, None, "head", ax, title)
+
+
+def sweep_heatmap(
+    effects: Any,
+    xlabel: str | None = None,
+    label: str = "effect on the metric",
+    layers: Sequence[int] | None = None,
+    tokens: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    title: str | None = None,
+) -> Figure:
+    """The effects of a sweep over layers and heads, or layers and positions; colours centred on 0.
+
+    Args:
+        effects: `[L, H]` or `[L, T]`, such as values of a sweep minus the value without an intervention.
+        xlabel: what the columns are; None for `"head"`, or `"token"` where `tokens` are given.
+        label: what the numbers are, with their unit.
+        layers: true layer numbers of the L rows; None for 0 to L − 1.
+        tokens: texts of the T columns.
+        ax: where to draw; None for a new figure.
+        title: shown literally.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError, TypeError: a shape, or a number of labels, that cannot be.
+    """
+    values = as_values(effects, "effects", "L H", "L T")
+    columns = None if tokens is None else as_texts(tokens, values.shape[1], "tokens")
+    xlabel = xlabel or ("head" if tokens is None else "token")
+    return _heatmap(values, label, layers, True, None, columns, xlabel, ax, title)
+
+
+def _heatmap(
+    values: np.ndarray,
+    label: str,
+    layers: Sequence[int] | None,
+    diverging: bool,
+    limits: tuple[float, float] | None,
+    tokens: list[str] | None,
+    xlabel: str,
+    ax: Axes | None,
+    title: str | None,
+) -> Figure:
+    n_rows, n_columns = values.shape
+    rows = as_numbers(layers, n_rows, "layers")
+    figure, ax = canvas(ax, 0.3 * n_columns, 0.17 * n_rows, largest=12.0)
+    limits = limits_of(values, diverging) if limits is None else limits
+    colour_bar(draw_grid(ax, values, limits, SIGNED if diverging else WEIGHTS, "auto"), label)
+    name_axes(ax, xlabel, "layer", title)
+    label_numbers(ax, range(n_columns) if tokens is None else None, rows)
+    if tokens is not None:
+        label_tokens(ax, tokens)
+    return figure

@@ -1,0 +1,441 @@
+"""Decoding: the cache against repeated full passes, interventions at every token, variants, stops, chance, contexts."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oculi_jax import forward, generate
+from oculi_jax.intervention import (
+    Ablation,
+    ActivationPatch,
+    AttentionKnockout,
+    DirectionAblation,
+    Edit,
+    HeadAblation,
+    HeadMask,
+    InterventionContext,
+    KScaler,
+    QScaler,
+    SpectraScaler,
+    Steer,
+)
+from oculi_jax.models.llama import LlamaAttentionAdapter
+from oculi_jax.sampling import sampler
+
+from .prompts import FRANCE
+from .test_adapter import Letters
+from .test_forward_laws import near
+from .tiny import prompt, tiny_llama
+from .tolerances import ROUNDING, ROUTES
+
+T, N, L, H, E, D, V = 7, 10, 3, 4, 24, 6, 61
+MODEL = tiny_llama(1)
+IDS = prompt(T, seed=5)
+RNG = np.random.default_rng(0)
+VECTOR, PATCH, MEAN = RNG.normal(size=E) * 3, RNG.normal(size=(T, E)), RNG.normal(size=(L, H, 1, D))
+KEEP = (RNG.random((L, H)) > 0.4).astype(np.float32)
+
+
+def slow(interventions: Any, model: Any = MODEL, ids: Any = IDS, n: int = N) -> list[int]:
+    """Greedy decoding by running the whole text anew for every token, padded to one length; `interventions` are for that."""
+    tokens = np.zeros(len(ids) + n, np.int32)
+    tokens[: len(ids)] = ids
+    for length in range(len(ids), len(ids) + n):
+        mask = np.arange(len(tokens)) < length
+        tokens[length] = int(forward(model, tokens, interventions, logits="last", mask=mask).logits.argmax())
+    return list(map(int, tokens[len(ids) :]))
+
+
+def at(*positions: int) -> np.ndarray:
+    return np.isin(np.arange(T + N), positions)
+
+
+def negate(x: Any, value: Any) -> Any:
+    return -x * value
+
+
+FIRST = np.arange(T + N) < T
+LONGER = np.pad(PATCH, ((0, N), (0, 0)), constant_values=1.0)
+# What generate is given; and what a pass over all T + N tokens is given, where that has to be written otherwise.
+CASES: dict[str, tuple[Any, ...]] = {
+    "none": ((),),
+    "head": (HeadAblation(1, 2),),
+    "head mask": (HeadMask(KEEP, MEAN),),
+    "queries": (QScaler(0, 3, 4.0),),
+    "keys": (KScaler(1, 1, -3.0),),
+    "spectra": (SpectraScaler(2, 0, 5.0),),
+    "steer": (Steer(1, VECTOR, 2.0),),
+    "steer in the new tokens": (Steer(1, VECTOR, 2.0, positions=[8, 9, 12]), Steer(1, VECTOR, 2.0, positions=at(8, 9, 12))),
+    "direction": (DirectionAblation("resid_post", 0, VECTOR),),
+    "patch": (ActivationPatch("resid_mid", 1, PATCH), ActivationPatch("resid_mid", 1, LONGER, positions=FIRST)),
+    "direction of every token": (DirectionAblation("resid_pre", 1, PATCH), DirectionAblation("resid_pre", 1, LONGER, positions=FIRST)),
+    "dense": (Edit("mlp_out", "add", None, value=np.stack([PATCH] * L)),
+              Edit("mlp_out", "add", None, np.stack([FIRST] * L)[:, :, None], np.stack([LONGER] * L))),
+    "mask": (Edit("attn_out", "scale", 0, FIRST[:T, None], 3.0), Edit("attn_out", "scale", 0, FIRST[:, None], 3.0)),
+    "knock-out": (AttentionKnockout(0, 1, [5, 6, 8, 11], [0, 1]), AttentionKnockout(0, 1, at(5, 6, 8, 11), [0, 1])),
+    "neuron": (Ablation("act", 2, 5),),
+    "apply": (Edit("z", "apply", 1, True, 2.0, negate),),
+    "norm": (Edit("final_norm", "scale", None, value=RNG.normal(size=E)),),
+    "several": ([HeadAblation(0, 0), Steer(2, VECTOR)],),
+}  # fmt: skip
+PLAIN = slow(())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decoding_with_the_cache_is_running_everything_anew(name: str) -> None:
+    given, full = CASES[name][0], CASES[name][-1]
+    want = slow(full)
+    np.testing.assert_array_equal(generate(MODEL, IDS, N, given), want)
+    assert name == "none" or want != PLAIN  # the intervention matters, so leaving it out would show
+
+
+@pytest.mark.parametrize("rope", ["llama3", "dynamic"])
+def test_every_kind_of_attention_and_of_rotation(rope: str) -> None:
+    scaling = {"llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+               "dynamic": {"rope_type": "dynamic", "factor": 4.0}}[rope]  # fmt: skip
+    for kv_heads in (1, 4):
+        model = tiny_llama(3, num_key_value_heads=kv_heads, rope_scaling=scaling, attention_bias=True, mlp_bias=True)
+        np.testing.assert_array_equal(generate(model, IDS, N), slow((), model))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(side: str) -> None:
+    before, after = {"left": (3, 0), "right": (0, 4), "both": (2, 1)}[side]
+    tokens, mask = np.pad(IDS, (before, after), constant_values=3), np.pad(np.ones(T, bool), (before, after))
+    for name in ("none", "steer in the new tokens", "knock-out", "head mask"):
+        given = CASES[name][0]
+        np.testing.assert_array_equal(generate(MODEL, tokens, N, given, mask=mask), slow(CASES[name][-1]))
+
+
+def test_variants_are_their_single_runs() -> None:
+    alphas = np.array([0.2, 1.0, 4.0, 9.0], np.float32)
+    together = generate(MODEL, IDS, N, SpectraScaler(2, 0, alphas))
+    assert together.shape == (4, N)
+    for row, alpha in zip(together, alphas, strict=True):
+        np.testing.assert_array_equal(row, generate(MODEL, IDS, N, SpectraScaler(2, 0, alpha)))
+    assert len({tuple(map(int, row)) for row in together}) > 1
+    vectors = RNG.normal(size=(3, E)) * 4
+    several = generate(MODEL, IDS, N, [Steer(np.array([0, 1, 2]), vectors, 2.0), HeadAblation(0, 1)])
+    for layer, row in enumerate(several):
+        np.testing.assert_array_equal(
+            row, generate(MODEL, IDS, N, [Steer(layer, vectors[layer], 2.0), HeadAblation(0, 1)])
+        )
+    sites = generate(MODEL, IDS, N, Steer(1, VECTOR, 3.0, positions=np.array([0, 6, 9])))
+    np.testing.assert_array_equal(sites[2], generate(MODEL, IDS, N, Steer(1, VECTOR, 3.0, positions=9)))
+
+
+def test_variants_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="one array for all 7 variants or one for each"):
+        generate(MODEL, IDS, N, Steer(1, PATCH, np.arange(7.0)))
+    with pytest.raises(
+        ValueError, match="different numbers of variants: 2 in SpectraScaler.layer, 3 in SpectraScaler.alpha"
+    ):
+        generate(MODEL, IDS, N, SpectraScaler(np.array([0, 1]), 0, np.array([1.0, 2.0, 3.0])))
+    with pytest.raises(ValueError, match=r"axes \[2, 2\]"):
+        generate(MODEL, IDS, N, SpectraScaler(0, 0, np.ones((2, 2))))
+
+
+def test_a_row_that_stops_is_filled_with_the_pad_id_and_the_others_go_on() -> None:
+    model = tiny_llama(1, eos_token_id=PLAIN[3], pad_token_id=60)
+    cut = PLAIN.index(PLAIN[3]) + 1
+    np.testing.assert_array_equal(generate(model, IDS, N), PLAIN[:cut] + [60] * (N - cut))
+    np.testing.assert_array_equal(generate(model, IDS, N, stop_tokens=()), PLAIN)
+    np.testing.assert_array_equal(generate(MODEL, IDS, N, stop_tokens=[PLAIN[0], 7]), [PLAIN[0]] + [0] * (N - 1))
+    rows = generate(MODEL, IDS, N, SpectraScaler(2, 0, np.array([1.0, 5.0])), stop_tokens=PLAIN[3])
+    other = slow(CASES["spectra"][0])
+    stop = other.index(PLAIN[3]) + 1 if PLAIN[3] in other else N
+    np.testing.assert_array_equal(rows[1], other[:stop] + [0] * (N - stop))
+    np.testing.assert_array_equal(rows[0], PLAIN[:cut] + [0] * (N - cut))
+
+
+def test_the_capture_is_of_the_intervened_run() -> None:
+    given, full = CASES["patch"]
+    ids, found = generate(MODEL, IDS, N, given, capture=("resid_post", "pattern"))
+    text = [*map(int, IDS), *map(int, ids)]
+    want = forward(MODEL, text, full, capture=("resid_post", "pattern")).activations
+    for site in want:
+        near(found[site], want[site], ROUTES)
+    rows, found = generate(MODEL, IDS, N, QScaler(0, 3, np.array([1.0, 4.0])), capture="z")
+    assert rows.shape == (2, N) and found["z"].shape == (2, L, H, T + N, D)
+
+
+def test_filters_leave_the_tokens_that_their_papers_say() -> None:
+    logits = RNG.normal(size=V).astype(np.float32) * 3
+    for temperature, top_k, top_p, min_p in ((0.7, 5, None, None), (1.0, None, 0.8, None), (2.0, None, None, 0.2),
+                                             (1.3, 20, 0.9, 0.05), (1.0, None, 1e-6, None), (1.0, 1, None, 1.0)):  # fmt: skip
+        chances = np.exp(logits.astype(np.float64) / temperature)
+        keep = np.ones(V, bool)
+        if top_k:
+            keep &= chances >= np.sort(chances)[-top_k]
+        if top_p:
+            p = np.where(keep, chances, 0) / chances[keep].sum()
+            order = np.argsort(-p)
+            n = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
+            keep &= np.isin(np.arange(V), order[:n])
+        if min_p:
+            keep &= chances >= min_p * chances.max() * (1 - 1e-6)
+        options = sampler(temperature, top_k, top_p, min_p, V)
+        np.testing.assert_array_equal(np.isfinite(options.filter(jnp.asarray(logits))), keep)
+
+
+@pytest.mark.torch
+def test_filters_agree_with_hugging_face() -> None:
+    import torch
+    from transformers.generation import logits_process as hf
+
+    logits = RNG.normal(size=V).astype(np.float32) * 3
+    for temperature, top_k, top_p, min_p in ((0.7, 5, 0.6, 0.1), (1.6, 30, 0.95, 0.02), (1.0, 61, 0.5, 0.3)):
+        scores = torch.tensor(logits)[None]
+        for step in (hf.TemperatureLogitsWarper(temperature), hf.TopKLogitsWarper(top_k), hf.TopPLogitsWarper(top_p), hf.MinPLogitsWarper(min_p)):  # fmt: skip
+            scores = step(None, scores)
+        ours = sampler(temperature, top_k, top_p, min_p, V).filter(jnp.asarray(logits))
+        np.testing.assert_allclose(ours, scores[0].numpy(), rtol=1e-6)
+
+
+def test_draws_follow_the_softmax_and_their_key() -> None:
+    chances = np.asarray(jax.nn.softmax(forward(MODEL, IDS, logits="last").logits / 2.0))
+    options = {"temperature": 2.0, "stop_tokens": ()}
+    draws = np.asarray(jax.jit(jax.vmap(lambda key: generate(MODEL, IDS, 1, key=key, **options)))(jax.random.split(jax.random.key(0), 3000)))[:, 0]  # fmt: skip
+    seen = np.bincount(draws, minlength=V) / 3000
+    assert (np.abs(seen - chances) < 4.5 * np.sqrt(chances * (1 - chances) / 3000) + 1e-3).all()
+    one, same = (generate(MODEL, IDS, N, key=jax.random.key(4), **options) for _ in range(2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != generate(MODEL, IDS, N, key=jax.random.key(5), **options)).any()
+    np.testing.assert_array_equal(one, generate(MODEL, IDS, N, key=jax.random.PRNGKey(4), **options))
+    rows = generate(MODEL, IDS, N, SpectraScaler(0, 0, np.ones(2)), key=jax.random.key(4), **options)
+    np.testing.assert_array_equal(rows, np.stack([one, one]))  # variants differ by the intervention alone
+    heat = jax.jit(lambda t: generate(MODEL, IDS, N, temperature=t, key=jax.random.key(4), stop_tokens=()))
+    np.testing.assert_array_equal(heat(2.0), one)
+    np.testing.assert_array_equal(heat(0.0), PLAIN)
+
+
+def test_under_jit_and_vmap() -> None:
+    alphas = jnp.array([1.0, 5.0])
+    rows = jax.jit(jax.vmap(lambda a: generate(MODEL, IDS, N, SpectraScaler(2, 0, a))))(alphas)
+    np.testing.assert_array_equal(rows, [PLAIN, slow(CASES["spectra"][0])])
+
+
+def test_other_numbers_are_no_other_program(caplog: pytest.LogCaptureFixture) -> None:
+    adapter = LlamaAttentionAdapter(MODEL)
+
+    def calls(number: int) -> None:
+        key = jax.random.key(number)
+        generate(
+            MODEL,
+            prompt(T, number),
+            4,
+            [SpectraScaler(number, number, 1.0 + number), Steer(number, VECTOR, number, positions=[number, 5])],
+        )
+        generate(MODEL, prompt(T, number), 4, temperature=0.5 + number, top_p=0.5 + number / 10, key=key)
+        with InterventionContext(adapter, [HeadAblation(number, number)]):
+            adapter.generate(prompt(13 + number % 2, number), 4)
+            adapter.capture(prompt(13 + number % 2, number))
+
+    calls(0)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        calls(1)
+        calls(2)
+    assert not [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(max_new_tokens=0), "at least 1"),
+        (dict(max_new_tokens=2.5), "an integer is needed"),
+        (dict(temperature=1.0), "give key=jax.random.key"),
+        (dict(temperature=-1.0), "temperature is -1.0, and must be 0"),
+        (dict(temperature=1.0, key=3), "a JAX random key is needed"),
+        (dict(temperature=1.0, key=jax.numpy.zeros(3)), "a JAX random key is needed"),
+        (dict(top_p=0.5), "temperature is 0, which is greedy"),
+        (dict(temperature=1.0, top_k=0), "top_k is 0"),
+        (dict(temperature=1.0, top_p=1.5), "top_p is 1.5"),
+        (dict(temperature=1.0, min_p=-0.1), "min_p is -0.1"),
+        (dict(stop_tokens=[99]), "vocabulary has ids 0 to 60"),
+        (dict(stop_tokens="</s>"), "a sequence of integers is needed"),
+        (dict(interventions=Steer(0, VECTOR, positions=-1)), "positions count from the start"),
+        (dict(interventions=Steer(0, VECTOR, positions=40)), "the prompt has 17 tokens"),
+        (dict(interventions=HeadAblation(0, 9)), "there are 4 query heads"),
+        (dict(mask=np.zeros(T, bool)), "no real token"),
+        (dict(mask=np.ones(3, bool)), r"bool \[7\] is needed"),
+        (dict(capture="patern"), "did you mean 'pattern'"),
+    ],
+)
+def test_what_cannot_be_generated_is_said(arguments: dict, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        generate(MODEL, IDS, **{"max_new_tokens": N, **arguments})
+
+
+# ---- the adapter and the model
+
+
+def test_ids_come_back_as_hugging_face_gives_them() -> None:
+    adapter = LlamaAttentionAdapter(MODEL)
+    whole = [*map(int, IDS), *PLAIN]
+    np.testing.assert_array_equal(MODEL.generate(IDS, N), whole)
+    np.testing.assert_array_equal(MODEL.generate(IDS[None], max_new_tokens=N), [whole])
+    np.testing.assert_array_equal(adapter.generate(IDS.tolist(), N), whole)
+    short = prompt(4, seed=8)
+    rows = adapter.generate([IDS.tolist(), short.tolist()], N)
+    np.testing.assert_array_equal(rows[0], whole)
+    np.testing.assert_array_equal(rows[1], [0, 0, 0, *short, *slow((), ids=short)])
+    padded, mask = np.stack([IDS, np.pad(short, (3, 0))]), np.array([[1] * 7, [0] * 3 + [1] * 4])
+    np.testing.assert_array_equal(adapter.generate(padded, N, attention_mask=mask), rows)
+    np.testing.assert_array_equal(MODEL.generate(padded, N, attention_mask=mask), rows)
+    np.testing.assert_array_equal(
+        MODEL.generate(IDS, N, SpectraScaler(2, 0, np.array([1.0, 5.0])))[1], [*IDS, *slow(CASES["spectra"][0])]
+    )
+
+
+def test_rows_of_a_batch_draw_apart_and_each_as_alone() -> None:
+    adapter = LlamaAttentionAdapter(MODEL)
+    options = {"temperature": 3.0, "stop_tokens": ()}
+    rows = adapter.generate([IDS.tolist()] * 2, N, key=jax.random.key(1), **options)
+    assert (rows[0] != rows[1]).any()
+    for row, key in zip(rows, jax.random.split(jax.random.key(1)), strict=True):
+        np.testing.assert_array_equal(row[T:], generate(MODEL, IDS, N, key=key, **options))
+
+
+def test_text_in_text_out() -> None:
+    adapter = LlamaAttentionAdapter(MODEL, _Letters())
+    text = adapter.generate("hello", 6)
+    new = generate(MODEL, adapter.tokenizer.encode("hello"), 6)
+    assert text == "hello" + adapter.tokenizer.decode(list(map(int, new)))
+    assert adapter.generate(["hello", "you"], 6) == [text, adapter.generate("you", 6)]
+    variants = adapter.generate("hello", 6, SpectraScaler(2, 0, np.array([1.0, 5.0])))
+    assert variants[0] == text and len(variants) == 2
+
+
+class _Letters(Letters):
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return super().decode(ids)
+
+
+def test_a_context_is_there_for_its_block_and_adds_up() -> None:
+    adapter, other = LlamaAttentionAdapter(MODEL), LlamaAttentionAdapter(MODEL)
+    outer, inner = HeadAblation(0, 1), Steer(1, VECTOR)
+    plain = adapter.capture(IDS).z
+
+    def z(*interventions: Any) -> Any:
+        return forward(MODEL, IDS, list(interventions), capture="z").activations["z"]
+
+    with InterventionContext(adapter, [outer]):
+        near(adapter.capture(IDS).z, z(outer), ROUNDING)
+        with pytest.raises(RuntimeError), InterventionContext(adapter, inner):
+            near(adapter.capture(IDS).z, z(outer, inner), ROUNDING)
+            np.testing.assert_array_equal(adapter.generate(IDS, N)[T:], slow([outer, inner]))
+            raise RuntimeError
+        near(adapter.capture(IDS).z, z(outer), ROUNDING)
+        np.testing.assert_array_equal(other.capture(IDS).z, plain)  # another adapter is not under it
+        np.testing.assert_array_equal(generate(MODEL, IDS, N), PLAIN)  # nor are the pure functions
+        np.testing.assert_array_equal(MODEL.generate(IDS, N)[T:], slow(outer))
+        elsewhere: list[Any] = []
+        thread = threading.Thread(target=lambda: elsewhere.append(adapter.capture(IDS).z))
+        thread.start()
+        thread.join()
+        np.testing.assert_array_equal(elsewhere[0], plain)
+        with pytest.raises(ValueError, match="not the one of the InterventionContext"):
+            tiny_llama(2).generate(IDS, N)
+        with pytest.raises(TypeError, match="inside a trace"):
+            jax.jit(lambda ids: MODEL.generate(ids, N))(IDS)
+        with pytest.raises(TypeError, match="inside a trace"):
+            jax.jit(lambda: MODEL.generate(IDS, N))()
+    np.testing.assert_array_equal(adapter.capture(IDS).z, plain)
+    assert np.abs(np.asarray(plain) - np.asarray(z(outer))).max() > 0.1
+
+
+def test_every_capture_is_under_the_context() -> None:
+    adapter = LlamaAttentionAdapter(MODEL)
+    patch = RNG.normal(size=(13, E)).astype(np.float32)  # an array along a prompt that is padded inside
+    ids, given = prompt(13), [ActivationPatch("resid_pre", 1, patch), Steer(2, VECTOR, positions=-1)]
+    sites = {"attention": ("z", "z"), "residual": ("post_mlp", "resid_post"), "mlp": ("output", "mlp_out")}
+    want = forward(MODEL, ids, given, capture=("z", "resid_post", "mlp_out"))
+    with InterventionContext(adapter, given):
+        full = adapter.capture_full(ids)
+        rows = adapter.capture_residual([ids.tolist(), ids[:5].tolist()]).post_mlp
+        alone = adapter.capture_logits(ids).logits
+    for part, (field, site) in sites.items():
+        near(getattr(getattr(full, part), field), want.activations[site], ROUTES)
+    near(alone[-1], want.logits, ROUTES)
+    near(rows[0], want.activations["resid_post"], ROUTES)
+    short = [ActivationPatch("resid_pre", 1, patch[:5]), Steer(2, VECTOR, positions=-1)]
+    near(rows[1, :, :5], forward(MODEL, ids[:5], short, capture="resid_post").activations["resid_post"], ROUTES)
+
+
+def test_a_context_of_something_else_is_refused() -> None:
+    adapter = LlamaAttentionAdapter(MODEL)
+    with pytest.raises(TypeError, match="Pass the adapter"):
+        InterventionContext(MODEL, [HeadAblation(0, 0)])
+    with pytest.raises(TypeError, match=r"interventions\[1\] is the class HeadAblation"):
+        InterventionContext(adapter, [HeadAblation(0, 0), HeadAblation])
+    with pytest.raises(TypeError, match="a list of interventions"):
+        InterventionContext(adapter, 3)
+    with InterventionContext(adapter, HeadAblation(0, 7)), pytest.raises(ValueError, match="there are 4 query heads"):
+        adapter.capture(IDS)
+    with InterventionContext(adapter, SpectraScaler(0, 0, np.ones(3))), pytest.raises(ValueError, match="3 variants"):
+        adapter.capture(IDS)
+    with pytest.raises(ValueError, match="2 prompts and 3 variants"):
+        adapter.generate([[1, 2], [3, 4]], 2, SpectraScaler(0, 0, np.ones(3)))
+    with pytest.raises(ValueError, match="60 are to be generated"):
+        adapter.generate(IDS, 60)
+
+
+# ---- a real model, against Hugging Face
+
+
+@pytest.mark.real
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", ["plain", "head", "spectra", "steer"])
+def test_greedy_ids_are_hugging_faces_over_64_tokens(adapter: LlamaAttentionAdapter, hf, kind: str) -> None:
+    import torch
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import repeat_kv
+
+    vector = np.random.default_rng(0).normal(size=576).astype(np.float32)
+    interventions = {
+        "plain": (),
+        "head": HeadAblation(17, 3),
+        "spectra": SpectraScaler(15, 5, 2.5),
+        "steer": Steer(12, vector, 1.5),
+    }[kind]
+    layers, handles = hf.model.layers, []
+
+    def ablate(module, args):
+        z = args[0].clone()
+        z[..., 3 * 64 : 4 * 64] = 0
+        return (z,)
+
+    def sharpen(module, query, key, value, attention_mask, scaling, **_):
+        scores = torch.matmul(query, repeat_kv(key, 3).transpose(2, 3)) * scaling
+        if module.layer_idx == 15:
+            scores[:, 5] = scores[:, 5] * 2.5
+        n = scores.shape[2]
+        causal = torch.ones(n, scores.shape[3], dtype=torch.bool).tril(scores.shape[3] - n)
+        pattern = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+        return torch.matmul(pattern, repeat_kv(value, 3)).transpose(1, 2).contiguous(), pattern
+
+    if kind == "head":
+        handles.append(layers[17].self_attn.o_proj.register_forward_pre_hook(ablate))
+    if kind == "steer":
+        handles.append(
+            layers[12].register_forward_pre_hook(lambda _, args: (args[0] + 1.5 * torch.tensor(vector), *args[1:]))
+        )
+    before = hf.config._attn_implementation
+    if kind == "spectra":
+        ALL_ATTENTION_FUNCTIONS.register("sharpened", sharpen)
+        hf.set_attn_implementation("sharpened")
+    ids = adapter.tokenizer.encode(FRANCE)
+    try:
+        with torch.no_grad():
+            want = hf.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=None, attention_mask=torch.ones(1, len(ids)))  # fmt: skip
+    finally:
+        for handle in handles:
+            handle.remove()
+        hf.set_attn_implementation(before)
+    np.testing.assert_array_equal(adapter.model.generate([ids], 64, interventions, stop_tokens=()), want.numpy())
