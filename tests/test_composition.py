@@ -83,6 +83,8 @@ def test_padding_changes_nothing_and_scores_nothing(method: str) -> None:
     for left, right in ((3, 0), (0, 3)):
         mask = np.pad(np.ones(11, bool), (left, right))
         padded = capture_of(tokens=np.pad(prompt(), (left, right), constant_values=7), mask=mask)
+        values = jnp.where(jnp.asarray(mask)[None, None, :, None], padded.values, 1e3)  # whatever stands at padding
+        padded = dataclasses.replace(padded, values=values)
         found = pair(padded, method)
         np.testing.assert_allclose(found[mask], want, atol=ROUNDING)
         assert not found[~mask].any()

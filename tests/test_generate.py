@@ -293,6 +293,14 @@ def test_ids_come_back_as_hugging_face_gives_them() -> None:
     )
 
 
+def test_captures_of_an_adapters_run_show_no_padding() -> None:
+    adapter, ids = LlamaAttentionAdapter(MODEL), prompt(9)  # 9 tokens are padded to 10 inside
+    text, found = adapter.generate(ids, 4, HeadAblation(1, 2), capture=("resid_post", "pattern", "embed"))
+    want = forward(MODEL, text, HeadAblation(1, 2), capture=("resid_post", "pattern", "embed")).activations
+    for site in want:
+        near(found[site], want[site], ROUTES)
+
+
 def test_rows_of_a_batch_draw_apart_and_each_as_alone() -> None:
     adapter = LlamaAttentionAdapter(MODEL)
     options = {"temperature": 3.0, "stop_tokens": ()}

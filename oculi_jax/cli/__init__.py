@@ -1,4 +1,4 @@
-"""The command line: `oculi lens`, `oculi capture`, `oculi sites`."""
+"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `generate`, `sites`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import sys
 
 import typer
 
+from .attribute import attribute
 from .capture import capture
+from .generate import generate
+from .heads import heads
 from .lens import lens
 from .sites import sites
 
@@ -15,6 +18,9 @@ app = typer.Typer(
 )
 app.command()(lens)
 app.command()(capture)
+app.command()(heads)
+app.command()(attribute)
+app.command()(generate)
 app.command()(sites)
 
 # What the library raises at input that it refuses; anything else is a bug and keeps its traceback.

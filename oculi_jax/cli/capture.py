@@ -15,7 +15,7 @@ from ..capture.spec import CaptureSpec, plan
 from ..forward import forward
 from ..prompts import prepare
 from ..sites import SITES, unknown_site
-from .common import Dtype, Longer, Model, Text, console, integers, open_adapter, working
+from .common import Dtype, Longer, Model, Text, check_output, console, integers, open_adapter, working
 
 
 def capture(
@@ -30,11 +30,7 @@ def capture(
     allow_longer: Longer = False,
 ) -> None:
     """Writes chosen sites of one prompt as a safetensors file: arrays, and axes, model and tokens as metadata."""
-    output = output.expanduser()
-    if output.is_dir():
-        raise IsADirectoryError(f"Cannot write {str(output)!r}: it is a directory.")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"Cannot write {str(output)!r}: there is no directory {str(output.parent)!r}.")
+    output = check_output(output)
     names = [name.strip() for name in sites.split(",")]
     if unknown := [name for name in names if name not in SITES]:
         raise ValueError(unknown_site(unknown[0]))

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,15 @@ from rich.markup import escape
 
 from ..models.llama import LlamaAttentionAdapter
 from ..models.llama.model import Llama
+from ..utils.files import write_aside
 from ..utils.tokens import load_tokenizer
 
 Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
 Model = Annotated[str, typer.Option("--model", "-m", help="A directory with a Llama, or a Hub id.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Picture = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Draw it to this .png, .svg or .pdf.", show_default=False)
+]
 Longer = Annotated[bool, typer.Option("--allow-longer", help="Go beyond the length that the model was made for.")]
 
 
@@ -41,6 +46,34 @@ def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
     )  # it warns where torch is missing, which is not needed here
     llama = Llama.from_pretrained(model, dtype=dtype)
     return LlamaAttentionAdapter(llama, load_tokenizer(model))
+
+
+def check_output(path: Path, *suffixes: str) -> Path:
+    """Where a file is to go, or a sentence that says why it cannot, before anything slow begins."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a directory.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"Cannot draw {str(path)!r}: its name must end in {', '.join(suffixes)}.")
+    return path
+
+
+def check_picture(path: Path | None) -> Path | None:
+    """The same for a picture, which matplotlib draws."""
+    if path is None:
+        return None
+    if find_spec("matplotlib") is None:
+        raise NotImplementedError('Pictures need matplotlib: pip install "oculi-jax[viz]".')
+    return check_output(path, ".png", ".svg", ".pdf")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Writes a figure, whole or not at all."""
+    with write_aside(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:].lower(), dpi=150)
+    console().print(f"Drew {path}.", markup=False)
 
 
 @contextmanager

@@ -9,8 +9,21 @@ import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
+from ..analysis.logit_lens import LogitLensAnalysis
 from ..capture.configs import LogitConfig
-from .common import Dtype, Longer, Model, Text, console, open_adapter, shown, working
+from .common import (
+    Dtype,
+    Longer,
+    Model,
+    Picture,
+    Text,
+    check_picture,
+    console,
+    open_adapter,
+    save_picture,
+    shown,
+    working,
+)
 
 
 def lens(
@@ -19,6 +32,7 @@ def lens(
     top_k: Annotated[
         int, typer.Option("--top-k", "-k", help="How many tokens to show at each layer.", min=1, max=20)
     ] = 3,
+    output: Picture = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -26,28 +40,27 @@ def lens(
 
     The logit lens: final norm and unembedding applied to the residual stream after each layer.
     """
+    picture = check_picture(output)
     adapter = open_adapter(model, dtype)
-    config = LogitConfig(top_k=top_k, positions=[-1])
+    analysis = LogitLensAnalysis(adapter.tokenizer)
     with working("Running the model"):
-        capture = adapter.capture_logits(text, config, allow_longer=allow_longer)
-        norm = np.asarray(capture.log_normalizer)[:, 0]
-        logits, ids = np.asarray(capture.top_k_logits)[:, 0], np.asarray(capture.top_k_indices)[:, 0]
-        answer = int(ids[-1, 0])
-        assert capture.normalized is not None and capture.unembedding is not None
-        row = np.asarray(capture.unembedding[answer], np.float32)
-        trajectory = np.exp(np.asarray(capture.normalized, np.float32)[:, 0] @ row - norm)
-
-    def name(token: int) -> str:
-        return shown(adapter.tokenizer.decode([int(token)]))
-
+        capture = adapter.capture_logits(text, LogitConfig(top_k=top_k, positions=[-1]), allow_longer=allow_longer)
+        predictions = analysis.layer_predictions(capture, top_k=top_k)
+        answer = analysis.prediction_trajectory(capture)[-1]
+        trajectory = np.asarray(analysis.token_probability_trajectory(capture, answer["token"]))
+    name = shown(answer["text"])
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right")
     for k in range(top_k):
         table.add_column("what it would say" if k == 0 else "")
-    table.add_column(TextCell(f"P({name(answer)})"))
-    for layer, row_logits, row_ids, lse, p in zip(capture.captured_layers, logits, ids, norm, trajectory, strict=True):
-        cells = [TextCell(f"{name(i)} {np.exp(x - lse):.3f}") for x, i in zip(row_logits, row_ids, strict=True)]
-        table.add_row(str(layer), *cells, f"{p:.3f} {'█' * round(20 * float(p))}")
+    table.add_column(TextCell(f"P({name})"))
+    for row, p in zip(predictions, trajectory, strict=True):
+        cells = [TextCell(f"{shown(token)} {chance:.3f}") for token, chance in row["predictions"]]
+        table.add_row(str(row["layer"]), *cells, f"{p:.3f} {'█' * round(20 * float(p))}")
     out = console()
     out.print(table)
-    out.print(TextCell(f"{text} → {name(answer)} with probability {trajectory[-1]:.3f}"))
+    out.print(TextCell(f"{text} → {name} with probability {trajectory[-1]:.3f}"))
+    if picture:
+        from ..visualize import lens_table
+
+        save_picture(lens_table(predictions, title=text), picture)

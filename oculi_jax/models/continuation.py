@@ -130,4 +130,10 @@ def continue_prompts(
         model, tokens, real, stacked, leads, options, keys, stops, n_new, readings, variants.covered(stacked, batch)
     )
     _refuse_trace(found)
-    return shown, np.asarray(found), activations
+    if batch.n_tokens != batch.tokens.shape[1]:  # the padding that the batch was given here stands before the new tokens
+        keep = np.r_[: batch.n_tokens, batch.tokens.shape[1] : batch.tokens.shape[1] + n_new]
+        for reading in readings:
+            for axis in reading.token_axes:
+                name = reading.site.name
+                activations = {**activations, name: np.take(np.asarray(activations[name]), keep, axis=1 + axis)}
+    return shown, np.asarray(found), jax.device_put(activations)

@@ -1,0 +1,95 @@
+"""`oculi generate`: what the model writes, plain and under interventions, side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from rich.table import Table
+from rich.text import Text as TextCell
+
+from ..models.adapter import LlamaAttentionAdapter
+from ..utils.tokens import str_tokens
+from .common import Dtype, Longer, Model, Picture, Text, check_picture, console, open_adapter, save_picture, working
+from .interventions import parse, usage
+
+
+def generate(
+    text: Text,
+    model: Model,
+    intervene: Annotated[
+        list[str] | None,
+        typer.Option("--intervene", "-i", help=f"May be given several times. {usage()}.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="How many tokens at most.", min=1)] = 40,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 draws.", min=0.0)] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.", show_default=False)] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Draw from the likeliest tokens that hold this probability.", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws; both texts draw alike.", min=0)] = 0,
+    output: Picture = None,
+    dtype: Dtype = "auto",
+    allow_longer: Longer = False,
+) -> None:
+    """Continues a text, plain and, with --intervene, under interventions, side by side."""
+    picture = check_picture(output)
+    chosen = [parse(line) for line in intervene or []]
+    adapter = open_adapter(model, dtype)
+    options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, allow_longer=allow_longer)
+    if temperature > 0:
+        options["key"] = jax.random.key(seed)
+    runs = {"plain": (), **({", ".join(intervene): chosen} if intervene else {})}
+    with working("Writing"):
+        found = {name: _continue(adapter, text, max_new_tokens, items, options) for name, items in runs.items()}
+
+    table = Table(box=None, pad_edge=False, expand=True, padding=(0, 2))
+    for name in found:
+        table.add_column(TextCell(name), ratio=1, overflow="fold")
+    table.add_row(*(TextCell(text).append("".join(tokens), style="bold") for tokens, _ in found.values()))
+    out = console()
+    out.print(table)
+    if chosen:
+        (plain, _), (changed, _) = found.values()
+        same = next((i for i, pair in enumerate(zip(plain, changed, strict=False)) if pair[0] != pair[1]), None)
+        if same is not None:
+            out.print(f"The texts part at new token {same}: {plain[same]!r}, {changed[same]!r}.", markup=False)
+        else:
+            out.print("The interventions changed no token.")
+    if picture:
+        save_picture(_draw(found), picture)
+
+
+def _continue(
+    adapter: LlamaAttentionAdapter, text: str, n: int, interventions: Any, options: dict[str, Any]
+) -> tuple[list[str], np.ndarray]:
+    """The new tokens' texts, up to the end token, and the probability that the model gave each."""
+    model = adapter.model
+    prompt = adapter.tokenizer.encode(text)
+    ids, seen = adapter.generate(prompt, n, interventions, capture="final_norm", **options)
+    new = ids[len(prompt) :]
+    stops = np.atleast_1d(() if model.config.eos_token_id is None else model.config.eos_token_id)
+    ends = np.flatnonzero(np.isin(new, stops))
+    new = new[: ends[0] if ends.size else len(new)]
+    # A token is chosen by the state of the one before it.
+    states = np.asarray(seen["final_norm"])[len(prompt) - 1 :][: len(new)]
+    chances = np.asarray(jax.nn.softmax(model.logits(jax.numpy.asarray(states)), axis=-1))
+    return str_tokens(adapter.tokenizer, new) if len(new) else [], chances[np.arange(len(new)), new]
+
+
+def _draw(found: dict[str, tuple[list[str], np.ndarray]]) -> Any:
+    from matplotlib.figure import Figure
+
+    from ..visualize import attribution_bars
+
+    width = max(6.0, 0.28 * max(len(tokens) for tokens, _ in found.values()))
+    figure = Figure(figsize=(min(width, 16.0), 3.0 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+    for ax, (name, (tokens, chances)) in zip(axes, found.items(), strict=True):
+        if tokens:
+            attribution_bars(chances, labels=tokens, ax=ax, label="probability of the token", title=name)
+            ax.set_ylim(0, 1)
+    return figure
