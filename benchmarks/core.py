@@ -6,37 +6,23 @@ is the median over the pairs, with its range. A row whose peer is not installed 
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-import argparse
-import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from table import HUB_ID, Plan, Row, arguments, hugging_face, installed, measure, side_by_side, verdict  # isort: skip
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from loading import in_a_fresh_process
-from rich.console import Console
-from rich.table import Table
 
 from oculi_jax import SITES, CaptureConfig, CaptureSpec, MLPConfig, ResidualConfig, forward
 from oculi_jax import intervention as iv
 from oculi_jax.models.llama import Llama
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 N_TOKENS = 128
 GUIDE = (*CaptureConfig().specs(), *ResidualConfig().specs(), *MLPConfig().specs())
 # On this one a massive activation forms in mid-text, and float32 itself is far from float64: for the note below row 1.
@@ -47,29 +33,6 @@ HARBOUR = (
     "across the water at the light which had replaced his own. One winter a storm took the pier, the white tower and "
     "the machine, and that same night every ship at sea reported a light"
 )
-Row = dict[str, Any]
-
-
-def verdict(measured: str, bar: str, ok: bool | None, **values: Any) -> Row:
-    """A row of the table without its number and name; `ok` is None where it was not measured."""
-    return {"measured": measured, "bar": bar, "ok": ok, **values}
-
-
-def side_by_side(a: Callable[[], Any], b: Callable[[], Any], bar: float, pairs: int = 21) -> Row:
-    """A row of the time of `a` over that of `b`, alternating; what a call returns is freed before the next one."""
-    times: list[list[float]] = [[], []]
-    for number in range(pairs + 2):  # two to warm up, which compile
-        for call, kept in zip((a, b), times, strict=True):
-            start = time.perf_counter()
-            result = call()
-            kept.append(time.perf_counter() - start)
-            del result
-            if number < 2:
-                kept.clear()
-    ratios = [x / y for x, y in zip(*times, strict=True)]
-    ratio, ours, other = map(statistics.median, (ratios, *times))
-    text = f"{ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}): {ours:.3f} s, {other:.3f} s"
-    return verdict(text, f"≤ {bar}", ratio <= bar, ratio=ratio, ratios=ratios, seconds=ours, other_seconds=other)
 
 
 def run(model: Llama, tokens: np.ndarray, **options: Any) -> Any:
@@ -78,12 +41,6 @@ def run(model: Llama, tokens: np.ndarray, **options: Any) -> Any:
 
 def compiled(model: Llama, tokens: np.ndarray, **options: Any) -> Any:
     return jax.jit(lambda model, tokens: forward(model, tokens, **options)).lower(model, tokens).compile()
-
-
-def hugging_face(directory: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
 
 
 def parity_row(model: Llama, hf: Any, tokenizer: Any) -> Row:
@@ -234,39 +191,20 @@ def load_row() -> Row:
     return verdict(text, "≤ 1.15", more <= 1.15 * size, ratio=more / size, **found)
 
 
-def show(rows: list[Row], title: str) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    table = Table("", title, "measured", "bar", "")
-    for row in rows:
-        state = {True: "ok", False: "MISSED", None: "not measured"}[row["ok"]]
-        table.add_row(str(row["row"]), row["what"], row["measured"], row["bar"], state)
-    notes = (f"{row['row']}: {row['note']}" for row in rows if "note" in row)
-    console.print(table, *notes, sep="\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "weights" / HUB_ID.split("/")[1])
-    parser.add_argument("--json", type=Path, help="a file to write the rows to as well")
-    args = parser.parse_args()
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        sys.exit("XLA_FLAGS asks for virtual devices, which share the cores; benchmarks do not run on them.")
-    if not (args.model / "config.json").exists():
-        sys.exit(f"There is no checkpoint in {args.model}: python weights/smollm2.py {args.model}")
+    args = arguments(str(__doc__))
     from transformers import AutoTokenizer
 
-    jax.config.update("jax_enable_compilation_cache", False)
-    here = {name: find_spec(name) is not None for name in ("torch", "transformer_lens")}
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = Llama.from_pretrained(args.model, dtype="float32")
-    hf = hugging_face(args.model) if here["torch"] else None
+    hf = hugging_face(args.model) if installed("torch") else None
     tokens = np.resize(np.array(tokenizer(HARBOUR).input_ids, np.int32), N_TOKENS)
 
     def against_plain(bar: float, **options: Any) -> Row:
         return side_by_side(lambda: run(model, tokens, **options), lambda: run(model, tokens), bar)
 
     early = CaptureSpec("resid_post", (2,))
-    plan: list[tuple[str, str, Callable[[], Row]]] = [
+    plan: Plan = [
         ("every site and the logits: from Hugging Face's", "torch", lambda: parity_row(model, hf, tokenizer)),
         ("plain forward: of Hugging Face's time", "torch", lambda: plain_row(model, hf, tokens)),
         ("the guide's full capture: of a plain forward's time", "", lambda: against_plain(1.4, capture=GUIDE)),
@@ -279,17 +217,7 @@ def main() -> None:
         ("first compile of the full capture", "", lambda: compile_row(model, tokens)),
         ("peak memory of loading 1B in bfloat16: of its parameters' bytes", "", load_row),
     ]  # fmt: skip
-    rows, busy = [], os.getloadavg()[0]
-    for number, (what, peer, measure) in enumerate(plan, 1):
-        print(f"[{number}/{len(plan)}] {what}", file=sys.stderr, flush=True)
-        row = measure() if here.get(peer, True) else verdict(f"{peer} is not installed", "", None)
-        rows.append({"row": number, "what": what, **row})
-    show(rows, f"{args.model.name}, float32, 1×{N_TOKENS}")
-    print(f"Load average {busy:.1f} before, {os.getloadavg()[0]:.1f} after, {os.cpu_count()} cores: was it idle?")
-    if args.json:
-        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "jax": jax.__version__}
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-    sys.exit(any(row["ok"] is False for row in rows))
+    measure(plan, f"1×{N_TOKENS}", args)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def attention_flow(attention: AttentionCapture, position: int = -1) -> Result:
             f"position is {position}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, or −1 to "
             f"−{n_real} from the end."
         )
-    mixed = np.asarray(_mixed(patterns, _real(attention), jnp.float32(0.5)), np.float64)[:, real][:, :, real]
+    mixed = np.asarray(_mixed(patterns, jnp.float32(0.5)), np.float64)[:, real][:, :, real]
     capacity = np.rint(mixed * _UNIT).astype(np.int32)
     layer, query, key = np.nonzero(capacity)
     n_nodes = (mixed.shape[0] + 1) * n_real
@@ -130,11 +130,9 @@ def _real(attention: Any) -> Bool[Array, "T"]:
 
 
 @jax.jit
-def _mixed(
-    patterns: Float[Array, "L H T S"], real: Bool[Array, "T"], residual_weight: Float[Array, ""]
-) -> Float[Array, "L T S"]:
+def _mixed(patterns: Float[Array, "L H T S"], residual_weight: Float[Array, ""]) -> Float[Array, "L T S"]:
     """`w I + (1 − w) mean_h pattern`, rows normalised; a row with nothing in it stays zero."""
-    identity = jnp.diag(real.astype(jnp.float32))
+    identity = jnp.eye(patterns.shape[-1], dtype=jnp.float32)
     mixed = residual_weight * identity[None] + (1.0 - residual_weight) * patterns.astype(jnp.float32).mean(axis=1)
     total = mixed.sum(axis=-1, keepdims=True)
     return mixed / jnp.where(total == 0.0, 1.0, total)
@@ -146,8 +144,8 @@ def _rollout(patterns: Array, real: Array, residual_weight: Array) -> Float[Arra
         rolled = jnp.matmul(mixed, rolled, precision=jax.lax.Precision.HIGHEST)
         return rolled, rolled
 
-    start = jnp.diag(real.astype(jnp.float32))
-    return jax.lax.scan(layer, start, _mixed(patterns, real, residual_weight))[1]
+    start = jnp.diag(real.astype(jnp.float32))  # nothing comes in at padding, so nothing is ever there
+    return jax.lax.scan(layer, start, _mixed(patterns, residual_weight))[1]
 
 
 @jax.jit
