@@ -108,7 +108,7 @@ def test_top_k_never_holds_the_whole_vocabulary() -> None:
     from oculi_jax.capture.spec import plan
 
     wanted = (("logits", plan(config.specs(), model.config, 16)),)
-    lowered = adapter._captured.lower(model, prompt(16), np.ones(16, bool), None, wanted, 3, "float32")
+    lowered = adapter._captured.lower(model, prompt(16), np.ones(16, bool), (), None, None, (), wanted, 3, "float32", 16)
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 8 * 16 * 4096 * 4 / 2
 
@@ -352,3 +352,37 @@ def test_files_that_are_no_captures(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="disk full"):
         save(WANT, path)
     assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_analysis_maps_over_a_batch_and_a_row_is_its_prompt() -> None:
+    from oculi_jax.analysis import AttributionMethods, EntropyAnalysis, LogitLensAnalysis
+
+    rows = [prompt(9).tolist(), prompt(6, seed=1).tolist()]
+    batch = ADAPTER.capture_full(rows)
+    unembed = MODEL.lm_head.weight
+
+    def trajectory(capture, token):
+        return LogitLensAnalysis().token_probability_trajectory(capture, token)
+
+    def direct(residual):
+        return AttributionMethods.direct_logit_attribution(residual, unembed, 3).values
+
+    mapped = (
+        batch.attention.map(EntropyAnalysis.token_entropy),
+        batch.residual.map(direct),
+        batch.logits.map(trajectory, 3),
+    )
+    near(mapped[1], jax.vmap(direct)(batch.residual), ROUNDING)
+    for i, row in enumerate(rows):
+        one, alone = batch[i], ADAPTER.capture_full(row)
+        near(mapped[0][i, ..., : len(row)], EntropyAnalysis.token_entropy(alone.attention), ROUNDING)
+        near(mapped[1][i], direct(alone.residual), ROUNDING)
+        near(mapped[2][i], trajectory(alone.logits, 3), ROUNDING)
+        near(trajectory(one.logits, 3), mapped[2][i], ROUNDING)
+        near(direct(one.residual), mapped[1][i], ROUNDING)
+    with pytest.raises(TypeError, match="one prompt"):
+        ADAPTER.capture(prompt())[0]
+    with pytest.raises(IndexError, match="Row 2 of a batch of 2"):
+        batch.attention[2]
+    with pytest.raises(ValueError, match="call the analysis on it"):
+        ADAPTER.capture(prompt()).map(EntropyAnalysis.token_entropy)

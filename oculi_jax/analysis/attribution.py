@@ -60,8 +60,7 @@ class AttributionMethods:
             jumps of the stream add that no component explains (interventions on the stream itself, and in half precision
             rounding); `"norm_edit"`, what an edit of the final norm's output added; `"logit"`, the logit itself.
             `.completeness_error` is always the sum of all these parts minus the logit. Of all layers it is rounding; of
-            some, minus what the other layers add. A capture cannot tell layers 0…n − 1 from a whole model of n: `norm_edit`
-            then holds what later layers add; where layers are missing below its last one, it is 0.
+            some, minus what the other layers add, and `norm_edit` is 0 unless the model's last layer is among them.
 
         Raises:
             ValueError, TypeError: something was not captured, an id or position that is not there, or an `unembed` that
@@ -245,19 +244,18 @@ class _Parts(NamedTuple):
         }
 
 
-def _parts(residual: Any, unembed: Any, token: Any, position: int, depth: int | None = None) -> _Parts:
-    """Shares of a logit in a residual capture; `depth` is the model's, where it is known."""
+def _parts(residual: Any, unembed: Any, token: Any, position: int) -> _Parts:
+    """Shares of a logit in a residual capture."""
     weight = need(residual, "ResidualCapture", "final_weight", "final_scale", "final_norm")[0]
     layers = residual.captured_layers
-    depth = max(layers) + 1 if depth is None and len(layers) == max(layers) + 1 else depth
-    last = layers.index(depth - 1) if depth is not None and depth - 1 in layers else None
+    last = layers.index(residual.model_layers - 1) if residual.model_layers - 1 in layers else None
     return _shares(residual, _direction(unembed, token, weight.shape[-1]), _static(position), last)
 
 
 # One program, rather than one for each step of it whenever the length is new.
 @partial(jax.jit, static_argnums=(2, 3))
 def _shares(residual: Any, direction: Float[Array, "E"], position: int, last: int | None) -> _Parts:
-    """`last` is the row of the model's last layer; None where it is not known."""
+    """`last` is the row of the model's last layer; None where it was not captured."""
     parts = decompose_resid(residual, position)
     scale = at_position(residual, residual.final_scale, 0, position).astype(jnp.float32)
     norm_gain = residual.final_weight.astype(jnp.float32) * scale
@@ -286,7 +284,7 @@ def _gain(
     if residual is not None:
         check_capture(residual, "ResidualCapture")
         _same_prompt(capture, residual)
-        parts = _parts(residual, model.lm_head.weight, token, position, model.config.num_hidden_layers)
+        parts = _parts(residual, model.lm_head.weight, token, position)
         return parts.gain, parts
     if capture.final_scale is None:
         raise ValueError(

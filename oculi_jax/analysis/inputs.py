@@ -24,6 +24,7 @@ _KEPT_BY = {
     "up": "MLPConfig(capture_up=True)",
     "post_activation": "MLPConfig(capture_post_activation=True)",
     "output": "MLPConfig(capture_output=True)",
+    "final_scale": "every layer (layers=None)",
 }
 
 
@@ -51,7 +52,7 @@ def need(capture: Any, kind: str, *fields: str) -> Any:
     """
     check_capture(capture, kind)
     if missing := [name for name in fields if getattr(capture, name) is None]:
-        ways = " and ".join(_KEPT_BY.get(name, "every layer (layers=None)") for name in missing)
+        ways = " and ".join(_KEPT_BY.get(name, "an adapter's own capture") for name in missing)
         raise ValueError(f"{' and '.join(missing)} of this {kind} {'was' if len(missing) == 1 else 'were'} not captured: "
                          f"capture with {ways}.")  # fmt: skip
     found = tuple(getattr(capture, name) for name in fields)

@@ -36,7 +36,7 @@ def _structure(cls: type[T]) -> type[T]:
 
 
 # Fields that are the model's and not a prompt's.
-_SHARED = ("final_weight", "unembedding", "probability_tokens")
+_SHARED = ("unembedding", "probability_tokens")
 
 
 class _Capture:
@@ -134,6 +134,7 @@ class ResidualCapture(_Capture):
         final_norm: `[T, E]`, after the final norm: what is unembedded.
         final_weight: `[E]`, the final norm's weight.
         tokens, mask, captured_layers: as in `AttentionCapture`.
+        model_layers: how many layers the model has, so that the first few are not taken for all.
     """
 
     pre_attn: Float[Array, "L T E"] | None = _array()
@@ -149,6 +150,7 @@ class ResidualCapture(_Capture):
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = _static()
+    model_layers: int = _static()
 
 
 @_structure

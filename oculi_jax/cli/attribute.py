@@ -80,12 +80,9 @@ def attribute(
     assert heads.completeness_error is not None
     out.print(f"{summary}; all parts together miss the logit by {float(heads.completeness_error):.1e}.", markup=False)
     if picture:
-        from matplotlib.figure import Figure
+        from ..visualize import attribution_bars, panels
 
-        from ..visualize import attribution_bars
-
-        figure = Figure(figsize=(11.0, 5.0), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        figure, (left, right) = panels(1, 2, 11.0, 5.0, widths=(3, 2))
         attribution_bars(parts, ax=left, title=what)
         attribution_bars(heads, ax=right, k=15, title="the strongest heads")
         save_picture(figure, picture)

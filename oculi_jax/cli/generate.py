@@ -81,13 +81,10 @@ def _continue(
 
 
 def _draw(found: dict[str, tuple[list[str], np.ndarray]]) -> Any:
-    from matplotlib.figure import Figure
-
-    from ..visualize import attribution_bars
+    from ..visualize import attribution_bars, panels
 
     width = max(6.0, 0.28 * max(len(tokens) for tokens, _ in found.values()))
-    figure = Figure(figsize=(min(width, 16.0), 3.0 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), 1, squeeze=False)[:, 0]
+    figure, axes = panels(len(found), 1, min(width, 16.0), 3.0 * len(found))
     for ax, (name, (tokens, chances)) in zip(axes, found.items(), strict=True):
         if tokens:
             attribution_bars(chances, labels=tokens, ax=ax, label="probability of the token", title=name)

@@ -65,14 +65,11 @@ def heads(
         f"{total} heads ({config.num_hidden_layers} layers × {config.num_attention_heads}) on {where}.", markup=False
     )
     if picture:
-        from matplotlib.figure import Figure
-
-        from ..visualize import head_heatmap
+        from ..visualize import head_heatmap, panels
 
         names = ("previous_token", "induction", "duplicate_token", "bos")
-        height = 1.8 + 0.16 * config.num_hidden_layers
-        figure = Figure(figsize=(4.2 * len(names), height), layout="constrained")
-        for name, ax in zip(names, figure.subplots(1, len(names)), strict=True):
+        figure, axes = panels(1, len(names), 4.4 * len(names), 1.8 + 0.16 * config.num_hidden_layers)
+        for name, ax in zip(names, axes, strict=True):
             values = raw[name] if scores is None else getattr(scores, name)
             title = name.replace("_", " ") if name != "bos" else "first token"
             head_heatmap(values, "attention", limits=(0.0, 1.0), ax=ax, title=title)

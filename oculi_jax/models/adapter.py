@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -324,11 +325,10 @@ def _structure(
             )  # fmt: skip
         case ResidualConfig():
             arrays = {field: values[site] for field, site in config.fields().items()}
-            return ResidualCapture(
-                **arrays,
-                **common,
-                final_weight=model.norm.weight[...],
-            )
+            weight = model.norm.weight[...]
+            if prompt["tokens"].ndim == 2:  # one for each prompt, so that jax.vmap maps over all that a batch holds
+                weight = jnp.broadcast_to(weight, (len(prompt["tokens"]), *weight.shape))
+            return ResidualCapture(**arrays, **common, final_weight=weight, model_layers=sizes["L"])
         case MLPConfig():
             return MLPCapture(**{field: values[site] for field, site in config.fields().items()}, **common)
         case LogitConfig():

@@ -130,7 +130,9 @@ def continue_prompts(
         model, tokens, real, stacked, leads, options, keys, stops, n_new, readings, variants.covered(stacked, batch)
     )
     _refuse_trace(found)
-    if batch.n_tokens != batch.tokens.shape[1]:  # the padding that the batch was given here stands before the new tokens
+    if (
+        batch.n_tokens != batch.tokens.shape[1]
+    ):  # the padding that the batch was given here stands before the new tokens
         keep = np.r_[: batch.n_tokens, batch.tokens.shape[1] : batch.tokens.shape[1] + n_new]
         for reading in readings:
             for axis in reading.token_axes:

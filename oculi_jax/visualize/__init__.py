@@ -7,6 +7,7 @@ which is then drawn in and returned. Layers run downwards, and all text is shown
 
 from .attention import attention_heatmap, head_grid
 from .bars import attribution_bars
+from .canvas import panels
 from .curves import alpha_curve, layer_profile
 from .heads import entropy_heatmap, head_heatmap, sweep_heatmap
 from .lens import lens_table, probability_trajectory
@@ -20,6 +21,7 @@ __all__ = [
     "head_heatmap",
     "layer_profile",
     "lens_table",
+    "panels",
     "probability_trajectory",
     "sweep_heatmap",
 ]

@@ -63,6 +63,26 @@ def canvas(ax: Axes | None, width: float, height: float, largest: float = 16.0) 
     return figure, ax
 
 
+def panels(
+    rows: int, columns: int, width: float, height: float, widths: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of several axes, for functions that take `ax`; pyplot does not know of it.
+
+    Args:
+        rows, columns: of axes.
+        width, height: of the figure, in inches.
+        widths: of the columns, relative to each other.
+
+    Returns:
+        The figure, and its axes row by row.
+    """
+    door()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, width_ratios=widths).flat)
+
+
 def inches(ax: Axes) -> tuple[float, float]:
     """Width and height of the axes, as far as they are known before the figure is drawn."""
     return ax.bbox.width / ax.figure.dpi, ax.bbox.height / ax.figure.dpi
