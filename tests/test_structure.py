@@ -69,8 +69,17 @@ ALLOWED = {
     "models/llama": {"models.llama", "utils", "models.adapter", "models.continuation", "intervention.context"},
     "models/continuation.py": {"capture", "frame", "generate", "prompts", "sampling", "variants"},
     "models/adapter.py": {
-        "capture", "fields", "forward", "frame", "intervention.context", "lens", "models.continuation", "models.llama",
-        "prompts", "utils", "variants",
+        "capture",
+        "fields",
+        "forward",
+        "frame",
+        "intervention.context",
+        "lens",
+        "models.continuation",
+        "models.llama",
+        "prompts",
+        "utils",
+        "variants",
     },
     "analysis": {"analysis", "capture", "utils"},
     "diagnostics.py": {"analysis", "forward"},
@@ -126,7 +135,9 @@ def test_names_of_the_contract_are_where_it_says() -> None:
             assert getattr(module, name).__doc__
     for name in ("EntropyAnalysis", "NormAnalysis", "AttentionAnalysis", "CorrelationAnalysis", "StratifiedView", "LogitLensAnalysis",
                  "CircuitDetection", "AttributionMethods", "CompositionAnalysis", "InterventionMetrics"):  # fmt: skip
-        methods = {method: value for method, value in vars(getattr(analysis, name)).items() if not method.startswith("_")}
+        methods = {
+            method: value for method, value in vars(getattr(analysis, name)).items() if not method.startswith("_")
+        }
         assert methods and all(getattr(value, "__doc__", None) for value in methods.values()), name
     assert {"Llama", "LlamaConfig", "LlamaAttentionAdapter"} <= set(llama.__all__)
 
