@@ -44,7 +44,8 @@ def generate(
     """Continues one prompt. Interventions act on the prompt and on every new token, as they would in `forward`.
 
     Decoding with the cache gives what running `forward` anew for every token would give. The prompt is run once, then each
-    step runs one token; the loop ends when every row has stopped.
+    step runs one token; the loop ends when every row has stopped. (Rotary types that change with the length, `dynamic` and
+    `longrope`, rotate all tokens for the longest text that this may become, since cached keys have to agree.)
 
     Interventions whose index and strength fields have one leading axis `N` are `N` variants, decoded side by side in the
     same program, all with the same `key`: they differ by the intervention alone. Positions count from the start of the

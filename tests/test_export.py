@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from oculi_jax import SITES, CaptureSpec, forward
+from oculi_jax import SITES, CaptureSpec, forward, generate
 from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler, Steer
 
 from .test_forward_laws import near
@@ -19,6 +19,7 @@ PROGRAMS = {
     "intervened": lambda m, t, a: forward(
         m, t, (HeadAblation(1, 2), SpectraScaler(0, 1, a), AttentionKnockout(2, 0, -1, 0), Steer(1, np.ones(24), a)), logits="last"
     ).logits,
+    "generation": lambda m, t, a: generate(m, t, 4, [SpectraScaler(0, 1, a), Steer(1, np.ones(24), a, positions=[3, 12])], stop_tokens=()),
 }  # fmt: skip
 
 

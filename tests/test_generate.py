@@ -215,6 +215,13 @@ def test_draws_follow_the_softmax_and_their_key() -> None:
     np.testing.assert_array_equal(heat(0.0), PLAIN)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_models_keep_their_cache_in_it(dtype: str) -> None:
+    model = tiny_llama(1, dtype=jnp.dtype(dtype))
+    for name in ("steer", "knock-out"):
+        np.testing.assert_array_equal(generate(model, IDS, N, CASES[name][0]), slow(CASES[name][-1], model))
+
+
 def test_under_jit_and_vmap() -> None:
     alphas = jnp.array([1.0, 5.0])
     rows = jax.jit(jax.vmap(lambda a: generate(MODEL, IDS, N, SpectraScaler(2, 0, a))))(alphas)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from oculi_jax import SITES, forward
+from oculi_jax import SITES, forward, generate
 from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler
 from oculi_jax.models.llama import Llama
 from oculi_jax.models.llama import checkpoint as checkpoint_module
@@ -108,6 +108,14 @@ def test_a_sharded_run_is_the_single_device_run(sharded, saved: Path) -> None:
         assert ours.applied.tolist() == want.applied.tolist()
         for name in ALL:
             near(ours.activations[name], want.activations[name])
+
+
+def test_a_sharded_model_writes_what_one_device_writes(sharded, saved: Path) -> None:
+    whole, tokens = Llama.from_pretrained(saved), prompt(9)
+    alphas = SpectraScaler(1, 3, np.array([0.3, 1.0, 6.0], np.float32))
+    want = generate(whole, tokens, 8, alphas)
+    np.testing.assert_array_equal(generate(sharded[1], tokens, 8, alphas), want)
+    assert len({tuple(map(int, row)) for row in want}) > 1
 
 
 def test_prompts_sharded_on_data_keep_their_captures_sharded(sharded, saved: Path) -> None:

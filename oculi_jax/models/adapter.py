@@ -12,7 +12,8 @@ from jax import Array
 
 from .. import prompts, variants
 from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
-from ..capture.spec import CaptureSpec, Reading, at_positions, check_layers, plan
+from ..capture.parts import Wanted, merged, select, trim
+from ..capture.spec import check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 from ..fields import canonical
 from ..forward import run
@@ -216,30 +217,13 @@ class LlamaAttentionAdapter:
             tuple(wanted.items()), lens.top_k, lens.dtype, variants.covered(stacked, batch),
         )  # fmt: skip
         if batch.n_tokens != batch.tokens.shape[1]:
-            values = _trim(values, tuple(wanted.items()), batch.n_tokens, lead=0 if batch.single else 1)
+            values = trim(values, tuple(wanted.items()), batch.n_tokens, lead=0 if batch.single else 1)
         prompt_arrays = {
             "tokens": jax.device_put(tokens[..., : batch.n_tokens]),
             "mask": jax.device_put(mask[..., : batch.n_tokens]),
         }
         kind = "logit" if tuned_lens is None else "tuned"
         return {name: _structure(model, config, values[name], prompt_arrays, kind) for name, config in configs.items()}
-
-
-# Part of the capture → what it reads; static.
-Wanted = tuple[tuple[str, tuple[Reading, ...]], ...]
-
-
-def _merged(wanted: Wanted) -> tuple[CaptureSpec, ...]:
-    """One spec a site: where two parts want a site differently, all that either wants."""
-    merged: dict[str, Reading] = {}
-    for _, readings in wanted:
-        for reading in readings:
-            name = reading.site.name
-            if name in merged and merged[name] != reading:
-                layers = tuple(sorted({*merged[name].layers, *reading.layers}))
-                reading = Reading(reading.site, layers, None, None)
-            merged[name] = reading
-    return tuple(CaptureSpec(name, r.layers or None, r.positions, r.dtype) for name, r in merged.items())
 
 
 @partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
@@ -257,14 +241,14 @@ def _captured(
     n_covered: int,
 ) -> dict[str, dict[str, Array]]:
     """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
-    specs = _merged(wanted)
+    specs = merged(wanted)
     readings = plan(specs, model.config, tokens.shape[-1])
 
     def one(interventions: Any, tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
         activations = run(model, tokens, mask, interventions, readings, n_covered=n_covered).activations
         full = {spec.sites: spec for spec in specs}
         parts = {
-            part: {r.site.name: _select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}
+            part: {r.site.name: select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}
             for part, readings in wanted
         }
         if "logits" in parts:
@@ -277,36 +261,6 @@ def _captured(
     if tokens.ndim == 1:
         return one(interventions, tokens, mask)
     return variants.along_rows(one, interventions, leads)(tokens, mask)
-
-
-def _select(value: Array, spec: CaptureSpec, reading: Reading, mask: Array) -> Array:
-    """What a part wants, out of what was captured for all parts."""
-    if spec.layers is not None and tuple(spec.layers) != reading.layers:
-        value = value[np.array([list(spec.layers).index(layer) for layer in reading.layers])]
-    if reading.positions is not None and spec.positions is None:
-        value = at_positions(value, 1 + reading.site.axes.index("T"), reading.positions, mask)
-    return value if reading.dtype is None else value.astype(reading.dtype)
-
-
-def _trim(values: dict[str, dict[str, Array]], wanted: Wanted, n_tokens: int, lead: int) -> dict[str, dict[str, Array]]:
-    """Cuts padded token axes back to `n_tokens`; `lead` is 1 where a batch axis comes first."""
-    out: dict[str, dict[str, Array]] = {}
-    for part, readings in wanted:
-        if part == "logits":  # [L, T, …], unless positions were chosen
-            axes = dict.fromkeys(values[part], () if readings[0].positions is not None else (lead + 1,))
-        else:
-            axes = {r.site.name: tuple(lead + i for i in r.token_axes) for r in readings}
-        out[part] = {name: _cut(value, axes[name], n_tokens) for name, value in values[part].items()}
-    return out
-
-
-def _cut(value: Array, axes: tuple[int, ...], n_tokens: int) -> Array:
-    index = tuple(slice(n_tokens) if axis in axes else slice(None) for axis in range(value.ndim))
-    devices = value.devices()
-    if len(devices) == 1 and next(iter(devices)).platform == "cpu":
-        # Through NumPy, which needs no program of its own for every length; there is nothing to transfer.
-        return jax.device_put(np.asarray(value)[index], next(iter(devices)))
-    return value[index]
 
 
 def _structure(
