@@ -1,0 +1,141 @@
+"""The guide and its troubleshooting page: every block runs, prints what the page says, and draws the pictures it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ("guide.md", "troubleshooting.md")
+
+CHAPTERS = (
+    "Preface", "Chapter 1: Getting started", "Chapter 2: Attention", "Chapter 3: The residual stream",
+    "Chapter 4: MLP internals", "Chapter 5: Logit lens", "Chapter 6: Circuit detection", "Chapter 7: Attribution",
+    "Chapter 8: Head composition", "Chapter 9: Interventions", "Appendix A: Shapes", "Appendix B: Troubleshooting",
+)  # fmt: skip
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+NUMBER = re.compile(r"[-+−]?\d+\.\d+")
+
+# Another machine sums in another order: logits then differ by 2e-4 (tests/tolerances.py, LOGITS), and what is computed from
+# them by about ten times that. A last printed digit may round the other way, whatever the digits.
+RELATIVE = 2e-3
+LAST_DIGIT = 1.01
+
+
+@dataclass
+class Block:
+    """One python block, what the page says that it prints, and where it begins."""
+
+    page: str
+    line: int
+    code: str
+    printed: str | None
+
+
+def blocks(page: str, text: str) -> list[Block]:
+    """The python blocks of a page; a text block belongs to the python block that it directly follows."""
+    found, end = [], -1
+    for fence in FENCE.finditer(text):
+        kind, body = fence.groups()
+        if kind == "python":
+            found.append(Block(page, text.count("\n", 0, fence.start()) + 2, body, None))
+        elif kind == "text":
+            assert found and not text[end : fence.start()].strip(), f"{page}: a text block that follows no python block"
+            found[-1].printed = body
+        end = fence.end()
+    return found
+
+
+def run(block: Block, namespace: dict) -> str:
+    """What a block prints. The promotion rules are those of a user, not of the suite."""
+    code = compile("\n" * (block.line - 1) + block.code, block.page, "exec")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(code, namespace)
+    return out.getvalue()
+
+
+def difference(got: str, want: str) -> str | None:
+    """How a line differs from what the page says; None where its words are the same and its decimals are close."""
+    words = [" ".join(NUMBER.sub("#", line).split()) for line in (got, want)]
+    if words[0] != words[1]:
+        return f"printed {got!r}, and the page says {want!r}"
+    for ours, theirs in zip(NUMBER.findall(got), NUMBER.findall(want), strict=True):
+        x, y = (float(text.replace("−", "-")) for text in (ours, theirs))
+        last = 10.0 ** -len(theirs.split(".")[1])
+        if not abs(x - y) <= RELATIVE * abs(y) + LAST_DIGIT * last:
+            return f"printed {ours}, and the page says {theirs} in {want!r}"
+    return None
+
+
+def pages() -> dict[str, str]:
+    return {page: (DOCS / page).read_text(encoding="utf-8") for page in PAGES}
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are linked by, as GitHub makes it."""
+    outside = FENCE.sub("", text)
+    headings = re.findall(r"^#+ (.+)$", outside, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.real
+def test_every_block_of_the_guide_runs(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights").symlink_to(directory.parent)
+    (tmp_path / "docs" / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "guide"}
+    wrong = []
+    for page, text in pages().items():
+        for block in blocks(page, text):
+            printed = run(block, namespace).splitlines()
+            want = (block.printed or "").splitlines()
+            where = f"{page}:{block.line}"
+            if len(printed) != len(want):
+                wrong.append(f"{where}: prints {len(printed)} lines, and the page has {len(want)}")
+            wrong += [f"{where}: {said}" for pair in zip(printed, want, strict=False) if (said := difference(*pair))]
+    assert not wrong, "\n".join(wrong)
+    drawn = {path.name for path in (tmp_path / "docs" / "pictures").iterdir()}
+    assert drawn == {path.name for path in (DOCS / "pictures").glob("*.png")}
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in (tmp_path / "docs" / "pictures").iterdir())
+
+
+def test_the_comparison_of_output_is_strict() -> None:
+    assert difference("L18H6: 0.899", "L18H6: 0.899") is None
+    assert difference("a  0.8991", "a 0.8990") is None and difference("-0.00", "0.00") is None
+    assert difference("L18H7: 0.899", "L18H6: 0.899") and difference("L18H6: 0.91", "L18H6: 0.93")
+    assert difference("+1.25", "-1.25") and difference("(30, 9)", "(30, 8)") and difference("nan", "0.5")
+    text = "```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nx = 2\n```\n"
+    assert [(block.line, block.printed) for block in blocks("page", text)] == [(2, "1\n"), (10, None)]
+
+
+def test_the_guide_is_whole() -> None:
+    """Every chapter is there; links, anchors and pictures exist; every committed picture is shown, and is small."""
+    texts = pages()
+    headings = re.findall(r"^## (.+)$", texts["guide.md"], re.M)
+    assert [next((c for c in CHAPTERS if h.startswith(c)), h) for h in headings] == list(CHAPTERS)
+    contents = [link for _, link in re.findall(r"^\d+\. \[(.+)\]\((.+)\)$", texts["guide.md"], re.M)]
+    assert len(contents) == len(CHAPTERS)
+    shown = set()
+    for page, text in texts.items():
+        for picture, label, target in LINK.findall(FENCE.sub("", text)):
+            if re.match(r"\w+:", target):
+                continue
+            name, _, anchor = target.partition("#")
+            path = (DOCS / (name or page)).resolve()
+            assert path.is_file() and path.is_relative_to(ROOT), f"{page}: {target} does not exist"
+            if anchor:
+                assert anchor in anchors(path.read_text(encoding="utf-8")), f"{page}: {target} has no such heading"
+            if picture:
+                assert len(label) > 30, f"{page}: {target} needs words for those who do not see it"
+                shown.add(path)
+    assert shown == set((DOCS / "pictures").glob("*.png"))
+    assert len(shown) >= 8 and all(path.stat().st_size < 150_000 for path in shown)
