@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .analysis.circuits import pattern_scores
+from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
+from .analysis.inputs import check_integer
 from .forward import check_model, forward
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _SCORES = ("induction", "previous_token", "duplicate_token", "bos", "recent", "local", "uniform")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[*_SCORES, "standard_error"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=[*_SCORES, "standard_error", "codes"], meta_fields=[])
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Scores of every head, means over sequences, each in 0…1; `CircuitDetection` defines them.
@@ -36,6 +37,8 @@ class HeadScores:
         recent: `[L, H]`, attention to the 4 tokens before.
         local: `[L, H]`, attention to these and to itself.
         uniform: `[L, H]`, entropy over the largest possible.
+        codes: int32 `[L, H]`, what each head is by the rule of `CircuitDetection.classify` on these means: indices into
+            `oculi_jax.analysis.circuits.PATTERNS`.
         standard_error: the name of each → `[L, H]`, standard deviation over sequences (n − 1) / √n.
     """
 
@@ -47,6 +50,7 @@ class HeadScores:
     local: Float[Array, "L H"]
     uniform: Float[Array, "L H"]
     standard_error: Mapping[str, Float[Array, "L H"]]
+    codes: Int[Array, "L H"]
 
     def top(self, name: str, k: int = 5) -> list[tuple[int, int, float, float]]:
         """The k heads with the highest score, as (layer, head, score, standard error). Host function.
@@ -57,12 +61,24 @@ class HeadScores:
         """
         if name not in _SCORES:
             raise ValueError(f"There is no score {name!r}; there are {', '.join(_SCORES)}.")
+        if check_integer(k, "k") < 1:
+            raise ValueError(f"k is {k}, and must be at least 1.")
         scores, errors = np.asarray(getattr(self, name)), np.asarray(self.standard_error[name])
         order = np.argsort(-scores, axis=None, kind="stable")[:k]
         heads = zip(*np.unravel_index(order, scores.shape), strict=True)
         return [
             (int(layer), int(head), float(scores[layer, head]), float(errors[layer, head])) for layer, head in heads
         ]
+
+    def summarize(self) -> dict[str, list[tuple[int, int, float, float]]]:
+        """Every head under its pattern, as (layer, head, score, standard error), highest score first. Host function."""
+        codes = np.asarray(self.codes)
+        found: dict[str, list[tuple[int, int, float, float]]] = {}
+        for code, name in enumerate(PATTERNS):
+            ranked = self.top(name, codes.size) if name in _SCORES else []
+            found[name] = [head for head in ranked if codes[head[:2]] == code]
+        found["unknown"] = [(int(n), int(h), 0.0, 0.0) for n, h in np.argwhere(codes == PATTERNS.index("unknown"))]
+        return found
 
     def __repr__(self) -> str:
         names = ", ".join(item.name for item in fields(self))
@@ -93,6 +109,9 @@ def head_scores(model: Llama, seed: int = 0, n_sequences: int = 8, length: int =
 
 def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
     """The sequences of `head_scores`: int32 `[n_sequences, T]`, with T = 2 · length, plus 1 where there is a BOS."""
+    n_sequences, length = check_integer(n_sequences, "n_sequences"), check_integer(length, "length")
+    if check_integer(seed, "seed") < 0:
+        raise ValueError(f"seed is {seed}, and must be an integer from 0.")
     bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
     special = (bos, pad, *(eos if isinstance(eos, tuple) else (eos,)))
     usable = np.setdiff1d(np.arange(config.vocab_size), [i for i in special if i is not None])
@@ -119,5 +138,7 @@ def _run(model: Llama, tokens: Int[Array, "N T"]) -> HeadScores:
 
     each = jax.lax.map(scores, tokens)
     mean = {name: jnp.mean(value, axis=0) for name, value in each.items()}
+    chance = {name: jnp.mean(value) for name, value in jax.lax.map(even_scores, tokens).items()}
     root = tokens.shape[0] ** 0.5
-    return HeadScores(**mean, standard_error={k: jnp.std(v, axis=0, ddof=1) / root for k, v in each.items()})
+    errors = {name: jnp.std(value, axis=0, ddof=1) / root for name, value in each.items()}
+    return HeadScores(**mean, standard_error=errors, codes=decide(mean, chance)[0])

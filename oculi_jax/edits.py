@@ -39,8 +39,8 @@ class Edit:
         value: broadcasts to the site's axes; for `apply` any pytree of arrays (in the dense form, leaves with axes lead
             with `L`).
         fn: for `apply`, `fn(x, value) → x` of the same shape: anything JAX can trace. Static: a new function is a new
-            program. Rows of the last axis that `mask` leaves alone are constants to it: an `fn` that mixes rows gets no
-            gradient through those.
+            program. It is to treat each token by itself: padding is ones to it, rows of the last axis that `mask` leaves
+            alone are constants without a gradient, and in decoding `x` is of one token, `value` being passed whole.
     """
 
     site: str = field(None)
@@ -132,41 +132,36 @@ def _only_if(here: Array, leaf: Any) -> Array:
     return jnp.where(_broadcast(here, leaf), leaf, jax.lax.stop_gradient(leaf))
 
 
-def cover(edit: Edit, n_tokens: int, sizes: Mapping[str, int]) -> Edit:
+def site_shaped(fn: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
+    """Marks a function of `apply` edits whose value broadcasts to the site's axes, so that it can be cut to some tokens."""
+    fn.site_shaped = True  # type: ignore[attr-defined]
+    return fn
+
+
+def limit(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
     """The edit in a run that has room for more tokens than its arrays cover: it leaves the others alone.
 
     Args:
-        edit: lowered for `sizes`, so that masks made of positions have the run's length already.
-        n_tokens: how long the token axes of the user's arrays are; leaves of an `apply` edit's value that have the site's
-            axes count among them.
+        edit: lowered for `sizes`; its fields were padded to that length when they were made canonical.
+        n_covered: how many tokens the user's arrays cover.
         sizes: letter → size of the run, `T` and `S` among them.
     """
-    if n_tokens == sizes["T"]:
-        return edit
     n_axes = len(owner_site(edit).axes)
+    inside = jnp.arange(sizes["T"]) < n_covered
     covered = jnp.ones((1,) * n_axes, bool)
     n_layers = 0
-
-    def stretch(leaf: Any) -> Array:
-        nonlocal covered, n_layers
-        leaf = jnp.asarray(leaf)
-        for axis in _token_axes(edit, leaf, n_tokens, sizes):
-            inside = jnp.arange(sizes["T"]) < n_tokens
+    for leaf in map(jnp.asarray, _cuttable(edit)):
+        for axis in _token_axes(edit, leaf, sizes["T"], "TS"):
             covered = covered & inside.reshape(*(1,) * (n_axes + axis), -1, *(1,) * (-axis - 1))
-            widths = [(0, 0)] * leaf.ndim
-            widths[axis] = (0, sizes["T"] - n_tokens)
-            leaf = jnp.pad(leaf, widths)
             n_layers = leaf.shape[0] if _is_dense(edit) else 0
-        return leaf
-
-    mask, value = stretch(edit.mask), jax.tree.map(stretch, edit.value)
-    if covered.size > 1:
-        if n_layers:
-            mask = jnp.broadcast_to(mask, (n_layers,)) if mask.ndim == 0 else mask
-            mask = mask.reshape(mask.shape[0], *(1,) * (n_axes + 1 - mask.ndim), *mask.shape[1:]) & covered[None]
-        else:
-            mask = mask.reshape(*(1,) * (n_axes - mask.ndim), *mask.shape) & covered
-    return dataclasses.replace(edit, mask=mask, value=value)
+    if covered.size == 1:
+        return edit
+    mask = jnp.asarray(edit.mask)
+    if n_layers:
+        mask = jnp.broadcast_to(mask, (n_layers,)) if mask.ndim == 0 else mask
+        mask = mask.reshape(mask.shape[0], *(1,) * (n_axes + 1 - mask.ndim), *mask.shape[1:])
+        return dataclasses.replace(edit, mask=mask & covered[None])
+    return dataclasses.replace(edit, mask=mask.reshape(*(1,) * (n_axes - mask.ndim), *mask.shape) & covered)
 
 
 def rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) -> Edit:
@@ -174,12 +169,17 @@ def rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) 
 
     def cut(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
-        for axis in _token_axes(edit, leaf, sizes["T"], sizes, "T"):
+        for axis in _token_axes(edit, leaf, sizes["T"], "T"):
             leaf = jax.lax.dynamic_slice_in_dim(leaf, start, n_rows, leaf.ndim + axis)
         return leaf
 
-    mask, value = cut(edit.mask), jax.tree.map(cut, edit.value)
-    return dataclasses.replace(edit, mask=mask, value=value)
+    value = jax.tree.map(cut, edit.value) if _cuttable(edit) else edit.value
+    return dataclasses.replace(edit, mask=cut(edit.mask), value=value)
+
+
+def _cuttable(edit: Edit) -> list[Any]:
+    """The leaves of the edit's value that have the site's axes; none where they are a function's own business."""
+    return jax.tree.leaves(edit.value) if edit.op != "apply" or hasattr(edit.fn, "site_shaped") else []
 
 
 def _is_dense(edit: Edit) -> bool:
@@ -187,13 +187,9 @@ def _is_dense(edit: Edit) -> bool:
     return owner_site(edit).layered and edit.layer is None
 
 
-def _token_axes(edit: Edit, leaf: Array, length: int, sizes: Mapping[str, int], letters: str = "TS") -> list[int]:
+def _token_axes(edit: Edit, leaf: Array, length: int, letters: str) -> list[int]:
     """Which axes, counted from the end, are token axes of the edit's site and `length` long; an axis of one broadcasts."""
     axes = owner_site(edit).axes
     rank = leaf.ndim - _is_dense(edit)
-    if length == 1 or not 0 < rank <= len(axes):
-        return []
-    have = list(zip(range(-1, -rank - 1, -1), reversed(axes), strict=False))
-    if any(leaf.shape[i] not in (1, *((length, sizes["T"]) if a in "TS" else (sizes[a],))) for i, a in have):
-        return []  # an array of an apply edit's own
-    return [i for i, letter in have if letter in letters and leaf.shape[i] == length]
+    found = [i - len(axes) for i, letter in enumerate(axes) if letter in letters]
+    return [axis for axis in found if length > 1 and rank >= -axis and leaf.shape[axis] == length]

@@ -228,8 +228,8 @@ class Direction(Values):
     """A value whose last axis is a direction: of any length but zero."""
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        array = super().canonical(value, owner, frame, where)
-        if not on_device(array) and (np.abs(np.atleast_1d(array).astype(np.float64)).max(axis=-1) == 0).any():
+        array, given = super().canonical(value, owner, frame, where), as_array(value)
+        if not on_device(given) and (np.abs(np.atleast_1d(given).astype(np.float64)).max(axis=-1) == 0).any():
             raise ValueError(f"{where} is zero, and a direction of some length is needed.")
         return array
 
@@ -287,10 +287,23 @@ def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str,
         )
     if site.dtype == "bool" and not (array.dtype == bool or (not on_device(array) and np.isin(array, (0, 1)).all())):
         raise TypeError(f"{where} is set into a table of yes and no, and must be bool.")
+    array = _stretch(array, inner, axes, site, frame)
     if site.name == "scores" and not on_device(array) and array.dtype.kind == "f" and (array == -np.inf).any():
         finite = _cast(np.where(array == -np.inf, 0, array), dtype, where)  # −∞ says: not allowed
         return np.where(array == -np.inf, dtype.type(-np.inf), finite)
     return _cast(array, dtype, where)
+
+
+def _stretch(array: Any, inner: tuple[int, ...], axes: list[int], site: Site, frame: Frame) -> Any:
+    """Pads token axes with zeros to the slots of a run that has more of them than the arrays cover."""
+    if frame.slots == frame.n_tokens or not inner:
+        return array
+    letters = site.axes[len(site.axes) - len(axes) :]
+    widths = [(0, 0)] * len(array.shape)
+    for axis, letter in zip(range(-1, -len(inner) - 1, -1), reversed(letters), strict=False):
+        if letter in "TS" and array.shape[axis] == frame.n_tokens:
+            widths[axis] = (0, frame.slots - frame.n_tokens)
+    return (jnp if on_device(array) else np).pad(array, widths)
 
 
 def _cast(array: Any, dtype: np.dtype, where: str) -> Any:

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from .capture.spec import Reading, at_positions, plan
-from .edits import Edit, apply_edit, cover
+from .edits import Edit, apply_edit, limit
 from .fields import canonical
 from .frame import Frame, as_array, listing, on_device
 
@@ -85,7 +85,7 @@ def forward(
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
     config = check_model(model)
     tokens = check_tokens(tokens, config.vocab_size)
-    mask = _check_mask(mask, tokens.shape[0])
+    mask = check_mask(mask, tokens.shape[0])
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
     edits = canonical(interventions, frame)
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
@@ -125,7 +125,8 @@ def check_tokens(tokens: Any, vocab_size: int) -> Any:
     return array.astype(np.int32)
 
 
-def _check_mask(mask: Any, n_tokens: int) -> Any:
+def check_mask(mask: Any, n_tokens: int) -> Any:
+    """bool `[T]`, or None; checked by value where the host can see it."""
     if mask is None:
         return None
     array = as_array(mask)
@@ -174,17 +175,13 @@ class Taps:
         return jnp.stack(self.changed).astype(jnp.int32) if self.changed else jnp.zeros(0, jnp.int32)
 
 
-def lower(
-    interventions: tuple[Any, ...], sizes: dict[str, int], n_covered: int | None = None
-) -> list[tuple[int, Edit]]:
+def lower(interventions: tuple[Any, ...], sizes: dict[str, int], n_covered: Any = None) -> list[tuple[int, Edit]]:
     """The edits of canonical interventions, numbered by these, for a run of `sizes`; their arrays cover `n_covered` tokens."""
-    have = sizes["T"] if n_covered is None else n_covered
-    return [
-        (number, cover(edit, have, sizes)) for number, item in enumerate(interventions) for edit in item.edits(sizes)
-    ]
+    edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(sizes)]
+    return edits if n_covered is None else [(number, limit(edit, n_covered, sizes)) for number, edit in edits]
 
 
-@partial(jax.jit, static_argnums=(4, 5, 6, 7), inline=True)
+@partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 def run(
     model: Llama,
     tokens: Int[Array, "T"],
@@ -193,9 +190,9 @@ def run(
     readings: tuple[Reading, ...],
     logits: str = "none",
     remat: bool = False,
-    n_covered: int | None = None,
+    n_covered: Int[Array, ""] | None = None,
 ) -> Output:
-    """The program behind `forward`, for callers that have canonical interventions (of a frame with `n_covered` tokens)."""
+    """The program behind `forward`, for callers that have canonical interventions; their arrays cover `n_covered` tokens."""
     config = model.config
     n_tokens = tokens.shape[0]
     sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}

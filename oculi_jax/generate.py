@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from jaxtyping import Bool, Float, Int
 from . import variants
 from .capture.spec import Reading, integers, plan
 from .edits import rows
-from .forward import Taps, check_model, check_tokens, lower, run
-from .frame import Frame, as_array, on_device
+from .forward import Taps, check_mask, check_model, check_tokens, lower, run
+from .frame import Frame, on_device
 from .sampling import Sampler, sampler
 
 if TYPE_CHECKING:
+    from .models.llama.config import LlamaConfig
     from .models.llama.model import Llama
 
 # Keys and values of every slot of every row, [B, L, K, S, D] each.
@@ -40,12 +42,13 @@ def generate(
     key: Array | None = None,
     mask: Any = None,
     capture: Any = (),
+    allow_longer: bool = False,
 ) -> Any:
     """Continues one prompt. Interventions act on the prompt and on every new token, as they would in `forward`.
 
     Decoding with the cache gives what running `forward` anew for every token would give. The prompt is run once, then each
-    step runs one token; the loop ends when every row has stopped. (Rotary types that change with the length, `dynamic` and
-    `longrope`, rotate all tokens for the longest text that this may become, since cached keys have to agree.)
+    step runs one token; the loop ends when every row has stopped. (Past the original context of rotary types that change with
+    the length, `dynamic` and `longrope`, every key turns with every token, and each step runs the whole text.)
 
     Interventions whose index and strength fields have one leading axis `N` are `N` variants, decoded side by side in the
     same program, all with the same `key`: they differ by the intervention alone. Positions count from the start of the
@@ -65,68 +68,97 @@ def generate(
         key: a JAX random key; needed where the temperature is not 0.
         mask: bool `[T]`, True at real tokens.
         capture: as in `forward`: what to return of the intervened run.
+        allow_longer: go beyond the length that the model was made for.
 
     Returns:
         int32 `[max_new_tokens]`, the pad id after a stop; `[N, max_new_tokens]` for variants. With `capture`, that and
-        a dictionary site → values over all `T + max_new_tokens` tokens, from one pass over the finished text.
+        a dictionary site → values over all `T + max_new_tokens` tokens, from one pass over the finished text, in which
+        what follows a stop is padding.
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
     """
     config = check_model(model)
     tokens = check_tokens(tokens, config.vocab_size)
-    n_tokens = tokens.shape[0]
-    real = _real(mask, n_tokens)
-    n_new = check_count(max_new_tokens)
-    xp: Any = jnp if on_device(real) else np
-    slots = xp.concatenate([real, xp.ones(n_new, bool)])
-    frame = Frame(config, model.dtype, n_tokens, slots, n_tokens + n_new, absolute=True)
-    n = variants.count(interventions)
-    each = [interventions] if n is None else [variants.variant(interventions, i, n, frame) for i in range(n)]
-    stacked, leads = variants.stack(each, [frame] * len(each))
-
-    def repeat(x: Any) -> Any:
-        return (jnp if on_device(x) else np).broadcast_to(x, (len(each), *x.shape))
-
-    options = sampler(temperature, top_k, top_p, min_p, config.vocab_size)
-    keys = None if options.greedy else repeat(check_key(key))
-    readings = plan(capture, config, n_tokens + n_new)
-    found, activations = decode(
-        model,
-        repeat(tokens),
-        repeat(real),
-        stacked,
-        leads,
-        options,
-        keys,
-        check_stops(stop_tokens, config),
-        n_new,
-        readings,
-    )
-    if n is None:
+    n_tokens, n_new = tokens.shape[0], check_count(max_new_tokens)
+    mask = check_mask(mask, n_tokens)
+    real = np.ones(n_tokens, bool) if mask is None else mask
+    check_length(config, n_tokens if on_device(real) else int(real.sum()), n_new, allow_longer)
+    options, stops = sampler(temperature, top_k, top_p, min_p, config.vocab_size), check_stops(stop_tokens, config)
+    written = write(model, tokens[None], real[None], n_tokens, interventions, n_new, options, stops, key, capture)
+    found, activations = written.tokens, written.activations
+    if not written.variants:
         found, activations = jax.tree.map(lambda x: x[0], (found, activations))
-    return (found, activations) if readings else found
+    return (found, activations) if activations else found
 
 
-def _real(mask: Any, n_tokens: int) -> Any:
-    if mask is None:
-        return np.ones(n_tokens, bool)
-    real = as_array(mask)
-    if real.shape != (n_tokens,) or real.dtype != bool:
+@dataclass(frozen=True)
+class Written:
+    """What `write` returns: new ids `[B, N]`, which of them precede a row's end, what was captured, and whether the rows are
+    variants of one prompt.
+    """
+
+    tokens: Int[Array, "B N"]
+    alive: Bool[Array, "B N"]
+    activations: Mapping[str, Array]
+    variants: bool
+
+
+def write(
+    model: Llama,
+    tokens: Any,
+    real: Any,
+    n_covered: int,
+    interventions: Any,
+    n_new: int,
+    options: Sampler,
+    stops: Int[np.ndarray, "M"],
+    key: Any,
+    capture: Any,
+) -> Written:
+    """Continues prompts `[B, T]`, or one prompt under variants of its interventions; their arrays cover `n_covered` tokens."""
+    config = model.config
+    n_slots = tokens.shape[1] + n_new
+    n = variants.count(interventions)
+    if n is not None and len(tokens) > 1:
         raise ValueError(
-            f"mask is {real.dtype} {list(real.shape)}, and bool [{n_tokens}] is needed: True at real tokens."
+            f"{len(tokens)} prompts and {n} variants of an intervention were given; give one prompt, or scalars."
         )
-    if not on_device(real) and not real.any():
-        raise ValueError("mask is False everywhere: there is no real token.")
-    return real
+    n_rows = len(tokens) if n is None else n
+    tokens, real = ((jnp if on_device(x) else np).broadcast_to(x, (n_rows, x.shape[1])) for x in (tokens, real))
+    xp: Any = jnp if on_device(real) else np
+    slots = xp.concatenate([real, xp.ones((n_rows, n_new), bool)], axis=1)
+    frames = [Frame(config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
+    each = [interventions if n is None else variants.variant(interventions, i, n, frames[i]) for i in range(n_rows)]
+    stacked, leads = variants.stack(each, frames)
+    keys = None
+    if not options.greedy:
+        # Prompts of a batch draw apart; variants of one draw alike, so that they differ by the intervention alone.
+        one = check_key(key)
+        keys = jax.random.split(one, n_rows) if n is None and n_rows > 1 else jnp.broadcast_to(one, n_rows)
+    shortest = n_slots if on_device(real) else int(slots.sum(axis=1).min())
+    readings = plan(capture, config, shortest)
+    found, alive, activations = _decode(
+        model, tokens, real, np.int32(n_covered), stacked, leads, options, keys, stops, n_new, readings
+    )
+    return Written(found, alive, activations, n is not None)
+
+
+def check_length(config: LlamaConfig, n_tokens: int, n_new: int, allow_longer: bool) -> None:
+    """ValueError for a text beyond what the model was made for."""
+    if not allow_longer and config.limit is not None and n_tokens + n_new > config.limit:
+        raise ValueError(
+            f"The prompt has {n_tokens} tokens and {n_new} are to be generated, and this model was made for at most "
+            f"{config.limit} (max_position_embeddings). Shorten it, or pass allow_longer=True to see what it does beyond."
+        )
 
 
 def check_count(max_new_tokens: Any) -> int:
     """How many tokens to generate, at least one."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
         raise TypeError(f"max_new_tokens is {max_new_tokens!r}, and an integer is needed: it is a part of the program.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, and must be at least 1.")
+    if not 1 <= max_new_tokens < 2**24:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, and must be at least 1, and less than {2**24}.")
     return int(max_new_tokens)
 
 
@@ -138,7 +170,7 @@ def check_key(key: Any) -> Array:
         raise TypeError(f"key is {key!r}, and a JAX random key is needed: jax.random.key(seed).")
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         typed = key
-    elif key.dtype == np.uint32 and key.ndim == 1:
+    elif key.dtype == np.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
         typed = jax.random.wrap_key_data(key)
     else:
         raise TypeError(f"key is an array of {key.dtype}, and a JAX random key is needed: jax.random.key(seed).")
@@ -150,19 +182,20 @@ def check_key(key: Any) -> Array:
 def check_stops(stop_tokens: Any, config: Any) -> Int[np.ndarray, "N"]:
     """Ids that end a row: those given, or the config's own where none are."""
     stops = config.eos_token_id if stop_tokens is None else stop_tokens
-    ids = np.array(integers(() if stops is None else stops, "stop_tokens"), np.int32)
-    if stop_tokens is not None and (wrong := ids[(ids < 0) | (ids >= config.vocab_size)]).size:
+    ids = integers(() if stops is None else stops, "stop_tokens")
+    if stop_tokens is not None and (wrong := [i for i in ids if not 0 <= i < config.vocab_size]):
         raise ValueError(
-            f"stop_tokens holds {wrong.tolist()}, and this model's vocabulary has ids 0 to {config.vocab_size - 1}."
+            f"stop_tokens holds {wrong}, and this model's vocabulary has ids 0 to {config.vocab_size - 1}."
         )
-    return ids
+    return np.array(ids, np.int32)
 
 
-@partial(jax.jit, static_argnums=(4, 8, 9, 10), inline=True)
-def decode(
+@partial(jax.jit, static_argnums=(5, 9, 10), inline=True)
+def _decode(
     model: Llama,
     tokens: Int[Array, "B T"],
     real: Bool[Array, "B T"],
+    n_covered: Int[Array, ""],
     interventions: tuple[Any, ...],
     leads: tuple[bool, ...],
     options: Sampler,
@@ -170,26 +203,22 @@ def decode(
     stops: Int[Array, "M"],
     n_new: int,
     readings: tuple[Reading, ...],
-    n_covered: int | None = None,
-) -> tuple[Int[Array, "B N"], Mapping[str, Array]]:
-    """The program behind `generate`, for rows of prompts or of variants; everything checked and canonical.
+) -> tuple[Int[Array, "B N"], Bool[Array, "B N"], Mapping[str, Array]]:
+    """The program behind `write`; everything checked and canonical.
 
     Args:
-        interventions: in canonical form, of a frame with room for `n_new` tokens more.
         leads: for each leaf of `interventions`, whether it leads with the rows.
         keys: a typed key for each row, or None where decoding is greedy.
-        n_covered: how many tokens the interventions' arrays cover, where that is not `T`.
     """
     config = model.config
     n_rows, n_tokens = tokens.shape
-    covered = n_tokens if n_covered is None else n_covered
     n_slots = n_tokens + n_new
     sizes = {**config.sizes, "T": n_slots, "S": n_slots}
-    real = jnp.concatenate([real, jnp.ones((n_rows, n_new), bool)], axis=1)
+    slots = jnp.concatenate([real, jnp.ones((n_rows, n_new), bool)], axis=1)
 
     def advance(slot: Any) -> Any:
         def one(interventions: Any, tokens: Array, real: Array, *cache: Array) -> tuple[Array, Cache]:
-            return _advance(model, tokens, slot, real, cache, lower(interventions, sizes, covered), sizes)
+            return _advance(model, tokens, slot, real, cache, lower(interventions, sizes, n_covered), sizes)
 
         return variants.along_rows(one, interventions, leads)
 
@@ -198,40 +227,52 @@ def decode(
             return jax.vmap(lambda row: options.choose(row, None))(logits)
         return jax.vmap(lambda row, key: options.choose(row, jax.random.fold_in(key, step)))(logits, keys)
 
-    def put(out: Array, step: Any, new: Array, done: Array) -> tuple[Array, Array, Array]:
+    def put(whole: Array, step: Any, new: Array, done: Array) -> tuple[Array, Array]:
         new = jnp.where(done, config.pad_id, new)
-        out = jax.lax.dynamic_update_slice_in_dim(out, new[:, None], step, 1)
-        return out, new, done | jnp.any(new[:, None] == stops[None, :], axis=1)
+        whole = jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], n_tokens + step, 1)
+        return whole, done | _among(new, stops)
 
+    # Rotary types that change with the length past some point turn every key anew there: no cache can hold them.
+    cached = config.steady_length is None or n_slots <= config.steady_length
+    whole = jnp.concatenate([tokens, jnp.full((n_rows, n_new), config.pad_id, jnp.int32)], axis=1)
     with jax.named_scope("prefill"):
-        logits, new = advance(0)(tokens, real)
-        cache = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, n_new), (0, 0)]) for x in new)
-    out = jnp.full((n_rows, n_new), config.pad_id, jnp.int32)
-    out, new, done = put(out, 0, choose(0, logits), jnp.zeros(n_rows, bool))
+        logits, cache = advance(0)(tokens, slots if cached else jnp.pad(real, [(0, 0), (0, n_new)]))
+        cache = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, n_new), (0, 0)]) for x in cache) if cached else ()
+    whole, done = put(whole, 0, choose(0, logits), jnp.zeros(n_rows, bool))
 
     def unfinished(state: Any) -> Array:
         step, *_, done = state
         return (step < n_new) & ~jnp.all(done)
 
     def body(state: Any) -> Any:
-        step, out, new, cache, done = state
+        step, whole, cache, done = state
         slot = n_tokens + step - 1
-        logits, added = advance(slot)(new[:, None], real, *cache)
-        # Outside the map over rows and the scan over layers, where it is done in place.
-        cache = tuple(jax.lax.dynamic_update_slice_in_dim(x, y, slot, 3) for x, y in zip(cache, added, strict=True))
-        out, new, done = put(out, step, choose(step, logits), done)
-        return step + 1, out, new, cache, done
+        if cached:
+            logits, added = advance(slot)(jax.lax.dynamic_slice_in_dim(whole, slot, 1, 1), slots, *cache)
+            # Outside the map over rows and the scan over layers, where it is done in place.
+            cache = tuple(jax.lax.dynamic_update_slice_in_dim(x, y, slot, 3) for x, y in zip(cache, added, strict=True))
+        else:
+            logits, _ = advance(0)(whole, slots & (jnp.arange(n_slots) <= slot)[None, :])
+        whole, done = put(whole, step, choose(step, logits), done)
+        return step + 1, whole, cache, done
 
     with jax.named_scope("decode"):
-        _, out, *_ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), out, new, cache, done))
+        _, whole, *_ = jax.lax.while_loop(unfinished, body, (jnp.int32(1), whole, cache, done))
+    out = whole[:, n_tokens:]
+    ends = _among(out, stops).astype(jnp.int32)
+    alive = jnp.cumsum(ends, axis=1) - ends == 0
     if not readings:
-        return out, {}
+        return out, alive, {}
 
     def reread(interventions: Any, tokens: Array, real: Array) -> Mapping[str, Array]:
-        return run(model, tokens, real, interventions, readings, "none", False, covered).activations
+        return run(model, tokens, real, interventions, readings, n_covered=n_covered).activations
 
-    whole = jnp.concatenate([tokens, out], axis=1)
-    return out, variants.along_rows(reread, interventions, leads)(whole, real)
+    written = jnp.concatenate([real, alive], axis=1)
+    return out, alive, variants.along_rows(reread, interventions, leads)(whole, written)
+
+
+def _among(ids: Int[Array, "..."], stops: Int[Array, "M"]) -> Bool[Array, "..."]:
+    return jnp.any(ids[..., None] == stops.reshape(*(1,) * ids.ndim, -1), axis=-1)
 
 
 def _advance(
@@ -245,6 +286,8 @@ def _advance(
 ) -> tuple[Float[Array, "V"], Cache]:
     """Runs the tokens of slots `slot`, `slot + 1`, … after those of the cache, or, without a cache, the first tokens.
 
+    `real` is True at the slots that hold, or will hold, a token; a text without a cache may be shorter than that.
+
     Returns:
         The logits after the last real one, and the tokens' keys and values, `[L, K, T, D]` each.
     """
@@ -253,8 +296,6 @@ def _advance(
     ranks = jnp.maximum(jnp.cumsum(real) - 1, 0)
     slots = slot + jnp.arange(n_tokens)
     mine = jax.lax.dynamic_slice_in_dim(real, slot, n_tokens)
-    # Frequencies of rotary types that depend on the length are those of the longest text that this may become: keys are
-    # kept rotated, and all have to agree.
     rotation = model.rotation(jax.lax.dynamic_slice_in_dim(ranks, slot, n_tokens), jnp.sum(real))
     written = real & (jnp.arange(n_slots) < slot + n_tokens)
     allowed = (jnp.arange(n_slots)[None, :] <= slots[:, None]) & real[None, :] & mine[:, None]

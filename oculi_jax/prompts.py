@@ -96,7 +96,11 @@ def _rows(prompt: Any, tokenizer: Any, attention_mask: Any) -> tuple[list[np.nda
         if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
             raise TypeError("This adapter has no tokenizer, so it takes ids, not text.")
         return [np.asarray(tokenizer.encode(text), np.int64).reshape(-1) for text in texts], None
-    if isinstance(prompt, list | tuple) and prompt and all(isinstance(row, list | tuple) for row in prompt):
+    if (
+        isinstance(prompt, list | tuple)
+        and prompt
+        and all(np.ndim(row) == 1 for row in prompt if not isinstance(row, str))
+    ):
         if attention_mask is None:
             return [_integers(row) for row in prompt], None
         if len({len(row) for row in prompt}) > 1:

@@ -39,8 +39,8 @@ class Sampler:
     top_k: int | None
 
     def filter(self, logits: Float[Array, "V"]) -> Float[Array, "V"]:
-        """The logits over the temperature, −∞ where a filter leaves a token out. The likeliest token always stays."""
-        logits = logits / jnp.where(self.temperature > 0, self.temperature, 1.0)
+        """The logits over the temperature, the largest at 0; −∞ where a filter leaves a token out, never the likeliest."""
+        logits = (logits - jnp.max(logits)) / jnp.where(self.temperature > 0, self.temperature, 1.0)
         if self.top_k is not None:
             smallest = jax.lax.top_k(logits, self.top_k)[0][-1]
             logits = jnp.where(logits < smallest, -jnp.inf, logits)
@@ -71,10 +71,10 @@ def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: in
 
     def number(value: Any, name: str, allowed: str, ok: Any) -> Any:
         array = as_array(value)
-        if array.shape != () or not (on_device(array) or array.dtype.kind in "iuf") or isinstance(value, bool):
+        if array.shape != () or array.dtype == bool or not (on_device(array) or array.dtype.kind in "iuf"):
             raise TypeError(f"{name} is {value!r}, and a number is needed.")
         if not on_device(array) and not (np.isfinite(array) and ok(array)):
-            raise ValueError(f"{name} is {value}, and must be {allowed}.")
+            raise ValueError(f"{name} is {value}, and must be a finite number, {allowed}.")
         return array.astype(np.float32)
 
     if top_k is not None:

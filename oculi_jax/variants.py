@@ -12,7 +12,6 @@ import numpy as np
 
 from .fields import Index, Positions, Strength, Values, canonical, owner_site
 from .frame import Frame, as_array, listing, on_device
-from .prompts import Prompts
 from .sites import SITES
 
 
@@ -54,7 +53,7 @@ def variant(interventions: Any, number: int, n: int, frame: Frame) -> list[Any]:
         changes = {}
         for field in _data(item):
             kind, value = field.metadata["kind"], getattr(item, field.name)
-            if value is None:
+            if value is None or (field.name == "value" and getattr(item, "op", None) == "apply"):
                 continue
             array = as_array(value) if _may_vary(kind) or isinstance(kind, Values) else None
             if array is None or not array.shape:
@@ -95,15 +94,6 @@ def stack(interventions: Sequence[Any], frames: Sequence[Frame]) -> tuple[tuple[
     return tuple(trees), tuple(leads)
 
 
-def covered(interventions: Any, batch: Prompts) -> int:
-    """How many tokens the interventions' arrays cover: the prompt's, or all of the padded batch where none has a token axis.
-
-    It is static, and near lengths share a program where it need not be known.
-    """
-    known = any(batch.n_tokens in np.shape(leaf) for leaf in jax.tree.leaves(interventions))
-    return batch.n_tokens if known else batch.tokens.shape[1]
-
-
 def along_rows(fn: Any, interventions: tuple[Any, ...], leads: tuple[bool, ...]) -> Any:
     """`vmap` of `fn(interventions, *arguments)` over rows, sharing what they share; every argument leads with the rows."""
     leaves, tree = jax.tree.flatten(interventions)
@@ -138,8 +128,13 @@ def _may_vary(kind: Any) -> bool:
 
 
 def _carries(item: Any, kind: Values, shape: tuple[int, ...], n: int, frame: Frame, where: str) -> bool:
-    """Whether an array field leads with the variants; ValueError where that cannot be told from its shape."""
+    """Whether an array field leads with the variants; ValueError where that cannot be told from its shape.
+
+    What an `apply` edit's own function reads is shared by all, and so are arrays that lead with `L` for every layer.
+    """
     site = SITES[kind.site] if kind.site else owner_site(item)
+    if site.layered and getattr(item, "layer", None) is None:
+        return False
     axes = frame.axes(site)[bool(getattr(item, "head", None) is not None and site.head_axis) :]
 
     def fits(inner: tuple[int, ...]) -> bool:

@@ -25,6 +25,7 @@ def test_a_line_is_an_intervention() -> None:
         "keys:layer=2,kv_head=1,alpha=0": KScaler(2, 1, 0.0),
         "ablate:site=mlp_out,layer=7": Ablation("mlp_out", 7),
         "ablate:site=act,layer=7,index=11": Ablation("act", 7, 11),
+        "ablate:site=final_norm,index=3": Ablation("final_norm", None, 3),
     }
     for line, want in lines.items():
         found = parse(line)
@@ -43,6 +44,7 @@ def test_a_line_is_an_intervention() -> None:
         ("spectra:layer=1,head=5,alpha=x", "alpha is 'x', and a number is needed"),
         ("spectra:layer=1,head=5,alpha=nan", "a finite number is needed"),
         ("head:layer=1,layer=2", "layer is given twice"),
+        ("ablate:site=patern,layer=1", "did you mean 'pattern'"),
         ("head:layer,head=1", "'layer' is not one of"),
     ],
 )

@@ -57,7 +57,7 @@ ALLOWED = {
     "frame.py": {"sites"},
     "fields.py": {"frame", "sites"},
     "edits.py": {"fields"},
-    "variants.py": {"fields", "frame", "prompts", "sites"},
+    "variants.py": {"fields", "frame", "sites"},
     "intervention": {"intervention", "edits", "fields", "sites"},
     "capture": {"capture", "sites", "utils"},
     "forward.py": {"capture", "edits", "fields", "frame"},
@@ -67,7 +67,7 @@ ALLOWED = {
     "generate.py": {"capture", "edits", "forward", "frame", "sampling", "variants"},
     # Llama.generate, alone, leads to what stands above the model.
     "models/llama": {"models.llama", "utils", "models.adapter", "models.continuation", "intervention.context"},
-    "models/continuation.py": {"capture", "frame", "generate", "prompts", "sampling", "variants"},
+    "models/continuation.py": {"capture", "generate", "prompts", "sampling"},
     "models/adapter.py": {
         "capture",
         "fields",

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from . import flow
-from .inputs import at_position, check_capture, need
+from .inputs import at_position, check_capture, check_position, check_same_prompt, need
 from .residual import captured_rows, decompose_resid
 from .result import Result
 
@@ -103,7 +102,7 @@ class AttributionMethods:
                     f"residual has layers {list(residual.captured_layers)} and mlp {list(mlp.captured_layers)}; capture the "
                     "same layers of both, in one order."
                 )
-            _same_prompt(residual, mlp)
+            check_same_prompt(residual, mlp)
             of_mlp = _read(_at(mlp, output, 1, position), parts.gain)
         values = jnp.stack([parts.attention, of_mlp], axis=1)
         error = parts.beside() + values.sum() - parts.logit
@@ -249,7 +248,7 @@ def _parts(residual: Any, unembed: Any, token: Any, position: int) -> _Parts:
     weight = need(residual, "ResidualCapture", "final_weight", "final_scale", "final_norm")[0]
     layers = residual.captured_layers
     last = layers.index(residual.model_layers - 1) if residual.model_layers - 1 in layers else None
-    return _shares(residual, _direction(unembed, token, weight.shape[-1]), _static(position), last)
+    return _shares(residual, _direction(unembed, token, weight.shape[-1]), check_position(residual, position), last)
 
 
 # One program, rather than one for each step of it whenever the length is new.
@@ -283,7 +282,7 @@ def _gain(
     """What turns a part of the stream into its share of the logit, and the other parts where a residual capture is given."""
     if residual is not None:
         check_capture(residual, "ResidualCapture")
-        _same_prompt(capture, residual)
+        check_same_prompt(capture, residual)
         parts = _parts(residual, model.lm_head.weight, token, position)
         return parts.gain, parts
     if capture.final_scale is None:
@@ -322,15 +321,10 @@ def _through(weight: Float[Array, "L E ..."], gain: Float[Array, "E"]) -> Float[
 
 
 def _at(capture: Any, value: Array, axis: int, position: int) -> Array:
-    return _at_static(capture, value, axis, _static(position))
+    return _at_static(capture, value, axis, check_position(capture, position))
 
 
 _at_static = jax.jit(at_position, static_argnums=(2, 3))
-
-
-def _static(position: Any) -> Any:
-    """An int of anything that is one; `at_position` says what is wrong with the rest."""
-    return int(position) if hasattr(position, "__index__") else position
 
 
 def _read(part: Float[Array, "... E"], direction: Float[Array, "E"]) -> Float[Array, "..."]:
@@ -366,14 +360,3 @@ def _row(unembed: Any, token: Any) -> Float[Array, "E"]:
     # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's row.
     rows = jnp.asarray(unembed).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return rows.astype(jnp.float32)
-
-
-def _same_prompt(one: Any, other: Any) -> None:
-    """ValueError for captures of different prompts, where the host can see them; padding may differ."""
-    seen = (one.tokens, one.mask, other.tokens, other.mask)
-    if any(isinstance(value, Tracer) for value in seen):
-        return
-    ids = [np.asarray(c.tokens)[... if c.mask is None else np.asarray(c.mask)].tolist() for c in (one, other)]
-    if ids[0] != ids[1]:
-        names = [type(capture).__name__ for capture in (one, other)]
-        raise ValueError(f"The {names[0]} and the {names[1]} are of different prompts; take both from one run.")

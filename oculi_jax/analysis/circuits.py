@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -192,11 +193,21 @@ def pattern_scores(
 
 @partial(jax.jit, inline=True)
 def _classify(patterns: Array, tokens: Array, mask: Array | None) -> tuple[Int[Array, "L H"], Float[Array, "L H"]]:
-    scores = pattern_scores(patterns, tokens, mask)
+    return decide(pattern_scores(patterns, tokens, mask), even_scores(tokens, mask))
+
+
+def even_scores(tokens: Int[Array, "T"], mask: Bool[Array, "T"] | None = None) -> dict[str, Float[Array, ""]]:
+    """What attention spread evenly scores on a prompt, for all patterns but `uniform`."""
     rank, _ = _ranks(tokens, mask)
     even = 1.0 / (rank + 1).astype(jnp.float32)  # what a key gets where it is allowed; elsewhere it weighs nothing
-    chance = {name: jnp.sum(weight * even[:, None]) for name, weight in _weights(tokens, mask).items()}
-    codes = jnp.full(patterns.shape[:2], PATTERNS.index("unknown"), jnp.int32)
+    return {name: jnp.sum(weight * even[:, None]) for name, weight in _weights(tokens, mask).items()}
+
+
+def decide(
+    scores: Mapping[str, Float[Array, "L H"]], chance: Mapping[str, Array]
+) -> tuple[Int[Array, "L H"], Float[Array, "L H"]]:
+    """The rule of `CircuitDetection.classify`: codes and scores, of the scores of all patterns and those of even attention."""
+    codes = jnp.full(scores["uniform"].shape, PATTERNS.index("unknown"), jnp.int32)
     values = jnp.zeros(codes.shape, jnp.float32)
     for code, (name, threshold) in reversed(list(enumerate(THRESHOLDS.items()))):
         floor = chance.get(name, 0.0)

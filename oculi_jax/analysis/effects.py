@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Bool, Float
 
 from .entropy import EntropyAnalysis, centred, check_same_heads, count, real_tokens
-from .inputs import check_head, row_of
+from .inputs import check_head, check_same_prompt, row_of
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
@@ -198,8 +199,13 @@ def _cohen(
 
 def _check_same_prompt(baseline: AttentionCapture, intervened: AttentionCapture) -> None:
     check_same_heads(baseline, intervened)
-    if baseline.n_tokens != intervened.n_tokens:
+    check_same_prompt(baseline, intervened)
+    masks = baseline.mask, intervened.mask
+    seen = not any(isinstance(mask, Tracer | None) for mask in masks)
+    if baseline.n_tokens != intervened.n_tokens or (
+        seen and not np.array_equal(np.asarray(masks[0]), np.asarray(masks[1]))
+    ):
         raise ValueError(
-            f"The captures have {baseline.n_tokens} and {intervened.n_tokens} tokens; capture one prompt with and "
-            "without the intervention."
+            f"The captures have {baseline.n_tokens} and {intervened.n_tokens} tokens, or are padded differently; capture one "
+            "prompt with and without the intervention."
         )

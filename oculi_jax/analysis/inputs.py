@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from ..capture.spec import at_positions
 
@@ -59,9 +61,20 @@ def need(capture: Any, kind: str, *fields: str) -> Any:
     return found[0] if len(found) == 1 else found
 
 
+def check_integer(value: Any, what: str) -> int:
+    """An int of anything that is an integer; TypeError for the rest, bools among it."""
+    if isinstance(value, bool | np.bool_ | Tracer) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} is {value!r}, and an integer is needed.")
+    try:
+        return int(value.__index__())
+    except TypeError:
+        raise TypeError(f"{what} is {value!r}, and an integer is needed.") from None
+
+
 def row_of(capture: Any, layer: int) -> int:
     """Where a true layer number is on a capture's leading axis."""
     layers = capture.captured_layers
+    layer = check_integer(layer, "layer")
     if layer not in layers:
         raise ValueError(f"Layer {layer} was not captured; this capture has layers {', '.join(map(str, layers))}.")
     return layers.index(layer)
@@ -69,26 +82,43 @@ def row_of(capture: Any, layer: int) -> int:
 
 def check_head(capture: Any, head: int) -> int:
     """A query head of the capture's model; ValueError for one that it does not have."""
-    if not (isinstance(head, int) or hasattr(head, "__index__")) or not 0 <= head < capture.n_heads:
-        raise ValueError(f"head is {head!r}, but there are {capture.n_heads} query heads: 0 to {capture.n_heads - 1}.")
-    return int(head)
+    head = check_integer(head, "head")
+    if not 0 <= head < capture.n_heads:
+        raise ValueError(f"head is {head}, but there are {capture.n_heads} query heads: 0 to {capture.n_heads - 1}.")
+    return head
 
 
-def at_position(capture: Any, value: Array, axis: int, position: int) -> Array:
-    """One entry of a token axis, at `position` among the real tokens of the prompt, negative from the last.
-
-    ValueError where the host can see that the prompt is shorter; NaN where only the device knows.
-    """
+def check_position(capture: Any, position: Any) -> int:
+    """A position as an int; ValueError where the host can see that the prompt has no such token."""
+    position = check_integer(position, "position")
     n_tokens = capture.tokens.shape[0]
-    if not isinstance(position, int) and not hasattr(position, "__index__"):
-        raise TypeError(f"position is {position!r}, and an integer is needed.")
-    position = int(position)
+    if not isinstance(capture.mask, Tracer | None):
+        n_tokens = int(np.asarray(capture.mask).sum())
     if not -n_tokens <= position < n_tokens:
         raise ValueError(
             f"position is {position}, but the prompt has {n_tokens} tokens: positions are 0 to {n_tokens - 1}, or −1 to "
             f"−{n_tokens} from the end."
         )
-    return at_positions(value, axis, (position,), capture.mask).take(0, axis=axis)
+    return position
+
+
+def at_position(capture: Any, value: Array, axis: int, position: int) -> Array:
+    """One entry of a token axis, at `position` among the real tokens of the prompt, negative from the last.
+
+    ValueError where the host can see that there is no such token; NaN where only the device knows.
+    """
+    return at_positions(value, axis, (check_position(capture, position),), capture.mask).take(0, axis=axis)
+
+
+def check_same_prompt(one: Any, other: Any) -> None:
+    """ValueError for captures of different prompts, where the host can see them; padding may differ."""
+    seen = (one.tokens, one.mask, other.tokens, other.mask)
+    if any(isinstance(value, Tracer) for value in seen):
+        return
+    ids = [np.asarray(c.tokens)[... if c.mask is None else np.asarray(c.mask)].tolist() for c in (one, other)]
+    if ids[0] != ids[1]:
+        names = [type(capture).__name__ for capture in (one, other)]
+        raise ValueError(f"The {names[0]} and the {names[1]} are of different prompts; take both from one run.")
 
 
 def _a(name: str) -> str:

@@ -153,7 +153,7 @@ class LogitLensAnalysis:
                 "several use jax.vmap over them."
             )
         size = _size(capture)
-        if isinstance(token, np.ndarray) and (token < 0 or (size is not None and token >= size)):
+        if isinstance(token, np.ndarray) and not 0 <= int(token) < (2**31 if size is None else size):
             raise ValueError(f"token is {token}, and ids are 0 to {'…' if size is None else size - 1}.")
         return jnp.asarray(token).astype(jnp.int32)
 

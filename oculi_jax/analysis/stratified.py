@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .entropy import centred, real_tokens
-from .inputs import at_position, check_capture, row_of
+from .inputs import at_position, check_capture, check_integer, row_of
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
@@ -36,6 +36,7 @@ class StratifiedView:
     def by_head(self, values: Array, head: int) -> Array:
         """One head at every layer, `[L, …]`."""
         values = self._checked(values, 2)
+        head = check_integer(head, "head")
         if not 0 <= head < values.shape[1]:
             raise ValueError(f"head is {head!r}, but values has {values.shape[1]} heads: 0 to {values.shape[1] - 1}.")
         return values[:, head]

@@ -55,13 +55,15 @@ def load(path: str | os.PathLike[str]) -> Any:
         OSError: there is no such file. ValueError: it is no whole capture file.
     """
     path = Path(path).expanduser()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file.")
     try:
         with safe_open(path, framework="numpy") as handle:
             header = handle.metadata() or {}
             arrays = {name: _array(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but no capture: it lacks the metadata that save writes.")

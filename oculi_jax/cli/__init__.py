@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import typer
@@ -27,9 +28,22 @@ app.command()(sites)
 REFUSALS = (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError)
 
 
+def _not_text(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def main() -> None:
     """Runs the command line; what the user can mend is one clear line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no "█" shows something else, and goes on
     try:
+        if wrong := [word for word in sys.argv if _not_text(word)]:
+            raise ValueError(f"{wrong[0]!r} is not valid text in UTF-8.")
         app()
     except REFUSALS as error:
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

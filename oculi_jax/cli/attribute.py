@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text as TextCell
 
 from ..analysis.attribution import AttributionMethods
+from ..capture.configs import CaptureConfig, LogitConfig, MLPConfig
 from .common import (
     Dtype,
     Longer,
@@ -23,6 +24,11 @@ from .common import (
     shown,
     working,
 )
+
+# What attribution reads: heads' outputs come with any capture of attention.
+HEADS_ALONE = CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False, capture_patterns=False)
+OUTPUT_ALONE = MLPConfig(capture_gate=False, capture_up=False, capture_post_activation=False)
+LAST = LogitConfig(layers=[0], top_k=1, positions=[-1])
 
 
 def attribute(
@@ -50,7 +56,9 @@ def attribute(
     goal = adapter.to_single_token(target)
     token = goal if versus is None else (goal, adapter.to_single_token(versus))
     with working("Running the model"):
-        full = adapter.capture_full(text, allow_longer=allow_longer)
+        full = adapter.capture_full(
+            text, attention=HEADS_ALONE, mlp=OUTPUT_ALONE, logits=LAST, allow_longer=allow_longer
+        )
         weights = adapter.model.lm_head.weight
         parts = AttributionMethods.component_attribution(full.residual, full.mlp, weights, token)
         heads = AttributionMethods.head_attribution(full.attention, adapter.model, token, residual=full.residual)

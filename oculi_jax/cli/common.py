@@ -55,6 +55,8 @@ def check_output(path: Path, *suffixes: str) -> Path:
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a directory.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"Cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"Cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}.")
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"Cannot draw {str(path)!r}: its name must end in {', '.join(suffixes)}.")
     return path

@@ -30,7 +30,7 @@ def generate(
         float | None,
         typer.Option(help="Draw from the likeliest tokens that hold this probability.", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draws; both texts draw alike.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws; both texts draw alike.", min=0, max=2**32 - 1)] = 0,
     output: Picture = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..fields import Index, Strength
 from ..intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler
+from ..sites import find_site
 
 # What can be written in a line: those whose fields are numbers (and a site's name).
 KINDS: dict[str, type] = {
@@ -43,6 +44,8 @@ def parse(text: str) -> Any:
         if name in values:
             raise ValueError(f"--intervene {text!r}: {name} is given twice.")
         values[name] = _value(fields[name], value, f"--intervene {text!r}: {name}")
+    if "site" in values and not find_site(values["site"])[0].layered:
+        values.setdefault("layer", None)  # it occurs once, outside the layers
     if missing := [
         name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
     ]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-# What is active here: (adapter, its interventions), outermost block first. Each thread and task has its own.
-_ACTIVE: ContextVar[tuple[tuple[Any, tuple[Any, ...]], ...]] = ContextVar("oculi_jax_interventions", default=())
+# What is active here, outermost block first. Each thread and task has its own.
+_ACTIVE: ContextVar[tuple[InterventionContext, ...]] = ContextVar("oculi_jax_interventions", default=())
 
 
 class InterventionContext:
@@ -38,23 +38,27 @@ class InterventionContext:
         self.adapter, self.interventions = adapter, tuple(interventions)
 
     def __enter__(self) -> InterventionContext:
-        _ACTIVE.set((*_ACTIVE.get(), (self.adapter, self.interventions)))
+        _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        _ACTIVE.set(_ACTIVE.get()[:-1])
+        entries = _ACTIVE.get()
+        mine = [number for number, entry in enumerate(entries) if entry is self]
+        if not mine:
+            raise ValueError("This InterventionContext is left where it was not entered.")
+        _ACTIVE.set((*entries[: mine[-1]], *entries[mine[-1] + 1 :]))  # blocks of generators may close in another order
 
 
 def active(adapter: Any) -> tuple[Any, ...]:
     """The interventions that an adapter is under here."""
-    return tuple(item for owner, items in _ACTIVE.get() if owner is adapter for item in items)
+    return tuple(item for entry in _ACTIVE.get() if entry.adapter is adapter for item in entry.interventions)
 
 
 def active_on(model: Any) -> tuple[Any, ...]:
     """The interventions that a model's own `generate` is under here; ValueError where those here are all for others."""
     entries = _ACTIVE.get()
-    mine = tuple(item for owner, items in entries if owner.model is model for item in items)
-    if entries and not any(owner.model is model for owner, _ in entries):
+    mine = tuple(item for entry in entries if entry.adapter.model is model for item in entry.interventions)
+    if entries and not any(entry.adapter.model is model for entry in entries):
         raise ValueError(
             "This model is not the one of the InterventionContext that is active here, so its interventions would be left "
             "out: generate with the context's own adapter or its model, or leave the block."

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from ..edits import Edit
+from ..edits import Edit, site_shaped
 from ..fields import Direction, Index, Positions, Strength, Table, Values, field, pytree
 from ..sites import SITES
 
@@ -67,6 +67,7 @@ class HeadAblation:
         return (Edit("z", "set", self.layer, _at("z", sizes, head=self.head), value),)
 
 
+@site_shaped
 def _blend(z: Array, value: tuple[Array, Array]) -> Array:
     keep, replacement = value
     keep = jnp.broadcast_to(keep, z.shape).astype(jnp.float32)
@@ -209,6 +210,7 @@ class Steer:
         return (Edit(self.site, "add", self.layer, _at(self.site, sizes, positions=self.positions), value),)
 
 
+@site_shaped
 def _project_out(x: Array, direction: Array) -> Array:
     wide = x.astype(jnp.float32)
     d = jnp.broadcast_to(direction.astype(jnp.float32), x.shape)

@@ -211,10 +211,12 @@ class LlamaAttentionAdapter:
         assert isinstance(lens, LogitConfig)
         ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)
         if tuned_lens is not None:
+            if not hasattr(tuned_lens, "translate"):
+                raise TypeError(f"tuned_lens is a {type(tuned_lens).__name__}, and a TunedLens is needed.")
             tuned_lens.check(model.config)
         values = _captured(
             model, tokens, mask, stacked, ids, tuned_lens, leads,
-            tuple(wanted.items()), lens.top_k, lens.dtype, variants.covered(stacked, batch),
+            tuple(wanted.items()), lens.top_k, lens.dtype,
         )  # fmt: skip
         if batch.n_tokens != batch.tokens.shape[1]:
             values = trim(values, tuple(wanted.items()), batch.n_tokens, lead=0 if batch.single else 1)
@@ -226,7 +228,7 @@ class LlamaAttentionAdapter:
         return {name: _structure(model, config, values[name], prompt_arrays, kind) for name, config in configs.items()}
 
 
-@partial(jax.jit, static_argnums=(6, 7, 8, 9, 10))
+@partial(jax.jit, static_argnums=(6, 7, 8, 9))
 def _captured(
     model: Llama,
     tokens: Array,
@@ -238,14 +240,13 @@ def _captured(
     wanted: Wanted,
     top_k: int | None,
     dtype: Any,
-    n_covered: int,
 ) -> dict[str, dict[str, Array]]:
     """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
     specs = merged(wanted)
     readings = plan(specs, model.config, tokens.shape[-1])
 
     def one(interventions: Any, tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
-        activations = run(model, tokens, mask, interventions, readings, n_covered=n_covered).activations
+        activations = run(model, tokens, mask, interventions, readings).activations
         full = {spec.sites: spec for spec in specs}
         parts = {
             part: {r.site.name: select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}

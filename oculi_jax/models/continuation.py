@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from .. import variants
 from ..capture.spec import plan
-from ..frame import Frame
-from ..generate import check_count, check_key, check_stops, decode
+from ..generate import check_count, check_stops, write
 from ..prompts import prepare
 from ..sampling import sampler
+
+
+class Continued(NamedTuple):
+    """Prompts `[B, T]` as they ran, padded on the left where their lengths differed; new ids `[B, N]`, which of them precede
+    a row's end; what was captured, over `T + N` tokens; and whether the rows are variants of one prompt.
+    """
+
+    prompts: np.ndarray
+    new: np.ndarray
+    alive: np.ndarray
+    activations: Any
+    variants: bool
 
 
 def continue_ids(
@@ -23,32 +32,38 @@ def continue_ids(
 ) -> Any:
     """Ids `[T]` or `[B, T]` → ids with their continuations; with `capture`, that and what was captured."""
     _refuse_trace((model, ids))
-    shown, new, activations = continue_prompts(
-        model, None, ids, max_new_tokens, both(ambient, interventions), **options
-    )
-    found = np.concatenate([shown, new], axis=1).astype(np.int32)
-    if len(found) == 1 and not isinstance(ids[0], list | tuple) and np.ndim(ids) == 1:
+    done = _continue(model, None, ids, max_new_tokens, both(ambient, interventions), **options)
+    found, activations = np.concatenate([done.prompts, done.new], axis=1).astype(np.int32), done.activations
+    if not done.variants and not isinstance(ids[0], list | tuple) and np.ndim(ids) == 1:
         found, activations = found[0], jax.tree.map(lambda x: x[0], activations)
-    return (found, activations) if options.get("capture") else found
+    return (found, activations) if activations else found
 
 
 def continue_texts(
     model: Any, tokenizer: Any, texts: Any, max_new_tokens: int, interventions: Any, **options: Any
 ) -> Any:
     """A text or a list of texts → the same with their continuations; with `capture`, that and what was captured."""
-    shown, new, activations = continue_prompts(model, tokenizer, texts, max_new_tokens, interventions, **options)
-    n_texts = 1 if isinstance(texts, str) else len(texts)
-    prompts = [texts] * len(new) if isinstance(texts, str) else list(texts) * (len(new) // n_texts)
+    done = _continue(model, tokenizer, texts, max_new_tokens, interventions, **options)
+    prompts = [texts] if isinstance(texts, str) else list(texts)
 
-    def continuation(prompt: str, before: np.ndarray, after: np.ndarray) -> str:
+    def continuation(prompt: str, new: np.ndarray) -> str:
         # What decoding the whole gives beyond decoding the prompt: some tokenizers drop the first space of a text.
-        whole = tokenizer.decode([*before, *after], skip_special_tokens=True)
-        return prompt + whole[len(tokenizer.decode(list(before), skip_special_tokens=True)) :]
+        before = list(tokenizer.encode(prompt))
+        whole = tokenizer.decode([*before, *new.tolist()], skip_special_tokens=True)
+        return prompt + whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
 
-    found: Any = [continuation(*row) for row in zip(prompts, shown.tolist(), new.tolist(), strict=True)]
-    if isinstance(texts, str) and len(found) == 1:
+    each = prompts * (len(done.new) // len(prompts))
+    rows = zip(each, done.new, done.alive, strict=True)
+    found: Any = [continuation(prompt, new[alive]) for prompt, new, alive in rows]
+    activations = done.activations
+    if not done.variants and isinstance(texts, str):
         found, activations = found[0], jax.tree.map(lambda x: x[0], activations)
-    return (found, activations) if options.get("capture") else found
+    return (found, activations) if activations else found
+
+
+def both(ambient: tuple[Any, ...], own: Any) -> tuple[Any, ...]:
+    """The interventions of the context and then the call's own."""
+    return (*ambient, *(own if isinstance(own, list | tuple) else (own,)))
 
 
 def _refuse_trace(values: Any) -> None:
@@ -59,12 +74,7 @@ def _refuse_trace(values: Any) -> None:
         )
 
 
-def both(ambient: tuple[Any, ...], own: Any) -> tuple[Any, ...]:
-    """The interventions of the context and then the call's own."""
-    return (*ambient, *(own if isinstance(own, list | tuple) else (own,)))
-
-
-def continue_prompts(
+def _continue(
     model: Any,
     tokenizer: Any,
     prompt: Any,
@@ -80,62 +90,28 @@ def continue_prompts(
     attention_mask: Any = None,
     allow_longer: bool = False,
     capture: Any = (),
-) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Continues a prompt, a batch of prompts, or one prompt under `N` variants of its interventions.
-
-    Args: as in `oculi_jax.generate`, and as an adapter takes prompts.
-
-    Returns:
-        ids `[B, T]` of the prompts, padded on the left where lists or texts had unequal lengths; new ids `[B, N]`; and
-        what was captured. `B` is the number of prompts or of variants.
-    """
+) -> Continued:
+    """Arguments as in `oculi_jax.generate`, and prompts as an adapter takes them."""
     config = model.config
     n_new = check_count(max_new_tokens)
     batch = prepare(prompt, tokenizer, config, attention_mask=attention_mask, allow_longer=allow_longer, n_new=n_new)
-    tokens, real = batch.tokens, batch.mask
-    shown = tokens[:, : batch.n_tokens]
-    if attention_mask is None and not real[:, : batch.n_tokens].all():
-        # Texts or lists of unequal length: new tokens follow their prompts at once where the padding comes first.
-        lengths = real.sum(axis=1)
-        shown = np.stack(
-            [np.r_[np.full(batch.n_tokens - n, config.pad_id), row[:n]] for row, n in zip(shown, lengths, strict=True)]
-        )
-
-    def frame(row: np.ndarray) -> Frame:
-        slots = np.concatenate([row, np.ones(n_new, bool)])
-        return Frame(config, model.dtype, batch.n_tokens, slots, len(slots), absolute=True)
-
-    n = variants.count(interventions)
-    if n is not None and len(tokens) > 1:
-        raise ValueError(
-            f"{len(tokens)} prompts and {n} variants of an intervention were given; give one prompt, or scalars."
-        )
-    if n is not None:
-        shown, tokens, real = (np.repeat(x, n, axis=0) for x in (shown, tokens, real))
-        each = [variants.variant(interventions, i, n, frame(real[i])) for i in range(n)]
-    else:
-        each = [interventions] * len(tokens)
-    stacked, leads = variants.stack(each, [frame(row) for row in real])
+    tokens, real, n_tokens = batch.tokens, batch.mask, batch.n_tokens
+    if attention_mask is None:
+        # Texts or lists of unequal length: with the padding first, new tokens follow their prompts at once.
+        shifts = n_tokens - real.sum(axis=1)
+        tokens, real = (np.stack([np.roll(row, n) for row, n in zip(x, shifts, strict=True)]) for x in (tokens, real))
     options = sampler(temperature, top_k, top_p, min_p, config.vocab_size)
-    keys = None
-    if not options.greedy:
-        # Prompts of a batch draw apart; variants of one prompt draw alike, so that they differ by the intervention alone.
-        one = check_key(key)
-        keys = (
-            jax.random.split(one, len(tokens)) if n is None and len(tokens) > 1 else jnp.broadcast_to(one, len(tokens))
-        )
-    readings = plan(capture, config, int(real.sum(axis=1).min()) + n_new)
     stops = check_stops(stop_tokens, config)
-    found, activations = decode(
-        model, tokens, real, stacked, leads, options, keys, stops, n_new, readings, variants.covered(stacked, batch)
-    )
-    _refuse_trace(found)
-    if (
-        batch.n_tokens != batch.tokens.shape[1]
-    ):  # the padding that the batch was given here stands before the new tokens
-        keep = np.r_[: batch.n_tokens, batch.tokens.shape[1] : batch.tokens.shape[1] + n_new]
-        for reading in readings:
+    done = write(model, tokens, real, n_tokens, interventions, n_new, options, stops, key, capture)
+    _refuse_trace(done.tokens)
+    activations = done.activations
+    if n_tokens != tokens.shape[1]:  # the padding that near lengths share a program by stands before the new tokens
+        keep = np.r_[:n_tokens, tokens.shape[1] : tokens.shape[1] + n_new]
+        for reading in plan(capture, config, n_tokens + n_new) if activations else ():
+            name = reading.site.name
             for axis in reading.token_axes:
-                name = reading.site.name
                 activations = {**activations, name: np.take(np.asarray(activations[name]), keep, axis=1 + axis)}
-    return shown, np.asarray(found), jax.device_put(activations)
+        activations = jax.device_put(activations)
+    shown = np.where(real, tokens, config.pad_id) if attention_mask is None else tokens
+    shown = np.broadcast_to(shown[:, :n_tokens], (len(done.tokens), n_tokens))
+    return Continued(shown, np.asarray(done.tokens), np.asarray(done.alive), activations, done.variants)

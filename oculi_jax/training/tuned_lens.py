@@ -51,6 +51,10 @@ class TunedLens:
     @classmethod
     def identity(cls, config: LlamaConfig) -> TunedLens:
         """The lens that translates nothing, float32: the logit lens."""
+        if not hasattr(config, "num_hidden_layers"):
+            raise TypeError(
+                f"TunedLens.identity takes a config, model.config, and was given a {type(config).__name__}."
+            )
         n_layers, width = config.num_hidden_layers, config.hidden_size
         return cls(jnp.zeros((n_layers, width, width), jnp.float32), jnp.zeros((n_layers, width), jnp.float32))
 
@@ -110,13 +114,15 @@ class TunedLens:
             OSError: there is no such file. ValueError: it is no whole file of a tuned lens.
         """
         path = Path(path).expanduser()
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{str(path)!r} is no file.")
         try:
             with safe_open(path, framework="numpy") as handle:
                 header = handle.metadata() or {}
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
         if header.get("format") != FORMAT or set(arrays) != {"weight", "bias"}:
             raise ValueError(f"{path} is a safetensors file, but no tuned lens: it lacks what TunedLens.save writes.")
@@ -126,6 +132,10 @@ class TunedLens:
                 f"{path} has weight {listing(weight.shape)} and bias {listing(bias.shape)}, and a tuned lens has "
                 "[L, E, E] and [L, E]."
             )
+        if not all(
+            jnp.issubdtype(x.dtype, jnp.floating) and np.isfinite(x.astype(np.float32)).all() for x in (weight, bias)
+        ):
+            raise ValueError(f"{path} holds a lens that is not of finite floating-point numbers.")
         return cls(jnp.asarray(weight), jnp.asarray(bias))
 
 
@@ -166,8 +176,12 @@ def train_tuned_lens(
     for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}, and must be an integer from 1.")
-    if not 0 < learning_rate < float("inf"):
-        raise ValueError(f"learning_rate is {learning_rate!r}, and must be positive.")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.number):
+        raise TypeError(f"learning_rate is {learning_rate!r}, and a number is needed.")
+    if not 0 < learning_rate <= 1e3:
+        raise ValueError(f"learning_rate is {learning_rate!r}, and must be above 0, and at most 1000.")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed is {seed!r}, and must be an integer from 0.")
     if hasattr(tokens, "shape"):
         batches = _sampled(*_check_batch(tokens, mask, config), int(batch_size), seed)
     elif mask is not None:
@@ -205,6 +219,8 @@ def tuned_lens_kl(model: Llama, lens: TunedLens, tokens: Any, mask: Any = None) 
         `[L]`, differentiable with respect to `lens`.
     """
     config = check_model(model)
+    if not isinstance(lens, TunedLens):
+        raise TypeError(f"lens is a {type(lens).__name__}, and a TunedLens is needed.")
     lens.check(config)
     return _mean_kl(lens, model, *_check_batch(tokens, mask, config))
 

@@ -136,9 +136,18 @@ class LlamaConfig:
 
     @property
     def pad_id(self) -> int:
-        """What stands where there is no token: the pad token, else the (first) end token, else 0."""
-        found = self.eos_token_id if self.pad_token_id is None else self.pad_token_id
-        return (found[0] if isinstance(found, tuple) else found) or 0
+        """What stands where there is no token: the pad token, else the (first) end token, else 0. Always in the vocabulary."""
+        eos = self.eos_token_id
+        for found in (self.pad_token_id, eos[0] if isinstance(eos, tuple) and eos else eos):
+            if isinstance(found, int) and 0 <= found < self.vocab_size:  # old configs say −1 for none
+                return found
+        return 0
+
+    @property
+    def steady_length(self) -> int | None:
+        """Up to which length the rotary frequencies do not depend on it; None where they never do."""
+        lengths = {"dynamic": self.max_position_embeddings, "longrope": self.rope.original_max_position_embeddings}
+        return lengths.get(self.rope.type)
 
     @property
     def limit(self) -> int | None:
