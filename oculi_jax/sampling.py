@@ -57,13 +57,12 @@ class Sampler:
         return logits
 
     def choose(self, logits: Float[Array, "V"], key: Array | None) -> Int[Array, ""]:
-        """A token id, int32."""
-        likeliest = jnp.argmax(logits).astype(jnp.int32)
-        if self.greedy:
-            return likeliest
-        assert key is not None
-        drawn = jax.random.categorical(key, self.filter(logits)).astype(jnp.int32)
-        return jnp.where(self.temperature > 0, drawn, likeliest)
+        """A token id, int32; −1 where a logit is NaN, rather than an id that looks like an answer."""
+        found = jnp.argmax(logits)
+        if not self.greedy:
+            assert key is not None
+            found = jnp.where(self.temperature > 0, jax.random.categorical(key, self.filter(logits)), found)
+        return jnp.where(jnp.isnan(logits).any(), -1, found).astype(jnp.int32)
 
 
 def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: int) -> Sampler:

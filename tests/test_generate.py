@@ -240,6 +240,11 @@ def test_filters_agree_with_hugging_face() -> None:
         np.testing.assert_allclose(ours, scores[0].numpy() - scores.max().item(), rtol=1e-5)  # ours begin at 0
 
 
+def test_ids_that_only_the_device_sees_and_that_are_none_give_none() -> None:
+    for options in ({}, {"temperature": 1.0, "key": jax.random.key(0)}):
+        np.testing.assert_array_equal(generate(MODEL, jnp.array([1, 99]), 3, **options), [-1, -1, -1])
+
+
 def test_draws_follow_the_softmax_and_their_key() -> None:
     chances = np.asarray(jax.nn.softmax(forward(MODEL, IDS, logits="last").logits / 2.0))
     options = {"temperature": 2.0, "stop_tokens": ()}
@@ -477,6 +482,10 @@ def test_a_context_of_something_else_is_refused() -> None:
         adapter.capture(IDS)
     with pytest.raises(ValueError, match="2 prompts and 3 variants"):
         adapter.generate([[1, 2], [3, 4]], 2, SpectraScaler(0, 0, np.ones(3)))
+    with pytest.raises(TypeError, match="no option do_sample; there are temperature, .* above 0"):
+        adapter.generate(IDS, 2, do_sample=True)
+    with pytest.raises(TypeError, match="inside a trace"):
+        jax.jit(adapter.capture)(IDS)
     with pytest.raises(ValueError, match="60 are to be generated"):
         adapter.generate(IDS, 60)
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from .entropy import EntropyAnalysis, real_tokens
+from .entropy import EntropyAnalysis
 from .inputs import at_position, need
+from .statistics import real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture

@@ -16,6 +16,7 @@ from . import weights
 from .circuits import CircuitDetection
 from .inputs import at_position, check_head, need, row_of
 from .result import Result
+from .statistics import count, norm, real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
@@ -91,7 +92,7 @@ class CompositionAnalysis:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, and must be 'qk' or 'ov'.")
         patterns = _patterns(capture)
-        received = patterns.sum(axis=2) / _n_real(capture)
+        received = patterns.sum(axis=2) / jnp.maximum(count(real_tokens(capture)), 1.0)
         moved = _moved(patterns, _values(capture) if method == "ov" else None)
         values = jnp.einsum("lhs,jgs->lhjg", moved, received, precision=jax.lax.Precision.HIGHEST)
         layers = np.array(capture.captured_layers)
@@ -296,10 +297,6 @@ def _values(capture: AttentionCapture) -> Float[Array, "L K T D"]:
     return values if capture.mask is None else jnp.where(capture.mask[None, None, :, None], values, 0.0)
 
 
-def _n_real(capture: AttentionCapture) -> Array | int:
-    return capture.n_tokens if capture.mask is None else jnp.maximum(jnp.sum(capture.mask), 1).astype(jnp.float32)
-
-
 def _at(capture: AttentionCapture, head: Any, what: str) -> tuple[int, int]:
     """Row and head of a (layer, head) pair."""
     if not isinstance(head, Sequence | np.ndarray) or isinstance(head, str) or len(head) != 2:
@@ -342,12 +339,6 @@ def _moved(patterns: Float[Array, "L H T S"], values: Float[Array, "L K T D"] | 
         return elsewhere.sum(axis=-1)
     n_layers, n_heads, n_tokens, _ = patterns.shape
     grouped = elsewhere.reshape(n_layers, values.shape[1], -1, n_tokens, n_tokens)
-    brought = _norm(jnp.einsum("lkgsu,lkud->lkgsd", grouped, values, precision=jax.lax.Precision.HIGHEST))
-    largest = jax.lax.cummax(_norm(values), axis=2)[:, :, None]
+    brought = norm(jnp.einsum("lkgsu,lkud->lkgsd", grouped, values, precision=jax.lax.Precision.HIGHEST))
+    largest = jax.lax.cummax(norm(values), axis=2)[:, :, None]
     return (brought / jnp.where(largest == 0.0, 1.0, largest)).reshape(n_layers, n_heads, n_tokens)
-
-
-def _norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """Euclidean norm whose gradient is zero at zero."""
-    squares = jnp.sum(x * x, axis=-1)
-    return jnp.where(squares == 0.0, 0.0, jnp.sqrt(jnp.where(squares == 0.0, 1.0, squares)))

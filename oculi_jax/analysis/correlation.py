@@ -11,8 +11,9 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from .entropy import EntropyAnalysis, centred, real_tokens
+from .entropy import EntropyAnalysis
 from .norms import NormAnalysis
+from .statistics import centred, real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture

@@ -11,8 +11,9 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float
 
-from .entropy import EntropyAnalysis, centred, check_same_heads, count, real_tokens
+from .entropy import EntropyAnalysis, check_same_heads
 from .inputs import check_head, check_same_prompt, row_of
+from .statistics import centred, count, real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture

@@ -1,55 +1,18 @@
-"""How diffuse attention is: Shannon entropy of patterns, and the statistics over real tokens that other analyses share."""
+"""How diffuse attention is: Shannon entropy of patterns, and its statistics."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from .inputs import at_position, check_capture, need
+from .statistics import centred, count, real_tokens, root
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
-
-
-def real_tokens(capture: Any, ignore_first: int = 0) -> Bool[Array, "T"]:
-    """Which tokens of a prompt an average runs over: the real ones, less the first `ignore_first` of them."""
-    n_tokens = capture.tokens.shape[0]
-    if not hasattr(ignore_first, "__index__") or not 0 <= ignore_first < n_tokens:
-        raise ValueError(
-            f"ignore_first is {ignore_first!r}, and must be an integer from 0 to {n_tokens - 1}: the prompt has "
-            f"{n_tokens} tokens."
-        )
-    real = jnp.ones(n_tokens, bool) if capture.mask is None else jnp.asarray(capture.mask, bool)
-    return real & (jnp.cumsum(real) > ignore_first)
-
-
-def centred(
-    values: Float[Array, "... T"], real: Bool[Array, "... T"]
-) -> tuple[Float[Array, "..."], Float[Array, "... T"]]:
-    """The mean over real tokens (NaN where there is none), and what each is above it (0 on the others).
-
-    Deviations of equal values are exactly 0, which a mean's rounding would otherwise hide.
-    """
-    real = jnp.broadcast_to(real, values.shape)
-    low = jax.lax.stop_gradient(jnp.min(jnp.where(real, values, jnp.inf), axis=-1, keepdims=True))
-    above = jnp.where(real, values - low, 0.0)
-    mean = jnp.sum(above, axis=-1, keepdims=True) / count(real)[..., None]
-    return (mean + low)[..., 0], jnp.where(real, above - mean, 0.0)
-
-
-def count(real: Bool[Array, "... T"]) -> Float[Array, "..."]:
-    """How many tokens are real, as float32."""
-    return jnp.sum(real, axis=-1).astype(jnp.float32)
-
-
-def root(x: Array) -> Array:
-    """√x whose gradient at 0 is 0."""
-    zero = x == 0
-    return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
 def check_same_heads(one: Any, other: Any) -> None:

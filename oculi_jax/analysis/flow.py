@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from .inputs import need
 from .residual import captured_rows
 from .result import Result
+from .statistics import norm, real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
@@ -43,7 +44,7 @@ def attention_rollout(attention: AttentionCapture, residual_weight: float = 0.5)
     patterns = _consecutive(attention)
     if not isinstance(residual_weight, jax.Array) and not 0 <= residual_weight <= 1:
         raise ValueError(f"residual_weight is {residual_weight!r}, and must be from 0 to 1.")
-    values = _rollout(patterns, _real(attention), jnp.asarray(residual_weight, jnp.float32))
+    values = _rollout(patterns, real_tokens(attention), jnp.asarray(residual_weight, jnp.float32))
     return Result(values, "attention_rollout", layers=attention.captured_layers)
 
 
@@ -69,7 +70,7 @@ def attention_flow(attention: AttentionCapture, position: int = -1) -> Result:
     from scipy.sparse.csgraph import maximum_flow
 
     patterns = _consecutive(attention)
-    real = np.asarray(_real(attention))
+    real = np.asarray(real_tokens(attention))
     n_real = int(real.sum())
     if isinstance(position, bool) or not hasattr(position, "__index__"):
         raise TypeError(f"position is {position!r}, and an integer is needed.")
@@ -125,10 +126,6 @@ def _consecutive(attention: Any) -> Float[Array, "L H T S"]:
     return patterns
 
 
-def _real(attention: Any) -> Bool[Array, "T"]:
-    return jnp.ones(attention.tokens.shape, bool) if attention.mask is None else attention.mask
-
-
 @jax.jit
 def _mixed(patterns: Float[Array, "L H T S"], residual_weight: Float[Array, ""]) -> Float[Array, "L T S"]:
     """`w I + (1 − w) mean_h pattern`, rows normalised; a row with nothing in it stays zero."""
@@ -157,21 +154,15 @@ def _weighted(
     values = values.astype(jnp.float32)
     if weight is None:
         # The norms are repeated for the heads of a group, not the values.
-        norms = jnp.repeat(_norm(values), group, axis=1)
+        norms = jnp.repeat(norm(values), group, axis=1)
     else:
 
         def message_norms(index: Array) -> Float[Array, "S"]:
             layer, head = index // n_heads, index % n_heads
             through = weight[layer, :, head].astype(jnp.float32)
             value = values[layer, head // group]
-            return _norm(jnp.einsum("sd,ed->se", value, through, precision=jax.lax.Precision.HIGHEST))
+            return norm(jnp.einsum("sd,ed->se", value, through, precision=jax.lax.Precision.HIGHEST))
 
         # A head at a time: the messages of all would be [L, H, S, E].
         norms = jax.lax.map(message_norms, jnp.arange(n_layers * n_heads)).reshape(n_layers, n_heads, -1)
     return patterns.astype(jnp.float32) * norms[:, :, None, :]
-
-
-def _norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """Length of the last axis; its gradient at zero is zero."""
-    square = jnp.sum(x * x, axis=-1)
-    return jnp.where(square == 0.0, 0.0, jnp.sqrt(jnp.where(square == 0.0, 1.0, square)))

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from .entropy import real_tokens, root
 from .inputs import need
+from .statistics import norm, real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
@@ -41,10 +41,10 @@ class NormAnalysis:
 
     @staticmethod
     def q_norms_normalized(capture: AttentionCapture) -> Float[Array, "L H T"]:
-        """‖q‖ / √D, the root mean square of a query's entries, `[L, H, T]`: comparable between models whose D differs."""
+        """‖q‖ / √D, the norm mean square of a query's entries, `[L, H, T]`: comparable between models whose D differs."""
         return NormAnalysis.q_norms(capture) * capture.head_dim**-0.5
 
 
 def _norms(capture: AttentionCapture, field: str) -> Array:
     x = jnp.asarray(need(capture, "AttentionCapture", field), jnp.float32)
-    return jnp.where(real_tokens(capture)[None, None, :], root(jnp.sum(x * x, axis=-1)), 0.0)
+    return jnp.where(real_tokens(capture)[None, None, :], norm(x), 0.0)

@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .entropy import centred, real_tokens
 from .inputs import at_position, check_capture, check_integer, row_of
+from .statistics import centred, real_tokens
 
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture

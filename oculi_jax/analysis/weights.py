@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Complex, Float, Int
 
+from .statistics import root
+
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
     from ..models.llama.model import Llama
@@ -101,7 +103,7 @@ def composition(weights: Factors) -> Float[Array, "3 L H L H"]:
     if not source.size:
         return scores
     squares = jax.lax.map(pair, jnp.stack([jnp.asarray(source), jnp.asarray(target)], axis=1))
-    return scores.at[:, source, :, target, :].set(_root(squares))
+    return scores.at[:, source, :, target, :].set(root(squares))
 
 
 def svd(model: Llama, circuit: str, layer: int | None = None, head: int | None = None) -> Any:
@@ -200,9 +202,5 @@ def _product(a: Array, b: Array) -> Array:
 
 def _unit(x: Float[Array, "... D E"]) -> Float[Array, "... D E"]:
     """Each matrix over its Frobenius norm; zero stays zero, without a NaN in the gradient."""
-    size = _root(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
+    size = root(jnp.sum(x * x, axis=(-2, -1), keepdims=True))
     return x / jnp.where(size == 0.0, 1.0, size)
-
-
-def _root(squares: Array) -> Array:
-    return jnp.where(squares == 0.0, 0.0, jnp.sqrt(jnp.where(squares == 0.0, 1.0, squares)))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 from .. import prompts, variants
 from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
@@ -179,6 +180,11 @@ class LlamaAttentionAdapter:
         allow_longer: bool,
         tuned_lens: TunedLens | None = None,
     ) -> dict[str, Any]:
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.model, prompt))):
+            raise TypeError(
+                "An adapter runs on the host, and was called inside a trace (jit, vmap, grad): use the pure "
+                "oculi_jax.forward(model, tokens, interventions, capture=…)."
+            )
         model = self.model
         batch = prompts.prepare(
             prompt, self.tokenizer, model.config, attention_mask=attention_mask, allow_longer=allow_longer

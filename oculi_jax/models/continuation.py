@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ def continue_ids(
 ) -> Any:
     """Ids `[T]` or `[B, T]` → ids with their continuations; with `capture`, that and what was captured."""
     _refuse_trace((model, ids))
+    _check_options(options)
     done = _continue(model, None, ids, max_new_tokens, both(ambient, interventions), **options)
     found, activations = np.concatenate([done.prompts, done.new], axis=1).astype(np.int32), done.activations
     if not done.variants and not isinstance(ids[0], list | tuple) and np.ndim(ids) == 1:
@@ -43,6 +45,7 @@ def continue_texts(
     model: Any, tokenizer: Any, texts: Any, max_new_tokens: int, interventions: Any, **options: Any
 ) -> Any:
     """A text or a list of texts → the same with their continuations; with `capture`, that and what was captured."""
+    _check_options(options)
     done = _continue(model, tokenizer, texts, max_new_tokens, interventions, **options)
     prompts = [texts] if isinstance(texts, str) else list(texts)
 
@@ -64,6 +67,15 @@ def continue_texts(
 def both(ambient: tuple[Any, ...], own: Any) -> tuple[Any, ...]:
     """The interventions of the context and then the call's own."""
     return (*ambient, *(own if isinstance(own, list | tuple) else (own,)))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = [
+        name for name, parameter in signature(_continue).parameters.items() if parameter.kind == Parameter.KEYWORD_ONLY
+    ]
+    if unknown := [name for name in options if name not in known]:
+        hint = " Tokens are drawn where temperature is above 0." if "do_sample" in unknown else ""
+        raise TypeError(f"generate has no option {', '.join(unknown)}; there are {', '.join(known)}.{hint}")
 
 
 def _refuse_trace(values: Any) -> None:
