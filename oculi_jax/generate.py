@@ -71,9 +71,9 @@ def generate(
         allow_longer: go beyond the length that the model was made for.
 
     Returns:
-        int32 `[max_new_tokens]`, the pad id after a stop, −1 where the logits are NaN; `[N, max_new_tokens]` for variants. With `capture`, that and
-        a dictionary site → values over all `T + max_new_tokens` tokens, from one pass over the finished text, in which
-        what follows a stop is padding.
+        int32 `[max_new_tokens]`, the pad id after a stop, −1 where the logits are NaN; `[N, max_new_tokens]` for variants.
+        With `capture`, that and a dictionary site → values over all `T + max_new_tokens` tokens, from one pass over the
+        finished text, in which what follows a stop is padding.
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
