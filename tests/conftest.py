@@ -39,6 +39,23 @@ def adapter(directory: Path) -> LlamaAttentionAdapter:
     return LlamaAttentionAdapter(Llama.from_pretrained(directory, dtype="float32"), load_tokenizer(directory))
 
 
+@pytest.fixture
+def oculi_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Runs the command line in this process: arguments → exit code, standard output, standard error."""
+    from oculi_jax import cli
+
+    monkeypatch.setattr(cli.common, "keep_programs", lambda: None)  # a setting of the whole process
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["oculi", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out = capsys.readouterr()
+        return int(end.value.code or 0), out.out, out.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def hf(directory: Path):
     import torch

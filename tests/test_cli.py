@@ -117,7 +117,9 @@ def ids_of(adapter: LlamaAttentionAdapter, ids: list[int], interventions: tuple)
         (["generate", "x", "-m", "{}", "--top-p", "0.5"], "temperature is 0, which is greedy"),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(directory: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    run = oculi(*(a.replace("{tmp}", str(tmp_path)).replace("{}", str(directory)) for a in arguments), cache=tmp_path)
-    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
-    assert not list(tmp_path.glob("*x*.*")) and run.stdout == ""
+def test_mistakes_are_one_line_and_code_2(
+    directory: Path, tmp_path: Path, oculi_here, arguments: list[str], message: str
+) -> None:
+    code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)).replace("{}", str(directory)) for a in arguments))
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not list(tmp_path.iterdir()) and out == ""

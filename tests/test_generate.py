@@ -304,7 +304,7 @@ def test_other_numbers_are_no_other_program(caplog: pytest.LogCaptureFixture) ->
         (dict(max_new_tokens=0), "at least 1"),
         (dict(max_new_tokens=2.5), "an integer is needed"),
         (dict(temperature=1.0), "give key=jax.random.key"),
-        (dict(temperature=-1.0), "temperature is -1.0, and must be 0"),
+        (dict(temperature=-1.0), "temperature is -1.0, and must be a finite number, 0"),
         (dict(temperature=1.0, key=3), "a JAX random key is needed"),
         (dict(temperature=1.0, key=jax.numpy.zeros(3)), "a JAX random key is needed"),
         (dict(top_p=0.5), "temperature is 0, which is greedy"),

@@ -103,7 +103,7 @@ def test_padding_changes_nothing(left: bool) -> None:
         capture = ADAPTER.capture_logits(ids, config, attention_mask=mask)
         for position in (-1, 4, 0, -T):
             assert_is(capture, position, WANT[:, position])
-    with pytest.raises(ValueError, match=f"token_position is -12, but the prompt has {T} tokens"):
+    with pytest.raises(ValueError, match=f"position is -12, but the prompt has {T} tokens"):
         LENS.convergence_layer(ADAPTER.capture_logits(ids, attention_mask=mask), -12)
 
 

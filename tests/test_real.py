@@ -188,11 +188,11 @@ def test_oculi_capture(directory: Path, adapter: LlamaAttentionAdapter, tmp_path
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line_and_code_2(
-    directory: Path, tmp_path: Path, arguments, message: str
+    directory: Path, tmp_path: Path, oculi_here, arguments, message: str
 ) -> None:
-    run = oculi(*(a.replace("{tmp}", str(tmp_path)).replace("{}", str(directory)) for a in arguments), cache=tmp_path)
-    assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
-    assert not (tmp_path / "x").exists() and run.stdout == ""
+    code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)).replace("{}", str(directory)) for a in arguments))
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not list(tmp_path.iterdir()) and out == ""
 
 
 def test_oculi_sites_prints_the_table(tmp_path: Path) -> None:

@@ -69,7 +69,13 @@ def bar_label(figure: Figure) -> str:
 
 
 def test_every_public_function_is_called_here() -> None:
-    assert set(CALLS) == set(v.__all__)
+    assert set(CALLS) == set(v.__all__) - {"panels"}
+
+
+def test_panels_are_axes_to_draw_in() -> None:
+    figure, axes = v.panels(2, 3, 6.0, 4.0, widths=(1, 1, 2))
+    assert len(axes) == 6 and tuple(figure.get_size_inches()) == (6.0, 4.0) and plt.get_fignums() == []
+    assert v.head_heatmap(HEADS, "score", ax=axes[4]) is figure and len(axes[4].images) == 1 and not axes[0].images
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -35,12 +35,17 @@ def console(*, error: bool = False) -> Console:
     return found if found.is_terminal else Console(stderr=error, highlight=False, width=140)
 
 
-def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
-    """Loads a model and its tokenizer, with compiled programs kept on disk so that the second run is quick."""
+def keep_programs() -> None:
+    """Keeps compiled programs on disk, so that the second run is quick."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "oculi_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
+    """Loads a model and its tokenizer."""
+    keep_programs()
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
     )  # it warns where torch is missing, which is not needed here
