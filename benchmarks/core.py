@@ -24,7 +24,9 @@ from oculi_jax import intervention as iv
 from oculi_jax.models.llama import Llama
 
 N_TOKENS = 128
-GUIDE = (*CaptureConfig().specs(), *ResidualConfig().specs(), *MLPConfig().specs())
+GUIDE = tuple(
+    sorted({site for config in (CaptureConfig(), ResidualConfig(), MLPConfig()) for site in config.fields().values()})
+)
 # On this one a massive activation forms in mid-text, and float32 itself is far from float64: for the note below row 1.
 HARBOUR = (
     "The harbour town had two lighthouses. The older one, of grey stone, stood on the cliff and had not been lit for "
