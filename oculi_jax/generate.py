@@ -58,7 +58,7 @@ def generate(
     Args:
         model: a `Llama`.
         tokens: ids `[T]`.
-        max_new_tokens: `N` new tokens at most; static.
+        max_new_tokens: how many new tokens at most; static.
         interventions: as in `forward`.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn from softmax(logits / temperature).
         top_k: draw from the k likeliest tokens; static.
