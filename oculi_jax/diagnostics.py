@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,9 @@ from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
 from .analysis.inputs import check_integer
+from .fields import canonical
 from .forward import check_model, forward
+from .frame import Frame
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -85,7 +87,9 @@ class HeadScores:
         return f"HeadScores({names}; each [{', '.join(map(str, self.induction.shape))}])"
 
 
-def head_scores(model: Llama, seed: int = 0, n_sequences: int = 8, length: int = 50) -> HeadScores:
+def head_scores(
+    model: Llama, seed: int = 0, n_sequences: int = 8, length: int = 50, *, interventions: Any = ()
+) -> HeadScores:
     """What each head does on random tokens repeated once: the standard test for induction.
 
     A sequence is the beginning-of-sequence token (where the config has one), `length` distinct random ids without special
@@ -97,6 +101,8 @@ def head_scores(model: Llama, seed: int = 0, n_sequences: int = 8, length: int =
         seed: of the sequences; the same seed gives the same scores. Another one runs the same program.
         n_sequences: how many, at least 2. Patterns are held for one of them at a time.
         length: tokens that are repeated.
+        interventions: as in `forward`, active in every sequence: what is left of induction without a previous-token head?
+            (An `InterventionContext` is an adapter's, and does not reach here.)
 
     Returns:
         A `HeadScores`.
@@ -104,7 +110,8 @@ def head_scores(model: Llama, seed: int = 0, n_sequences: int = 8, length: int =
     Raises:
         ValueError: a length that the vocabulary or the model's context cannot hold; fewer than 2 sequences.
     """
-    return _run(model, repeated_tokens(check_model(model), seed, n_sequences, length))
+    tokens = repeated_tokens(check_model(model), seed, n_sequences, length)
+    return _run(model, tokens, canonical(interventions, Frame(model.config, model.dtype, tokens.shape[1], None)))
 
 
 def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
@@ -131,9 +138,9 @@ def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: in
 
 
 @jax.jit
-def _run(model: Llama, tokens: Int[Array, "N T"]) -> HeadScores:
+def _run(model: Llama, tokens: Int[Array, "N T"], interventions: tuple[Any, ...]) -> HeadScores:
     def scores(row: Int[Array, "T"]) -> dict[str, Array]:
-        out = forward(model, row, capture="pattern", logits="none")
+        out = forward(model, row, interventions, capture="pattern", logits="none")
         return pattern_scores(out.activations["pattern"], row)
 
     each = jax.lax.map(scores, tokens)

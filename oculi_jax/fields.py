@@ -35,7 +35,7 @@ def _refuse_axes(shape: tuple[int, ...], where: str) -> None:
     if shape:
         raise ValueError(
             f"{where} has axes {listing(shape)}, which makes it a sweep of many interventions, and forward runs one: "
-            "use a scalar, or map forward over it (sweep, or jax.vmap)."
+            "use a scalar, or map forward over it with jax.vmap."
         )
 
 

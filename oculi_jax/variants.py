@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .fields import Index, Positions, Strength, Values, canonical, owner_site
 from .frame import Frame, as_array, listing, on_device
@@ -59,6 +60,8 @@ def variant(interventions: Any, number: int, n: int, frame: Frame) -> list[Any]:
             if array is None or not array.shape:
                 continue
             if _may_vary(kind):
+                if on_device(array) and not isinstance(array, Tracer):
+                    array = np.asarray(array)  # few and small, and so checked by value
                 listed = isinstance(kind, Positions) and (isinstance(value, list | tuple) or array.dtype == bool)
                 changes[field.name] = value if listed else array[number]
             elif _carries(item, kind, array.shape, n, frame, f"{type(item).__name__}.{field.name}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -588,3 +589,12 @@ def test_the_guides_attribution_runs(adapter: LlamaAttentionAdapter) -> None:
     comp = AttributionMethods.component_attribution(full.residual, full.mlp, unembed, paris)
     lines = [f"{comp.values[layer, 0]:+.3f}, {comp.values[layer, 1]:+.3f}" for layer in range(len(comp.values))]
     assert len(lines) == 30
+
+
+def test_a_result_prints_in_one_line() -> None:
+    residual = captures(tiny_llama(), prompt())[1]
+    shown = repr(AttributionMethods.direct_logit_attribution(residual, tiny_llama().lm_head.weight, 3))
+    assert re.fullmatch(
+        r"Result\(direct_logit_attribution: values \[3\]; completeness_error -?\d\.\de-\d\d; details embedding, edits, norm_edit, logit\)",
+        shown,
+    )

@@ -13,6 +13,7 @@ import pytest
 from oculi_jax import AttentionCapture, forward
 from oculi_jax.analysis.circuits import PATTERNS, CircuitDetection
 from oculi_jax.diagnostics import head_scores, repeated_tokens
+from oculi_jax.intervention import HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .induction import HEADS, INDUCTION_HEAD, PREVIOUS_TOKEN_HEAD, induction_llama, repeated
@@ -374,3 +375,14 @@ def test_head_scores_agree_with_hugging_face(adapter: LlamaAttentionAdapter, hf)
         np.testing.assert_allclose(
             found.standard_error[name], values.std(0, ddof=1) / 3**0.5, atol=ROUTES, rtol=0, err_msg=name
         )
+
+
+def test_head_scores_under_interventions() -> None:
+    """Without the previous-token head there is nothing for the induction head to match."""
+    model = induction_llama()
+    plain = head_scores(model, n_sequences=2, length=10)
+    without = head_scores(model, n_sequences=2, length=10, interventions=HeadAblation(*PREVIOUS_TOKEN_HEAD))
+    assert plain.induction[INDUCTION_HEAD] > 0.9 and without.induction[INDUCTION_HEAD] < 0.3
+    np.testing.assert_allclose(without.previous_token[0], plain.previous_token[0], atol=ROUNDING)
+    with pytest.raises(ValueError, match="head is 9, but there are 4 query heads"):
+        head_scores(model, n_sequences=2, length=10, interventions=HeadAblation(0, 9))

@@ -179,6 +179,9 @@ def test_variants_that_cannot_be_told_apart_are_refused() -> None:
         ValueError, match="different numbers of variants: 2 in SpectraScaler.layer, 3 in SpectraScaler.alpha"
     ):
         generate(MODEL, IDS, N, SpectraScaler(np.array([0, 1]), 0, np.array([1.0, 2.0, 3.0])))
+    for head in (np.array([0, 9]), jnp.array([0, 9])):
+        with pytest.raises(ValueError, match="head is 9, but there are 4 query heads"):
+            generate(MODEL, IDS, N, HeadAblation(0, head))
     with pytest.raises(ValueError, match=r"axes \[2, 2\]"):
         generate(MODEL, IDS, N, SpectraScaler(0, 0, np.ones((2, 2))))
 

@@ -116,7 +116,10 @@ def test_the_readmes_example_runs(
     printed = capsys.readouterr().out
     assert "Output(logits [5, 49152], activations {pattern [30, 9, 5, 5], resid_post [30, 5, 576]})" in printed
     assert "[1 1]" in printed and "FullCapture(" in printed and "(8, 10)" in printed
-    assert "{'layer': 23, 'head': 4, 'value': 2.8" in printed and "The capital of France is" in printed
+    assert (
+        "Result(head_attribution: values [30, 9]; completeness_error" in printed
+        and "The capital of France is" in printed
+    )
 
 
 def oculi(*arguments: str, cache: Path) -> subprocess.CompletedProcess:

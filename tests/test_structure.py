@@ -82,7 +82,7 @@ ALLOWED = {
         "variants",
     },
     "analysis": {"analysis", "capture", "utils"},
-    "diagnostics.py": {"analysis", "forward"},
+    "diagnostics.py": {"analysis", "fields", "forward", "frame"},
     "training": {"training", "capture", "forward", "frame", "utils"},
     "visualize": {"visualize"},
     "utils": {"utils"},

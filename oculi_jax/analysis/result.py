@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 
 
 @partial(
@@ -33,6 +35,20 @@ class Result:
     completeness_error: Array | None = None
     layers: tuple[int, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        def shape(x: Any) -> str:
+            return f"[{', '.join(map(str, np.shape(x)))}]"
+
+        named = isinstance(self.values, Mapping)
+        values = ", ".join(f"{k} {shape(v)}" for k, v in self.values.items()) if named else shape(self.values)
+        parts = [f"values {values}"]
+        if self.completeness_error is not None:
+            error = self.completeness_error
+            one = np.shape(error) == () and not isinstance(error, Tracer)
+            parts.append(f"completeness_error {f'{float(error):.1e}' if one else shape(error)}")
+        parts += [f"details {', '.join(self.details)}"] if self.details else []
+        return f"Result({self.method}: {'; '.join(parts)})"
 
     @property
     def metadata(self) -> dict[str, Any]:
