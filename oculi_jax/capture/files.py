@@ -11,10 +11,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..sites import SITES
-from ..utils.files import write_aside, write_tensors
+from ..utils.files import read_tensors, write_aside, write_tensors
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 STRUCTURES = {cls.__name__: cls for cls in (AttentionCapture, ResidualCapture, MLPCapture, LogitCapture, FullCapture)}
@@ -55,16 +54,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         OSError: there is no such file. ValueError: it is no whole capture file.
     """
     path = Path(path).expanduser()
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{str(path)!r} is no file.")
-    try:
-        with safe_open(path, framework="numpy") as handle:
-            header = handle.metadata() or {}
-            arrays = {name: _array(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-    except (SafetensorError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    tensors, header = read_tensors(path)
+    arrays = {name: _array(value) for name, value in tensors.items()}
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but no capture: it lacks the metadata that save writes.")
     if header.get("kind") == "arrays":

@@ -25,7 +25,7 @@ app.command()(generate)
 app.command()(sites)
 
 # What the library raises at input that it refuses; anything else is a bug and keeps its traceback.
-REFUSALS = (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError)
+REFUSALS = (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError, ModuleNotFoundError)
 
 
 def _not_text(word: str) -> bool:

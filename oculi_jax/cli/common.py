@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from ..models.llama import LlamaAttentionAdapter
 from ..models.llama.model import Llama
 from ..utils.files import write_aside
 from ..utils.tokens import load_tokenizer
+from ..visualize.canvas import door
 
 Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
 Model = Annotated[str, typer.Option("--model", "-m", help="A directory with a Llama, or a Hub id.", show_default=False)]
@@ -71,8 +71,7 @@ def check_picture(path: Path | None) -> Path | None:
     """The same for a picture, which matplotlib draws."""
     if path is None:
         return None
-    if find_spec("matplotlib") is None:
-        raise NotImplementedError('Pictures need matplotlib: pip install "oculi-jax[viz]".')
+    door()
     return check_output(path, ".png", ".svg", ".pdf")
 
 

@@ -18,12 +18,11 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 
 from ..capture.spec import CaptureSpec
 from ..forward import check_model, check_tokens, forward
 from ..frame import as_array, listing
-from ..utils.files import write_aside, write_tensors
+from ..utils.files import read_tensors, write_aside, write_tensors
 from ..utils.progress import progress
 
 if TYPE_CHECKING:
@@ -114,16 +113,7 @@ class TunedLens:
             OSError: there is no such file. ValueError: it is no whole file of a tuned lens.
         """
         path = Path(path).expanduser()
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{str(path)!r} is no file.")
-        try:
-            with safe_open(path, framework="numpy") as handle:
-                header = handle.metadata() or {}
-                arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
-        except (SafetensorError, OSError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        arrays, header = read_tensors(path)
         if header.get("format") != FORMAT or set(arrays) != {"weight", "bias"}:
             raise ValueError(f"{path} is a safetensors file, but no tuned lens: it lacks what TunedLens.save writes.")
         weight, bias = arrays["weight"], arrays["bias"]

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one never exists under its own name."""
+"""Tensors in files: a half-written one never exists under its own name, and what cannot be read is said in a sentence."""
 
 from __future__ import annotations
 
@@ -46,3 +46,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
         raise OSError(f"Could not write {str(name)!r}: {error}") from error
     except (KeyError, AttributeError) as error:
         raise ValueError(f"Could not write {str(name)!r}: safetensors has no such dtype: {error}.") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The NumPy arrays and the metadata of a whole safetensors file; OSError where there is none, ValueError for any other."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no file.")
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            names = list(handle.keys())
+            return {name: handle.get_tensor(name) for name in names}, handle.metadata() or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no file {str(path)!r}.") from None
+    except (
+        SafetensorError,
+        OSError,
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # NumPy lacks some dtypes of theirs
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
