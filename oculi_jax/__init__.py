@@ -18,7 +18,9 @@ from .capture import (
 from .forward import Output, forward
 from .generate import generate
 from .lens import lens
+from .planner import SweepPlan
 from .sites import SITES, Site, find_site
+from .sweep import plan, sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,11 +37,14 @@ __all__ = [
     "ResidualCapture",
     "ResidualConfig",
     "Site",
+    "SweepPlan",
     "capture_bytes",
     "find_site",
     "forward",
     "generate",
     "lens",
     "load",
+    "plan",
     "save",
+    "sweep",
 ]

@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
 from .analysis.inputs import check_integer
-from .fields import canonical
+from .canonical import canonical
 from .forward import check_model, forward
 from .frame import Frame
+from .pytrees import register_dataclass
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _SCORES = ("induction", "previous_token", "duplicate_token", "bos", "recent", "local", "uniform")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[*_SCORES, "standard_error", "codes"], meta_fields=[])
+@partial(register_dataclass, data_fields=[*_SCORES, "standard_error", "codes"], meta_fields=[])
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Scores of every head, means over sequences, each in 0…1; `CircuitDetection` defines them.

@@ -87,6 +87,10 @@ def apply_edit(
             mask, value = jax.tree.map(lambda leaf: leaf[layer] if jnp.ndim(leaf) else leaf, (mask, value))
         else:
             here = layer == edit.layer
+            if leaves := _cuttable(edit):  # a whole run's capture: this layer's row, shared by all variants of a sweep
+                n_axes = len(owner_site(edit).axes)
+                rows = [leaf[layer] if jnp.ndim(leaf) > n_axes else leaf for leaf in leaves]
+                value = jax.tree.unflatten(jax.tree.structure(value), rows)
     chosen = jnp.asarray(mask)
     if here is not None:
         chosen = chosen & here

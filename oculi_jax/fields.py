@@ -1,5 +1,9 @@
 """Kinds of fields of an intervention: what each accepts, and the one canonical form it has inside a program.
 
+A field has a declared rank: an index and a strength 0, a set of positions or its mask `[T]` 1 (an integer 0), an array that
+of its site's axes. What stands in front of that are the axes of a sweep. Index, strength and position fields broadcast to
+them; an array carries all of them or none.
+
 A value that the host can see (Python, NumPy) is checked by value; a JAX array by shape and dtype, since reading it would
 wait for the device; a tracer by shape. After that an index is a strong int32 scalar, a strength a float32 scalar, a set of
 positions a bool `[T]`, and an array has its site's dtype: so numbers of any Python type share one compiled program.
@@ -15,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .fitting import Carried, cast_to, first_wrong, fit, is_real, is_whole, same_either_way, spread
 from .frame import Frame, as_array, listing, on_device
+from .pytrees import register_dataclass
 from .sites import SITES, Site, unknown_site
 
 T = TypeVar("T")
@@ -27,16 +33,13 @@ WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residu
 class Kind:
     """How one field becomes canonical. `owner` is the intervention, for fields that depend on its site or head."""
 
+    def axes(self, value: Any) -> tuple[int, ...]:
+        """The axes of a sweep that a value makes; () for kinds whose arrays only follow those of the others."""
+        return ()
+
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        """The leaf, or `Carried` rows of leaves where it has the axes of a sweep, `frame.axes`."""
         raise NotImplementedError
-
-
-def _refuse_axes(shape: tuple[int, ...], where: str) -> None:
-    if shape:
-        raise ValueError(
-            f"{where} has axes {listing(shape)}, which makes it a sweep of many interventions, and forward runs one: "
-            "use a scalar, or map forward over it with jax.vmap."
-        )
 
 
 def owner_site(owner: Any) -> Site:
@@ -58,6 +61,9 @@ class Index(Kind):
 
     of: str
     optional: bool = False
+
+    def axes(self, value: Any) -> tuple[int, ...]:
+        return () if value is None else as_array(value).shape
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         letter: str | None = self.of
@@ -85,14 +91,15 @@ class Index(Kind):
         if on_device(array):
             if not jnp.issubdtype(array.dtype, jnp.integer):
                 raise TypeError(f"{where} is an array of {array.dtype}, and integers are needed.")
-            _refuse_axes(array.shape, where)
-            return jax.lax.convert_element_type(array, np.int32)
+            return spread(jax.lax.convert_element_type(array, np.int32), 0, frame, where)
         if isinstance(value, bool) or array.dtype.kind not in "iu":
             raise TypeError(f"{where} is {value!r}, and an integer is needed.")
-        _refuse_axes(array.shape, where)
-        if not 0 <= array < size:
-            raise ValueError(f"{where} is {array}, but there are {size} {WORDS[letter]}: it must be 0 to {size - 1}.")
-        return array.astype(np.int32)
+        wrong = (array < 0) | (array >= size)
+        if wrong.any():
+            raise ValueError(
+                f"{where} is {first_wrong(array, wrong)}, but there are {size} {WORDS[letter]}: it must be 0 to {size - 1}."
+            )
+        return spread(array.astype(np.int32), 0, frame, where)
 
 
 @dataclass(frozen=True)
@@ -101,33 +108,43 @@ class Strength(Kind):
 
     positive: bool = False
 
+    def axes(self, value: Any) -> tuple[int, ...]:
+        return as_array(value).shape
+
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         array = as_array(value)
         if on_device(array):
             if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise TypeError(f"{where} is an array of {array.dtype}, and a number is needed.")
-            _refuse_axes(array.shape, where)
-            return jax.lax.convert_element_type(array, np.float32)
-        if isinstance(value, bool) or not _is_real(array):
+            return spread(jax.lax.convert_element_type(array, np.float32), 0, frame, where)
+        if isinstance(value, bool) or not is_real(array):
             raise TypeError(f"{where} is {value!r}, and a number is needed.")
-        _refuse_axes(array.shape, where)
         with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-        if not np.isfinite(array):
-            raise ValueError(f"{where} is {value}, and a number that is finite in float32 is needed.")
-        if self.positive and not array > 0:
-            raise ValueError(f"{where} is {value}, and must be above 0 (1 changes nothing).")
-        return array
+            small = array.astype(np.float32)
+        if not np.isfinite(small).all():
+            raise ValueError(
+                f"{where} is {first_wrong(array, ~np.isfinite(small))}, and a number that is finite in float32 is needed."
+            )
+        if self.positive and not (small > 0).all():
+            raise ValueError(f"{where} is {first_wrong(array, ~(small > 0))}, and must be above 0 (1 changes nothing).")
+        return spread(small, 0, frame, where)
 
 
 @dataclass(frozen=True)
 class Positions(Kind):
     """A set of token positions: an integer, a list of them, or a bool mask `[T]`; None, where `optional`, is all.
 
-    Integers count real tokens, negative ones from the last; a mask lies along the token array, padding included.
+    Integers count real tokens, negative ones from the last; a mask lies along the token array, padding included. A list is
+    a set of positions, an integer array positions of a sweep.
     """
 
     optional: bool = False
+
+    def axes(self, value: Any) -> tuple[int, ...]:
+        if value is None or isinstance(value, list | tuple):
+            return ()
+        array = as_array(value)
+        return array.shape[:-1] if array.dtype == bool else array.shape
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         if value is None:
@@ -140,12 +157,14 @@ class Positions(Kind):
         if array.dtype == bool:
             if not on_device(array) and not array.any():
                 raise ValueError(f"{where} is a mask without a True: no position would be edited.")
-            if array.shape != (frame.n_tokens,):
+            if array.shape[-1:] != (frame.n_tokens,):
                 raise ValueError(
                     f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."
                 )
-            xp = jnp if on_device(array) else np
-            return array if frame.n_slots is None else xp.pad(array, (0, frame.slots - frame.n_tokens))
+            if frame.n_slots is not None:
+                xp = jnp if on_device(array) else np
+                array = xp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, frame.slots - frame.n_tokens)])
+            return spread(array, 1, frame, where)
         if isinstance(value, list | tuple) and not value:
             raise ValueError(f"{where} is empty: no position would be edited. Leave it out for all positions.")
         if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -153,12 +172,14 @@ class Positions(Kind):
         if isinstance(value, list | tuple):
             if array.ndim != 1:
                 raise TypeError(f"{where} is {value!r}, and a flat list of integers is needed.")
-        elif array.ndim:
+            return frame.positions(array, where)
+        if array.ndim and not frame.axes:
             raise ValueError(
-                f"{where} is an integer array {listing(array.shape)}, which would be a sweep over positions; "
+                f"{where} is an integer array {listing(array.shape)}, which is a sweep over positions, for oculi_jax.sweep; "
                 "for a set of positions give a list."
             )
-        return frame.positions(array, where)
+        ranks = spread(array, 0, frame, where)
+        return Carried(frame.positions(ranks.rows[:, None], where)) if array.ndim else frame.positions(ranks, where)
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,7 @@ class Values(Kind):
     """An array that broadcasts to the site's axes, in the site's dtype.
 
     It leaves out the head axis where the intervention names a head, and leads with `L` (or is a scalar) where the
-    intervention acts at every layer.
+    intervention acts at every layer. A whole run's capture, with `L` and the head axis, serves every head.
 
     Attributes:
         site: the site, where the intervention is about a fixed one.
@@ -178,19 +199,16 @@ class Values(Kind):
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         site = SITES[self.site] if self.site else owner_site(owner)
-        axes = frame.axes(site)
-        if getattr(owner, "head", None) is not None and site.head_axis:
-            axes = axes[1:]
+        sizes = frame.site_axes(site)
+        one_head = getattr(owner, "head", None) is not None and site.head_axis is not None
         dense = site.layered and getattr(owner, "layer", None) is None
-        return _fit(
-            value,
-            axes,
-            frame,
-            frame.site_dtype(site),
-            where,
-            site,
-            lead="must" if dense else self.per_layer and site.layered,
-        )
+        lead = "must" if dense else self.per_layer and site.layered
+        shape = tuple(as_array(value).shape)
+        if one_head and lead is True and is_whole(shape, sizes, frame):
+            if frame.axes == shape[:2]:
+                same_either_way(owner, 2, frame, where)
+            return fit(value, sizes, frame, frame.site_dtype(site), where, site, lead=True)
+        return fit(value, sizes[one_head:], frame, frame.site_dtype(site), where, site, lead=lead, owner=owner)
 
 
 @dataclass(frozen=True)
@@ -204,7 +222,7 @@ class Mask(Kind):
         if dtype != np.dtype(bool):
             raise TypeError(f"{where} has dtype {dtype}, and bool is needed.")
         dense = site.layered and owner.layer is None
-        return _fit(value, frame.axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False)
+        return fit(value, frame.site_axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False)
 
 
 @dataclass(frozen=True)
@@ -213,14 +231,17 @@ class Table(Kind):
 
     letters: str
 
+    def axes(self, value: Any) -> tuple[int, ...]:
+        return as_array(value).shape[: -len(self.letters)]
+
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         want = tuple(frame.sizes[letter] for letter in self.letters)
         array = as_array(value)
-        if array.shape != want:
+        if array.shape[-len(want) :] != want:
             raise ValueError(
                 f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed."
             )
-        return _cast(array, np.dtype(np.float32), where)
+        return spread(cast_to(array, np.dtype(np.float32), where), len(want), frame, where)
 
 
 @dataclass(frozen=True)
@@ -253,7 +274,7 @@ class Anything(Kind):
             if array.dtype == bool or array.dtype == jnp.bfloat16:
                 return array
             if array.dtype.kind == "f":
-                return _cast(array, np.dtype(np.float32), where)
+                return cast_to(array, np.dtype(np.float32), where)
             if array.dtype.kind not in "iu":
                 raise TypeError(f"{where} holds {x!r}, which is not an array of numbers.")
             small = array.astype(np.int32)
@@ -262,72 +283,6 @@ class Anything(Kind):
             return small
 
         return jax.tree.map(leaf, value)
-
-
-def _fit(value: Any, axes: list[int], frame: Frame, dtype: np.dtype, where: str, site: Site, lead: bool | str) -> Any:
-    """Checks that `value` broadcasts to `axes`, perhaps after a leading `L`, and casts it."""
-    array = as_array(value)
-    shape = array.shape
-    inner = shape
-    n_layers = frame.sizes["L"]
-    if shape and (lead == "must" or (lead and len(shape) == len(axes) + 1 and shape[0] == n_layers)):
-        if shape[0] != n_layers:
-            raise ValueError(
-                f"{where} has shape {listing(shape)}; acting at every layer, it must be a scalar or lead with L = {n_layers}."
-            )
-        inner = shape[1:]
-    fits = len(inner) <= len(axes) and all(
-        have in (1, want) for have, want in zip(reversed(inner), reversed(axes), strict=False)
-    )
-    if not fits:
-        extra = ", or to that behind a leading L" if lead else ""
-        raise ValueError(
-            f"{where} has shape {listing(shape)}, and must broadcast to {listing(axes)}, "
-            f"the axes of {site.name!r} {site.shape}{'' if len(axes) == len(site.axes) else ' at one head'}{extra}."
-        )
-    if site.dtype == "bool" and not (array.dtype == bool or (not on_device(array) and np.isin(array, (0, 1)).all())):
-        raise TypeError(f"{where} is set into a table of yes and no, and must be bool.")
-    array = _stretch(array, inner, axes, site, frame)
-    if site.name == "scores" and not on_device(array) and array.dtype.kind == "f" and (array == -np.inf).any():
-        finite = _cast(np.where(array == -np.inf, 0, array), dtype, where)  # −∞ says: not allowed
-        return np.where(array == -np.inf, dtype.type(-np.inf), finite)
-    return _cast(array, dtype, where)
-
-
-def _stretch(array: Any, inner: tuple[int, ...], axes: list[int], site: Site, frame: Frame) -> Any:
-    """Pads token axes with zeros to the slots of a run that has more of them than the arrays cover."""
-    if frame.slots == frame.n_tokens or not inner:
-        return array
-    letters = site.axes[len(site.axes) - len(axes) :]
-    widths = [(0, 0)] * len(array.shape)
-    for axis, letter in zip(range(-1, -len(inner) - 1, -1), reversed(letters), strict=False):
-        if letter in "TS" and array.shape[axis] == frame.n_tokens:
-            widths[axis] = (0, frame.slots - frame.n_tokens)
-    return (jnp if on_device(array) else np).pad(array, widths)
-
-
-def _cast(array: Any, dtype: np.dtype, where: str) -> Any:
-    if on_device(array):
-        if jnp.issubdtype(array.dtype, jnp.complexfloating):
-            raise TypeError(f"{where} has dtype {array.dtype}, and real numbers are needed.")
-        return jax.lax.convert_element_type(array, dtype)
-    if array.dtype != np.dtype(bool) and not _is_real(array):
-        raise TypeError(f"{where} has dtype {array.dtype}, and numbers are needed.")
-    with np.errstate(over="ignore"):
-        wide = array.astype(np.float64)
-        if np.isnan(wide).any():
-            raise ValueError(f"{where} holds NaN.")
-        if np.isinf(wide).any():
-            raise ValueError(f"{where} holds an infinity, and finite numbers are needed.")
-        cast = array.astype(dtype)
-        if dtype.kind != "b" and np.isinf(cast.astype(np.float64)).any():
-            raise ValueError(f"{where} holds {np.abs(wide).max():.3g}, which {dtype} cannot hold.")
-    return cast
-
-
-def _is_real(array: np.ndarray) -> bool:
-    """Whether an array holds integers or floating-point numbers, bfloat16 among them."""
-    return array.dtype.kind in "iuf" or array.dtype == jnp.bfloat16
 
 
 def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:
@@ -342,50 +297,5 @@ def pytree(cls: type[T]) -> type[T]:
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     data = [f.name for f in fields if f.metadata["kind"] is not None]
     static = [f.name for f in fields if f.metadata["kind"] is None]
-    jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=static)
+    register_dataclass(cls, data_fields=data, meta_fields=static)
     return cls
-
-
-def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
-    """Every intervention with its fields checked and in canonical form; one error lists all problems."""
-    if hasattr(interventions, "edits") or isinstance(interventions, type):
-        interventions = (interventions,)
-    if not isinstance(interventions, list | tuple):
-        raise TypeError(f"interventions is a {type(interventions).__name__}; give an intervention or a list of them.")
-    problems: list[Exception] = []
-    done = []
-    for number, intervention in enumerate(interventions):
-        if isinstance(intervention, type):
-            raise TypeError(f"interventions[{number}] is the class {intervention.__name__}; give an instance of it.")
-        if not hasattr(intervention, "edits") or not dataclasses.is_dataclass(intervention):
-            raise TypeError(f"interventions[{number}] is a {type(intervention).__name__}, not an intervention.")
-        name = type(intervention).__name__
-        where = name if len(interventions) == 1 else f"{name} (number {number})"
-        if not all("kind" in item.metadata for item in dataclasses.fields(intervention)):
-            raise TypeError(
-                f"{where} has fields that oculi_jax.fields.field did not declare; lower it to Edits yourself."
-            )
-        try:
-            getattr(intervention, "check", lambda: None)()
-            if hasattr(intervention, "site"):
-                owner_site(intervention)
-        except (ValueError, TypeError) as error:
-            problems.append(type(error)(f"{where}: {error}"))
-            continue
-        leaves = {}
-        for item in dataclasses.fields(intervention):
-            if (kind := item.metadata["kind"]) is None:
-                continue
-            try:
-                value = getattr(intervention, item.name)
-                leaves[item.name] = kind.canonical(value, intervention, frame, f"{where}.{item.name}")
-            except (ValueError, TypeError) as error:
-                problems.append(error)
-        if not problems:
-            done.append(dataclasses.replace(intervention, **leaves))  # type: ignore[type-var]
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        kind = TypeError if all(isinstance(p, TypeError) for p in problems) else ValueError
-        raise kind("These interventions cannot be run:\n  " + "\n  ".join(map(str, problems)))
-    return tuple(done)

@@ -13,10 +13,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from .canonical import canonical
 from .capture.spec import Reading, at_positions, plan
 from .edits import Edit, apply_edit, limit
-from .fields import canonical
 from .frame import Frame, as_array, listing, on_device
+from .pytrees import register_dataclass
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 LOGITS = ("all", "last", "none")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["logits", "activations", "applied"], meta_fields=[])
+@partial(register_dataclass, data_fields=["logits", "activations", "applied", "mask"], meta_fields=[])
 @dataclass(frozen=True)
 class Output:
     """What `forward` returns.
@@ -35,11 +36,13 @@ class Output:
         activations: site → its captured values, layered sites stacked on a leading `L` over the layers asked for.
         applied: int32 `[number of interventions]`: on how many of the layers that ran each one changed at least one
             element. 0 says that it never matched, or changed nothing.
+        mask: bool `[T]`, True at real tokens, as it was given; None where all are.
     """
 
     logits: Float[Array, "T V"] | Float[Array, "V"] | None
     activations: Mapping[str, Array]
     applied: Int[Array, "N"]
+    mask: Bool[Array, "T"] | None = None
 
     def __repr__(self) -> str:
         def shape(x: Any) -> str:
@@ -271,7 +274,7 @@ def run(
     activations = {
         r.site.name: buffers[r.site.name] if r.site.layered else read(r, outside.seen[r.site.name]) for r in readings
     }
-    return Output(out, activations, applied + outside.counts())
+    return Output(out, activations, applied + outside.counts(), mask)
 
 
 def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array) -> Array:

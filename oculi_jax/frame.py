@@ -48,6 +48,7 @@ class Frame:
         n_slots: how many tokens the run has room for, where that is more: those that generation adds, or padding that
             the adapter adds. None for `n_tokens`.
         absolute: whether positions must count from the start, since nobody knows yet where the end will be.
+        axes: the axes of the sweep that the interventions make; () in one run.
     """
 
     config: LlamaConfig
@@ -56,6 +57,7 @@ class Frame:
     mask: np.ndarray | Array | None
     n_slots: int | None = None
     absolute: bool = False
+    axes: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -65,30 +67,31 @@ class Frame:
     def slots(self) -> int:
         return self.n_tokens if self.n_slots is None else self.n_slots
 
-    def axes(self, site: Site) -> list[int]:
+    def site_axes(self, site: Site) -> list[int]:
         return [self.sizes[letter] for letter in site.axes]
 
     def site_dtype(self, site: Site) -> np.dtype:
         return self.dtype if site.dtype == "model" else np.dtype(site.dtype)
 
     def positions(self, ranks: np.ndarray | Array, where: str) -> np.ndarray | Array:
-        """bool over all slots, true at the given ranks among the real tokens; a negative rank counts from the last."""
-        n_tokens, mask = self.slots, self.mask
+        """bool `[…, T]` over all slots from ranks `[…, M]` (or one rank) among the real tokens, negative ones from the last."""
+        n_tokens, mask, given = self.slots, self.mask, ranks
+        ranks = ranks if ranks.ndim else ranks[None]
         if self.absolute and not on_device(ranks) and (np.asarray(ranks) < 0).any():
             raise ValueError(
-                f"{where} is {ranks.tolist()}: in generation positions count from the start of the prompt, 0 and up, since "
+                f"{where} is {_short(given)}: in generation positions count from the start of the prompt, 0 and up, since "
                 "the last token changes with every step."
             )
         n_real = n_tokens if mask is None or on_device(mask) else int(mask.sum())
         if on_device(ranks):
-            ranks = jnp.atleast_1d(ranks)
-            table = jnp.any(ranks[:, None] == jnp.arange(-n_tokens, n_tokens)[None, :], axis=0)
+            every = jnp.arange(-n_tokens, n_tokens).reshape(*(1,) * ranks.ndim, -1)
+            table = jnp.any(ranks[..., None] == every, axis=-2)
         elif np.all((ranks >= -n_real) & (ranks < n_real)):
-            table = np.zeros(2 * n_tokens, bool)
-            table[ranks + n_tokens] = True
+            table = np.zeros((*ranks.shape[:-1], 2 * n_tokens), bool)
+            np.put_along_axis(table, np.asarray(ranks, np.int64) + n_tokens, True, axis=-1)
         else:
             raise ValueError(
-                f"{where} is {ranks.tolist()}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
+                f"{where} is {_short(given)}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, "
                 f"or −1 to −{n_real} from the end."
             )
         if on_device(table) or on_device(mask):
@@ -96,12 +99,18 @@ class Frame:
         return _among_real(table, np.ones(n_tokens, bool) if mask is None else mask, np)
 
 
+def _short(ranks: np.ndarray | Array) -> str:
+    listed = np.asarray(ranks).tolist() if ranks.ndim < 2 else np.asarray(ranks).ravel().tolist()
+    return str(listed) if not ranks.ndim or len(listed) <= 8 else f"{str(listed[:8])[:-1]}, …]"
+
+
 def _among_real(table: Any, mask: Any, xp: Any) -> Any:
-    """bool `[T]` from a table `[2T]` of wanted ranks, −T to T − 1, among the tokens where `mask` holds."""
+    """bool `[…, T]` from a table `[…, 2T]` of wanted ranks, −T to T − 1, among the tokens where `mask` holds."""
     rank = xp.cumsum(mask) - 1
     n_tokens = mask.shape[0]
-    from_start, from_end = table[n_tokens:], table[:n_tokens]
-    return mask & (from_start[rank] | from_end[rank - rank[-1] - 1 + n_tokens])
+    from_start, from_end = table[..., n_tokens:], table[..., :n_tokens]
+    found = from_start[..., rank] | from_end[..., rank - rank[-1] - 1 + n_tokens]
+    return found & mask.reshape(*(1,) * (found.ndim - 1), n_tokens)
 
 
 # Jitted, with a table of one shape whatever is in it, so that other positions are no other program.

@@ -14,10 +14,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from . import variants
+from .canonical import family, listed, sweep_axes
 from .capture.spec import Reading, integers, plan
 from .edits import rows
 from .forward import Taps, check_mask, check_model, check_tokens, lower, run
-from .frame import Frame, on_device
+from .frame import Frame, listing, on_device
 from .sampling import Sampler, sampler
 
 if TYPE_CHECKING:
@@ -119,7 +120,12 @@ def write(
     """Continues prompts `[B, T]`, or one prompt under variants of its interventions; their arrays cover `n_covered` tokens."""
     config = model.config
     n_slots = tokens.shape[1] + n_new
-    n = variants.count(interventions)
+    axes = sweep_axes(listed(interventions))
+    if len(axes) > 1:
+        raise ValueError(
+            f"These interventions have axes {listing(axes)}; variants that are decoded lie along one axis [N]."
+        )
+    n = axes[0] if axes else None
     if n is not None and len(tokens) > 1:
         raise ValueError(
             f"{len(tokens)} prompts and {n} variants of an intervention were given; give one prompt, or scalars."
@@ -129,8 +135,11 @@ def write(
     xp: Any = jnp if on_device(real) else np
     slots = xp.concatenate([real, xp.ones((n_rows, n_new), bool)], axis=1)
     frames = [Frame(config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
-    each = [interventions if n is None else variants.variant(interventions, i, n, frames[i]) for i in range(n_rows)]
-    stacked, leads = variants.stack(each, frames)
+    if n is None:
+        stacked, leads, _ = variants.stack([interventions] * n_rows, frames)
+    else:
+        found_family = family(interventions, frames[0])
+        stacked, leads = found_family.interventions, found_family.leads
     keys = None
     if not options.greedy:
         # Prompts of a batch draw apart; variants of one draw alike, so that they differ by the intervention alone.

@@ -13,10 +13,11 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .frame import as_array, on_device
+from .pytrees import register_dataclass
 
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["temperature", "top_p", "min_p"],
     meta_fields=["greedy", "top_k"],
 )

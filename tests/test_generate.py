@@ -154,7 +154,7 @@ def test_variants_are_their_single_runs() -> None:
         np.testing.assert_array_equal(row, generate(MODEL, IDS, N, SpectraScaler(2, 0, alpha)))
     assert len({tuple(map(int, row)) for row in together}) > 1
     vectors = RNG.normal(size=(3, E)) * 4
-    several = generate(MODEL, IDS, N, [Steer(np.array([0, 1, 2]), vectors, 2.0), HeadAblation(0, 1)])
+    several = generate(MODEL, IDS, N, [Steer(np.array([0, 1, 2]), vectors[:, None], 2.0), HeadAblation(0, 1)])
     for layer, row in enumerate(several):
         np.testing.assert_array_equal(
             row, generate(MODEL, IDS, N, [Steer(layer, vectors[layer], 2.0), HeadAblation(0, 1)])
@@ -173,14 +173,16 @@ def test_variants_are_their_single_runs() -> None:
 
 
 def test_variants_that_cannot_be_told_apart_are_refused() -> None:
-    with pytest.raises(ValueError, match="one array for all 7 variants or one for each"):
-        generate(MODEL, IDS, N, Steer(1, PATCH, np.arange(7.0)))
+    with pytest.raises(ValueError, match="could be a whole run's capture, .* or hold one entry for each variant"):
+        generate(MODEL, IDS, N, Steer(np.array([2, 1, 0]), np.stack([PATCH] * 3), np.ones(3)))
+    with pytest.raises(ValueError, match=rf"one entry for each variant, write it as \[5, 1, {E}\]"):
+        generate(MODEL, IDS, N, Steer(1, np.ones((5, E)), np.ones(5)))
     with pytest.raises(
-        ValueError, match="different numbers of variants: 2 in SpectraScaler.layer, 3 in SpectraScaler.alpha"
+        ValueError, match=r"do not broadcast together: SpectraScaler.layer \[2\], SpectraScaler.alpha \[3\]"
     ):
         generate(MODEL, IDS, N, SpectraScaler(np.array([0, 1]), 0, np.array([1.0, 2.0, 3.0])))
     for head in (np.array([0, 9]), jnp.array([0, 9])):
-        with pytest.raises(ValueError, match="head is 9, but there are 4 query heads"):
+        with pytest.raises(ValueError, match=r"head is 9 at \[1\], but there are 4 query heads"):
             generate(MODEL, IDS, N, HeadAblation(0, head))
     with pytest.raises(ValueError, match=r"axes \[2, 2\]"):
         generate(MODEL, IDS, N, SpectraScaler(0, 0, np.ones((2, 2))))
@@ -481,7 +483,7 @@ def test_a_context_of_something_else_is_refused() -> None:
         InterventionContext(adapter, [HeadAblation(0, 0)]).__exit__()
     with InterventionContext(adapter, HeadAblation(0, 7)), pytest.raises(ValueError, match="there are 4 query heads"):
         adapter.capture(IDS)
-    with InterventionContext(adapter, SpectraScaler(0, 0, np.ones(3))), pytest.raises(ValueError, match="3 variants"):
+    with InterventionContext(adapter, SpectraScaler(0, 0, np.ones(3))), pytest.raises(ValueError, match=r"axes \[3\]"):
         adapter.capture(IDS)
     with pytest.raises(ValueError, match="2 prompts and 3 variants"):
         adapter.generate([[1, 2], [3, 4]], 2, SpectraScaler(0, 0, np.ones(3)))

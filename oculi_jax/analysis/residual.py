@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ..pytrees import register_dataclass
 from .inputs import at_position, check_capture, need
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ..models.llama.model import Llama
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["embedding", "attn", "mlp", "edits"], meta_fields=[])
+@partial(register_dataclass, data_fields=["embedding", "attn", "mlp", "edits"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class Decomposition:
     """Parts of the residual stream, float32: `embedding + Σ attn + Σ mlp + Σ edits` is the stream after the last layer.

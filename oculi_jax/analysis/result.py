@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from ..pytrees import register_dataclass
+
 
 @partial(
-    jax.tree_util.register_dataclass,
+    register_dataclass,
     data_fields=["values", "completeness_error", "details"],
     meta_fields=["method", "layers"],
 )

@@ -15,6 +15,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from ..pytrees import register_dataclass
+
 T = TypeVar("T")
 
 
@@ -31,7 +33,7 @@ def _structure(cls: type[T]) -> type[T]:
     cls = dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     static = [f.name for f in fields if f.metadata.get("static")]
-    jax.tree_util.register_dataclass(cls, [f.name for f in fields if f.name not in static], static)
+    register_dataclass(cls, [f.name for f in fields if f.name not in static], static)
     return cls
 
 

@@ -7,14 +7,18 @@ strength fields are scalars here; give them axes and `vmap` to sweep. Float fiel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ..edits import Edit, site_shaped
 from ..fields import Direction, Index, Positions, Strength, Table, Values, field, pytree
 from ..sites import SITES
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
 
 # Letter → size of this run, T and S among them.
 Sizes = Mapping[str, int]
@@ -39,12 +43,10 @@ def _refuse_table(site: str) -> None:
         raise ValueError("'allowed' is a table of yes and no: it has no directions. AttentionKnockout forbids an edge.")
 
 
-def _at_layer(value: Any, layer: Any, rank: int, *, head: bool = False) -> Array:
-    """The layer's row of a value that leads with `L`, and room for the head axis where the value has none."""
-    value = jnp.asarray(value)
-    if value.ndim == rank + 1:
-        value = value[layer]
-    return value[None] if head and value.ndim == rank else value
+def _with_head(value: Any, site: str) -> Array:
+    """Room for the head axis in a value that leaves it out: one of rank `[T, D]`, `[L, T, D]`; a whole capture has it."""
+    value, rank = jnp.asarray(value), len(SITES[site].axes)
+    return value[..., None, :, :] if rank - 1 <= value.ndim <= rank else value
 
 
 @pytree
@@ -62,8 +64,13 @@ class HeadAblation:
     head: Any = field(Index("H"))
     replacement: Any = field(Values("z"), default=0.0)
 
+    @classmethod
+    def grid(cls, config: LlamaConfig, replacement: Any = 0.0) -> HeadAblation:
+        """Every head of a model, for `sweep`: axes `[L, H]`. A capture's mean `[L, H, 1, D]` replaces each by its own."""
+        return cls(np.arange(config.sizes["L"])[:, None], np.arange(config.sizes["H"])[None, :], replacement)
+
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        value = _at_layer(self.replacement, self.layer, 2, head=True)
+        value = _with_head(self.replacement, "z")
         return (Edit("z", "set", self.layer, _at("z", sizes, head=self.head), value),)
 
 
@@ -175,9 +182,7 @@ class ActivationPatch:
     positions: Any = field(Positions(optional=True), default=None)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        with_head = self.head is not None
-        rank = len(SITES[self.site].axes) - with_head
-        value = _at_layer(self.value, self.layer, rank, head=with_head)
+        value = self.value if self.head is None else _with_head(self.value, self.site)
         mask = _at(self.site, sizes, head=self.head, positions=self.positions)
         return (Edit(self.site, "set", self.layer, mask, value),)
 
@@ -205,7 +210,9 @@ class Steer:
         _refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        vector = _at_layer(self.vector, self.layer, len(SITES[self.site].axes))
+        vector = jnp.asarray(self.vector)
+        if vector.ndim > len(SITES[self.site].axes):  # the layer's row, before each variant has its own strength
+            vector = vector[self.layer]
         value = vector.astype(jnp.float32) * self.scale
         return (Edit(self.site, "add", self.layer, _at(self.site, sizes, positions=self.positions), value),)
 
@@ -240,9 +247,8 @@ class DirectionAblation:
         _refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        direction = _at_layer(self.direction, self.layer, len(SITES[self.site].axes))
         mask = _at(self.site, sizes, positions=self.positions)
-        return (Edit(self.site, "apply", self.layer, mask, direction, _project_out),)
+        return (Edit(self.site, "apply", self.layer, mask, self.direction, _project_out),)
 
 
 @pytree

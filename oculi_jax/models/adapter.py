@@ -12,13 +12,13 @@ from jax import Array
 from jax.core import Tracer
 
 from .. import prompts, variants
+from ..canonical import canonical, listed, sweep_axes
 from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
 from ..capture.parts import Wanted, merged, select, trim
 from ..capture.spec import check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
-from ..fields import canonical
 from ..forward import run
-from ..frame import Frame
+from ..frame import Frame, listing
 from ..intervention.context import active
 from ..lens import lens_layers
 from ..utils import tokens as token_utils
@@ -201,10 +201,10 @@ class LlamaAttentionAdapter:
         shortest = int(batch.mask.sum(axis=1).min())
         wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
         interventions = active(self)
-        if n := variants.count(interventions):
+        if axes := sweep_axes(listed(interventions)):
             raise ValueError(
-                f"The interventions of this context are {n} variants, and a capture is of one run: use scalars. "
-                "generate decodes variants side by side."
+                f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars. "
+                "generate decodes variants side by side, and sweep measures them."
             )
         frames = [Frame(model.config, model.dtype, batch.n_tokens, row, len(row)) for row in batch.mask]
         tokens, mask = batch.tokens, batch.mask
@@ -212,7 +212,7 @@ class LlamaAttentionAdapter:
             tokens, mask, leads = tokens[0], mask[0], ()
             stacked = canonical(interventions, frames[0])
         else:
-            stacked, leads = variants.stack([interventions] * len(frames), frames)
+            stacked, leads, _ = variants.stack([interventions] * len(frames), frames)
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
         ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from ..capture.spec import CaptureSpec
 from ..forward import check_model, check_tokens, forward
 from ..frame import as_array, listing
+from ..pytrees import register_dataclass
 from ..utils.files import read_tensors, write_aside, write_tensors
 from ..utils.progress import progress
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT = "oculi_jax tuned lens 1"
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["weight", "bias"], meta_fields=[])
+@partial(register_dataclass, data_fields=["weight", "bias"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class TunedLens:
     """A translator for each layer: h ↦ h + W h + b, before the final norm and the unembedding.

@@ -1,0 +1,410 @@
+"""Metrics: what a run is judged by, as frozen pytrees called on its `Output`, and the spread of their values over prompts.
+
+The ids of a metric are leaves, so that another pair of tokens is no other program; what it needs of the logits is static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jaxtyping import Float, Int
+
+from .capture.spec import at_positions
+from .forward import Output
+from .frame import as_array, listing, on_device
+from .pytrees import register_dataclass
+
+M = TypeVar("M")
+STATIC = {"static": True}
+# How many axes a leaf has in the metric of one prompt. One more, in front, is a batch of prompts.
+EACH, LIST = {"rank": 0}, {"rank": 1}
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
+def pytree(cls: type[M]) -> type[M]:
+    """Makes a class a frozen dataclass and a pytree: a metric of one's own too. Fields marked `STATIC` are no leaves."""
+    cls = dataclass(frozen=True, eq=False)(cls)
+    static = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]  # type: ignore[arg-type]
+    data = [field.name for field in dataclasses.fields(cls) if field.name not in static]  # type: ignore[arg-type]
+    return register_dataclass(cls, data, static)
+
+
+@pytree
+class Metric:
+    """What `sweep` asks of a metric, besides calling it. A subclass is a `pytree`.
+
+    Attributes:
+        positions: ranks among the real tokens whose logits it reads, negative from the last; static.
+        ids: int32 `[N]` (`[B, N]` with ids of B prompts), the only tokens whose logits it reads; None for the whole
+            vocabulary.
+    """
+
+    positions: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+
+    @property
+    def ids(self) -> Int[Array, "... N"] | np.ndarray | None:
+        return None
+
+    def of(self, logits: Float[Array, "P N"] | Float[Array, "P V"]) -> Array:
+        """Its value from the logits at `positions`: of `ids` in their order, or of the whole vocabulary where those are None."""
+        raise NotImplementedError
+
+    def __call__(self, out: Output) -> Array:
+        """Its value for one run.
+
+        Args:
+            out: with logits `[T, V]`; `[V]`, those of `logits="last"`, does where the metric reads position −1 alone.
+
+        Returns:
+            A float32 scalar (int32 for `rank`). NaN (−1) where there is no such token: beyond the real ones of a mask, or
+            beyond the vocabulary where only the device can see the id.
+
+        Raises:
+            ValueError, TypeError: logits that the output does not have.
+        """
+        name = type(self).__name__
+        if jax.tree.leaves(self.per_prompt()):
+            raise ValueError(
+                f"This {name} is of several prompts, and an Output is of one. Map the metric over both: "
+                "jax.vmap(lambda metric, out: metric(out), in_axes=(metric.per_prompt(), 0))(metric, out)."
+            )
+        logits = _logits(out, self.positions, name)
+        self.check(logits.shape[-1])
+        return _value(self, logits, out.mask)
+
+    def per_prompt(self) -> Any:
+        """The same structure with 0 for each leaf that leads with a batch of prompts, else None: `vmap`'s `in_axes`."""
+        # A field of somebody's own metric that declares no rank is shared by all prompts.
+        ranks = {field.name: field.metadata.get("rank", np.inf) for field in dataclasses.fields(self)}
+        leaves = [field.name for field in dataclasses.fields(self) if not field.metadata.get("static")]
+        axes = {name: 0 if np.ndim(getattr(self, name)) > ranks[name] else None for name in leaves}
+        return dataclasses.replace(self, **axes)
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError for an id beyond the vocabulary, where the host can see it."""
+        for field in dataclasses.fields(self):
+            ids = getattr(self, field.name) if "rank" in field.metadata else None
+            if ids is not None and not on_device(ids) and np.max(ids) >= vocab_size:
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} is {np.max(ids)}, and this model's vocabulary has ids 0 to "
+                    f"{vocab_size - 1}."
+                )
+
+
+@pytree
+class LogitDifference(Metric):
+    """See `logit_difference`."""
+
+    a: Any = dataclasses.field(metadata=EACH)
+    b: Any = dataclasses.field(metadata=EACH)
+
+    @property
+    def ids(self) -> Int[Array, "... 2"] | np.ndarray:
+        xp: Any = jnp if on_device(self.a) or on_device(self.b) else np
+        return xp.stack(xp.broadcast_arrays(self.a, self.b), axis=-1)
+
+    def of(self, logits: Float[Array, "1 2"]) -> Float[Array, ""]:
+        return logits[0, 0] - logits[0, 1]
+
+
+@pytree
+class LogProbability(Metric):
+    """See `log_probability`."""
+
+    token: Any = dataclasses.field(metadata=EACH)
+
+    def of(self, logits: Float[Array, "1 V"]) -> Float[Array, ""]:
+        return _log_probabilities(logits, self.token[None])[0]
+
+
+@pytree
+class Probability(LogProbability):
+    """See `probability`."""
+
+    def of(self, logits: Float[Array, "1 V"]) -> Float[Array, ""]:
+        return jnp.exp(super().of(logits))
+
+
+@pytree
+class Rank(LogProbability):
+    """See `rank`."""
+
+    def of(self, logits: Float[Array, "1 V"]) -> Int[Array, ""]:
+        own = _get(logits, (0, jnp.asarray(self.token)))
+        larger = jnp.sum(logits[0] > own, dtype=jnp.int32)
+        return jnp.where(jnp.any(jnp.isnan(logits)) | jnp.isnan(own), -1, larger)
+
+
+@pytree
+class KLDivergence(Metric):
+    """See `kl_divergence`."""
+
+    baseline: Any = dataclasses.field(metadata=LIST)
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError where the baseline is of another vocabulary."""
+        if self.baseline.shape[-1] != vocab_size:
+            raise ValueError(
+                f"The baseline has logits of {self.baseline.shape[-1]} tokens, and this model's vocabulary has {vocab_size}."
+            )
+
+    def of(self, logits: Float[Array, "1 V"]) -> Float[Array, ""]:
+        log_p, log_q = jax.nn.log_softmax(jnp.asarray(self.baseline)), jax.nn.log_softmax(logits[0])
+        p, q = jnp.exp(log_p), jnp.exp(log_q)
+        possible = log_p != -jnp.inf
+        gap = jnp.where(possible, log_p - log_q, 0.0)
+        # Σ p·gap plus Σ (q − p), which is 0: then no term is negative, and what rounding does to the normalisers cancels to
+        # first order. Where q is near p a series of p·(gap + e^−gap − 1) keeps the digits that the subtraction loses.
+        near = possible & (jnp.abs(gap) < 0.1)
+        small, large = jnp.where(near, gap, 0.0), jnp.where(near, 0.0, gap)
+        series = small * small / 2 * (1 - small / 3 * (1 - small / 4 * (1 - small / 5)))
+        return jnp.sum(jnp.where(near, p * series, p * large + (q - p)))
+
+
+@pytree
+class CrossEntropy(Metric):
+    """See `cross_entropy`."""
+
+    continuation: Any = dataclasses.field(metadata=LIST)
+
+    def of(self, logits: Float[Array, "N V"]) -> Float[Array, ""]:
+        return -jnp.mean(_log_probabilities(logits, self.continuation))
+
+
+def logit_difference(a: Any, b: Any, position: int = -1) -> LogitDifference:
+    """`logit[a] − logit[b]`, the log of the odds of `a` against `b`. Only these two logits are computed in a sweep.
+
+    Args:
+        a, b: token ids, scalars; or `[B]`, one for each prompt.
+        position: rank among the real tokens, negative from the last; static.
+
+    Returns:
+        A `Metric`, float32.
+
+    Raises:
+        ValueError, TypeError: ids or a position that cannot be. The same of every metric here.
+    """
+    a, b = _ids(a, "a"), _ids(b, "b")
+    if a.ndim and b.ndim and a.shape != b.shape:
+        raise ValueError(f"a has shape {listing(a.shape)} and b {listing(b.shape)}; give each one id for each prompt.")
+    return LogitDifference(_at(position), a, b)
+
+
+def log_probability(token: Any, position: int = -1) -> LogProbability:
+    """`log softmax(logits)[token]`, in nats; float32.
+
+    Args:
+        token: a token id, scalar; or `[B]`, one for each prompt.
+        position: rank among the real tokens, negative from the last; static.
+    """
+    return LogProbability(_at(position), _ids(token, "token"))
+
+
+def probability(token: Any, position: int = -1) -> Probability:
+    """`softmax(logits)[token]`, float32; arguments as in `log_probability`."""
+    return Probability(_at(position), _ids(token, "token"))
+
+
+def rank(token: Any, position: int = -1) -> Rank:
+    """How many tokens have a larger logit, int32: 0 for the likeliest, and for each of those that tie with it.
+
+    −1 where a logit is NaN or there is no such token: there is no rank then. It has no gradient. Arguments as in
+    `log_probability`.
+    """
+    return Rank(_at(position), _ids(token, "token"))
+
+
+def kl_divergence(baseline: Any, position: int = -1) -> KLDivergence:
+    """`KL(P ‖ Q) = Σ P log(P / Q)` in nats (Kullback and Leibler 1951), P the baseline's next token and Q this run's.
+
+    Zero for the baseline itself and never below; ∞ where this run excludes what the baseline allows. Float32.
+
+    Args:
+        baseline: logits `[V]` at the position, or `[B, V]`, for each prompt; or the `Output` of one run, whose logits at
+            `position` (by its own mask) are taken. Of a batch of outputs, give the logits.
+        position: rank among the real tokens, negative from the last; static.
+    """
+    at = _at(position)
+    if isinstance(baseline, Output):
+        return KLDivergence(at, _rows(_logits(baseline, at, "The baseline"), at, baseline.mask)[0])
+    array = as_array(baseline)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"The baseline has dtype {array.dtype}, and logits or an Output are needed.")
+    if array.ndim not in (1, 2) or 0 in array.shape:
+        raise ValueError(f"The baseline has shape {listing(array.shape)}, and logits [V] or [B, V] are needed.")
+    if not on_device(array) and np.isnan(array.astype(np.float32)).any():
+        raise ValueError("The baseline holds NaN.")
+    return KLDivergence(at, _cast(array, np.float32))
+
+
+def cross_entropy(continuation: Any) -> CrossEntropy:
+    """`−1/N Σᵢ log p(continuationᵢ | all before it)`, nats per token of the last N tokens of the prompt; float32.
+
+    It reads the logits at positions −N − 1 to −2, each of which predicts the token after it, so the prompt has more than
+    N tokens.
+
+    Args:
+        continuation: ids `[N]`, the prompt's last N tokens; or `[B, N]`, for each prompt.
+    """
+    array = _ids(continuation, "continuation", rank=1)
+    if array.shape[-1] == 0:
+        raise ValueError("continuation is empty: give the ids of the prompt's last tokens.")
+    return CrossEntropy(tuple(range(-array.shape[-1] - 1, -1)), array)
+
+
+@pytree
+class Interval:
+    """A mean over prompts and its confidence interval, each `[…]`."""
+
+    mean: Float[Array, "..."]
+    low: Float[Array, "..."]
+    high: Float[Array, "..."]
+
+    def __repr__(self) -> str:
+        ends = (self.mean, self.low, self.high)
+        if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | np.generic) for x in ends):
+            return f"Interval({', '.join(type(x).__name__ for x in ends)})"
+        if self.mean.shape:
+            return f"Interval(mean, low and high {listing(self.mean.shape)})"
+        mean, low, high = map(float, ends)
+        width = high - low
+        # As many decimals as leave the width two digits: what lies behind them is chance.
+        decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 and math.isfinite(width) else 7
+        form = f".{decimals}f" if decimals < 7 else ".4g"
+        return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
+def bootstrap(values: Any, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean over prompts, with its percentile bootstrap interval (Efron 1979, doi:10.1214/aos/1176344552).
+
+    B prompts are drawn from the B with replacement, `n_resamples` times, the same ones for all entries of the trailing
+    axes; the interval spans the middle `confidence` of the means of these.
+
+    Args:
+        values: `[B, …]`, numbers, one row for each of at least two prompts.
+        confidence: between 0 and 1.
+        n_resamples: how often; static.
+        seed: an integer, 0 to 2³² − 1.
+
+    Returns:
+        An `Interval` of float32 `[…]`; where a prompt's value is not finite, its ends are NaN.
+
+    Raises:
+        ValueError, TypeError: too few prompts, or a number that cannot be.
+    """
+    array = as_array(values)
+    if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise TypeError(f"values has dtype {array.dtype}, and real numbers are needed.")
+    if array.ndim == 0 or array.shape[0] < 2:
+        raise ValueError(f"values has shape {listing(array.shape)}, and [B, …] with at least two prompts is needed.")
+    if isinstance(confidence, bool) or not isinstance(confidence, float | np.floating) or not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence!r}, and must be between 0 and 1, such as 0.95.")
+    if not _is_integer(n_resamples) or n_resamples < 1:
+        raise ValueError(f"n_resamples is {n_resamples!r}, and must be an integer of at least 1.")
+    if not _is_integer(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}, and must be an integer from 0 to 2³² − 1.")
+    return _bootstrap(_cast(array, np.float32), np.float32(confidence), np.uint32(seed), int(n_resamples))
+
+
+@partial(jax.jit, static_argnums=(3,), inline=True)
+def _bootstrap(values: Float[Array, "B ..."], confidence: Array, seed: Array, n_resamples: int) -> Interval:
+    n, trailing = values.shape[0], values.shape[1:]
+    drawn = jax.random.randint(jax.random.key(seed), (n_resamples, n), 0, n)
+    counts = jnp.zeros((n_resamples, n)).at[jnp.arange(n_resamples)[:, None], drawn].add(1.0)
+    tails = jnp.stack([(1.0 - confidence) / 2, (1.0 + confidence) / 2])
+
+    def column(x: Float[Array, "B"]) -> Float[Array, "3"]:
+        mean = jnp.mean(x)
+        above = jnp.matmul(counts, x - mean, precision=jax.lax.Precision.HIGHEST) / n
+        return jnp.concatenate([mean[None], mean + jnp.quantile(above, tails)])
+
+    columns = jnp.moveaxis(values.reshape(n, math.prod(trailing)), 0, 1)
+    # In blocks, so that memory stays that of n_resamples × 4096 numbers whatever the trailing axes.
+    found = jax.lax.map(column, columns, batch_size=min(4096, max(1, math.prod(trailing))))
+    return Interval(*(found[:, i].reshape(trailing) for i in range(3)))
+
+
+@partial(jax.jit, inline=True)
+def _value(metric: Metric, logits: Array, mask: Array | None) -> Array:
+    rows, ids = _rows(logits, metric.positions, mask), metric.ids
+    return metric.of(rows if ids is None else _get(rows, (slice(None), jnp.asarray(ids))))
+
+
+def _rows(logits: Array, positions: tuple[int, ...], mask: Array | None) -> Float[Array, "P V"]:
+    """Logits at positions, from those of an `Output` that has been checked; NaN where a mask leaves no such token."""
+    return logits[None] if logits.ndim == 1 else at_positions(logits, 0, positions, mask)
+
+
+def _get(logits: Array, index: Any) -> Array:
+    """Logits at ids; NaN for an id that the vocabulary does not have, rather than a neighbour's."""
+    return logits.at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _log_probabilities(logits: Float[Array, "N V"], ids: Int[Array, "N"]) -> Float[Array, "N"]:
+    """log softmax of each row at its id, without an array of the others' log-probabilities."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+    chosen = _get(logits, (jnp.arange(logits.shape[0]), jnp.asarray(ids)))
+    return chosen - top - jnp.log(jnp.sum(jnp.exp(logits - top[:, None]), axis=-1))
+
+
+def _logits(out: Any, positions: tuple[int, ...], who: str) -> Array:
+    """The logits of an `Output`; raises where it has none at these positions, as far as shapes tell."""
+    if not isinstance(out, Output):
+        raise TypeError(f"{who} takes the Output of forward, and was given a {type(out).__name__}.")
+    if out.logits is None:
+        raise ValueError(f'{who} reads logits, and this Output has none: use logits="all", or "last" for position −1.')
+    if np.ndim(out.applied) > 1 or out.logits.ndim > 2:
+        raise ValueError(
+            f"{who} reads one run, and this Output is of a batch, logits {listing(out.logits.shape)}: use jax.vmap."
+        )
+    where = str(positions[0]) if len(positions) == 1 else f"{positions[0]} to {positions[-1]}"
+    if out.logits.ndim == 1:
+        if positions != (-1,):
+            raise ValueError(
+                f'{who} reads position {where}, and this Output has those of the last token alone: use logits="all".'
+            )
+        return out.logits
+    n_tokens = out.logits.shape[0]
+    if not all(-n_tokens <= position < n_tokens for position in positions):
+        raise ValueError(
+            f"{who} reads position {where}, and the prompt has {n_tokens} tokens: 0 to {n_tokens - 1}, or −1 to −{n_tokens}."
+        )
+    return out.logits
+
+
+def _ids(value: Any, what: str, rank: int = 0) -> Any:
+    """Ids as strong int32, so that integers of any type share a program; checked by value where the host can see them."""
+    need = "a token id, or [B] of them, one for each prompt," if rank == 0 else "ids [N], or [B, N] for prompts,"
+    if isinstance(value, str):
+        raise TypeError(f"{what} is the text {value!r}, and {need} is needed: encode it with the tokenizer.")
+    array = as_array(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer) or any(isinstance(x, bool) for x in jax.tree.leaves(value)):
+        raise TypeError(f"{what} is {value!r}, and {need} is needed: integers.")
+    if array.ndim not in (rank, rank + 1) or 0 in array.shape[: array.ndim - rank]:
+        raise ValueError(f"{what} has shape {listing(array.shape)}, and {need} is needed.")
+    if not on_device(array) and array.size and not (array.min() >= 0 and array.max() < 2**31):
+        raise ValueError(f"{what} holds {array.min() if array.min() < 0 else array.max()}, which is no token id.")
+    return _cast(array, np.int32)
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    return jax.lax.convert_element_type(array, dtype) if on_device(array) else np.asarray(array, dtype)
+
+
+def _at(position: Any) -> tuple[int, ...]:
+    if not _is_integer(position):
+        raise TypeError(f"position is {position!r}, and a plain integer is needed: what is computed depends on it.")
+    return (int(position),)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

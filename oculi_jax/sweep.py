@@ -1,0 +1,380 @@
+"""`sweep`, many interventions in one program: the metric of every variant, on one prompt or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from . import variants
+from .forward import check_mask, check_model, check_tokens
+from .frame import Frame, as_array, listing, on_device
+from .planner import Cost, Group, SweepPlan, make_plan
+from .replay import Rows, run_base, run_group, run_reach
+from .utils.progress import progress as progress_bar
+
+if TYPE_CHECKING:
+    from .models.llama.model import Llama
+
+Progress = Callable[[int, int], None]
+
+
+def sweep(
+    model: Llama,
+    tokens: Any,
+    interventions: Any,
+    metric: Callable[..., Any],
+    *,
+    mask: Any = None,
+    batch_size: int | Literal["auto"] = "auto",
+    reuse: bool = True,
+    progress: Progress | bool | None = None,
+    mesh: Mesh | None = None,
+) -> Any:
+    """Runs a model under every variant of interventions, and returns the metric of each.
+
+    Index, strength and position fields carry the axes of the sweep and broadcast together: a `HeadAblation` whose layer is
+    `[L, 1]` and head `[1, H]` makes `[L, H]`. An array field (a value, a vector) of all those axes and then the rank of its
+    site's holds one entry for each variant; any other is shared by all of them and never copied.
+
+    Equal to one `forward` for each variant, to rounding. Only what a variant can have changed is run: an edit at layer l
+    leaves earlier layers as they were, one at a token leaves earlier tokens. `plan` says what will be run. Under an outer
+    `jit`, `vmap` or `grad` it is the plain `vmap` of whole runs.
+
+    Args:
+        model: a `Llama`.
+        tokens: ids `[T]`, or `[B, T]` for several prompts, padded to one length.
+        interventions: one or a list, applied in order; those without axes are in every variant.
+        metric: one of `oculi_jax.metrics`, or any function of an `Output` (with all logits `[T, V]`, no activations and
+            nothing in `applied`) to a pytree of arrays. A metric's ids are data; a function is a part of the program.
+        mask: bool, shaped as `tokens`, True at real tokens.
+        batch_size: how many variants run at once; chosen from the costs and the free memory for `"auto"`.
+        reuse: False runs every variant whole.
+        progress: a function of how many (variant, prompt) pairs are done and how many there are; None draws a bar on a
+            terminal after a second, False nothing.
+        mesh: a mesh with an axis `data`, over which variants spread; for None, that of a sharded model.
+
+    Returns:
+        The metric's value with the axes of the sweep in front, `[*axes, …]`; `[B, *axes, …]` for several prompts.
+
+    Raises:
+        ValueError, TypeError: something that can be seen to be wrong, before anything runs.
+    """
+    tokens, mask, single = check_prompts(model, tokens, mask)
+    each = [interventions] * len(tokens)
+    return sweep_prompts(model, tokens, mask, each, metric, batch_size, reuse, progress, mesh, single)
+
+
+def plan(
+    model: Llama,
+    tokens: Any,
+    interventions: Any,
+    metric: Callable[..., Any],
+    *,
+    mask: Any = None,
+    batch_size: int | Literal["auto"] = "auto",
+    reuse: bool = True,
+    mesh: Mesh | None = None,
+) -> SweepPlan:
+    """What `sweep` with these arguments will do: the groups of variants, their cost beside whole runs, and the memory."""
+    tokens, mask, _ = check_prompts(model, tokens, mask)
+    prepared = _prepare(model, tokens, mask, [interventions] * len(tokens), metric, mesh)
+    if prepared.traced:
+        raise TypeError("plan needs values, and was given traced arrays: under a trace a sweep is the plain vmap.")
+    return _plan(prepared, batch_size, reuse)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything checked and canonical.
+
+    Attributes:
+        rows: interventions over prompts and variants.
+        shared: those of them that are the same in all variants.
+        varying: those that are not (all, where none varies).
+        traced: whether something is a tracer.
+    """
+
+    model: Any
+    tokens: Any
+    mask: Any
+    rows: Rows
+    shared: Rows
+    varying: Rows
+    axes: tuple[int, ...]
+    metric: Any
+    metric_by_prompt: tuple[bool, ...]
+    mesh: Mesh | None
+    traced: bool
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.axes, dtype=int))
+
+
+def check_prompts(model: Any, tokens: Any, mask: Any) -> tuple[Any, Any, bool]:
+    """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
+    config = check_model(model)
+    given = tokens if isinstance(tokens, str) else as_array(tokens)
+    if isinstance(given, str) or given.ndim != 2:
+        tokens = check_tokens(tokens, config.vocab_size)[None]
+        mask = check_mask(mask, tokens.shape[1])
+        return tokens, None if mask is None else mask[None], True
+    if not len(given):
+        raise ValueError("tokens has shape [0, T]: there is no prompt.")
+    rows = [check_tokens(row, config.vocab_size) for row in given]
+    xp = jnp if any(map(on_device, rows)) else np
+    if mask is not None:
+        masks = as_array(mask)
+        if masks.shape != given.shape:
+            raise ValueError(f"mask has shape {listing(masks.shape)}, and tokens {listing(given.shape)}.")
+        checked = [check_mask(row, given.shape[1]) for row in masks]
+        mask = (jnp if on_device(masks) else np).stack(checked)
+    return xp.stack(rows), mask, False
+
+
+def sweep_prompts(
+    model: Llama,
+    tokens: Any,
+    mask: Any,
+    interventions: Sequence[Any],
+    metric: Any,
+    batch_size: Any = "auto",
+    reuse: bool = True,
+    progress: Any = None,
+    mesh: Mesh | None = None,
+    single: bool = False,
+) -> Any:
+    """`sweep` of prompts `[B, T]` whose interventions are each prompt's own, of the same kinds and axes.
+
+    Returns:
+        `[B, *axes, …]`; `[*axes, …]` where there is a `single` prompt.
+    """
+    prepared = _prepare(model, tokens, mask, interventions, metric, mesh)
+    if prepared.traced:
+        found = run_group(
+            prepared.model, prepared.tokens, prepared.mask, prepared.rows, prepared.metric, prepared.metric_by_prompt,
+            size=prepared.size, n_rows=prepared.tokens.shape[1], mesh=prepared.mesh,
+        )  # fmt: skip
+    else:
+        found = _execute(prepared, _plan(prepared, batch_size, reuse), progress)
+    lead = prepared.axes if single else (len(tokens), *prepared.axes)
+    # On the host NumPy reshapes, for which JAX would compile a program.
+    found = jax.tree.map(lambda x: x.reshape((*lead, *x.shape[2:])), found)
+    return found if prepared.traced else jax.device_put(found)
+
+
+def _prepare(
+    model: Any, tokens: Any, mask: Any, interventions: Sequence[Any], metric: Any, mesh: Mesh | None
+) -> _Prepared:
+    config = check_model(model)
+    if not callable(metric):
+        raise TypeError(
+            f"metric is a {type(metric).__name__}; give one of oculi_jax.metrics, or a function of an Output."
+        )
+    n_tokens, dtype = tokens.shape[1], model.dtype
+    frames = [
+        Frame(config, dtype, n_tokens, None if mask is None else row) for row in (mask if mask is not None else tokens)
+    ]
+    tree, by_prompt, family = variants.stack(interventions, frames)
+    leaves, structure = jax.tree.flatten(tree)
+    rows, axes = Rows(leaves, structure, by_prompt, family.leads), family.axes
+    shared, varying = _split(rows)
+    if not hasattr(metric, "of"):
+        # A function is no pytree: it goes into the program by name, one program for each.
+        metric = metric if jax.tree.leaves(metric) != [metric] else jax.tree_util.Partial(metric)
+        leads = (False,) * len(jax.tree.leaves(metric))
+    else:
+        leads = tuple(axis == 0 for axis in jax.tree.leaves(metric.per_prompt(), is_leaf=lambda axis: axis is None))
+        _check_metric(metric, leads, config.vocab_size, tokens, mask)
+    mesh = _mesh(model, mesh)
+    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((model, tokens, mask, leaves, metric)))
+    if mesh is not None and not traced and not isinstance(model.embed[...].sharding, NamedSharding):
+        model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    return _Prepared(model, tokens, mask, rows, shared, varying, axes, metric, leads, mesh, traced)
+
+
+def _split(rows: Rows) -> tuple[Rows, Rows]:
+    """The interventions without an axis of variants, and the others; all of them where none has one."""
+    numbers = jax.tree.unflatten(rows.tree, list(range(len(rows.leaves))))
+    varies = [any(rows.by_variant[i] for i in jax.tree.leaves(item)) for item in numbers]
+    if not any(varies):
+        varies = [True] * len(varies)
+
+    def of(which: bool) -> Rows:
+        places, tree = jax.tree.flatten(tuple(item for item, own in zip(numbers, varies, strict=True) if own == which))
+        by_prompt, by_variant = (tuple(leads[i] for i in places) for leads in (rows.by_prompt, rows.by_variant))
+        return Rows([rows.leaves[i] for i in places], tree, by_prompt, by_variant)
+
+    return of(False), of(True)
+
+
+def _check_metric(metric: Any, leads: tuple[bool, ...], vocab_size: int, tokens: Any, mask: Any) -> None:
+    n_prompts, n_tokens = tokens.shape
+    shortest = n_tokens if mask is None or on_device(mask) else int(mask.sum(axis=1).min())
+    if wrong := [p for p in metric.positions if not -shortest <= p < shortest]:
+        raise ValueError(
+            f"The metric reads positions {wrong}, and the prompt has {shortest} tokens: positions are 0 to {shortest - 1}, or "
+            f"−1 to −{shortest} from the end."
+        )
+    if hasattr(metric, "check"):
+        metric.check(vocab_size)
+    leading = {np.shape(x)[0] for x, lead in zip(jax.tree.leaves(metric), leads, strict=True) if lead}
+    if leading - {n_prompts}:
+        raise ValueError(
+            f"The metric has targets for {sorted(leading)[0]} prompts, and tokens holds {n_prompts}: give one target, or one "
+            "for each prompt."
+        )
+
+
+def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
+    """The mesh whose `data` axis variants spread over; None for one device."""
+    sharding = getattr(model.embed[...], "sharding", None)
+    own: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = own if mesh is None else mesh
+    if mesh is None:
+        return None
+    if "data" not in mesh.axis_names:
+        raise ValueError(f"The mesh has axes {', '.join(map(str, mesh.axis_names))}, and one called 'data' is needed.")
+    if own is not None and own != mesh:
+        raise ValueError("The model lies on another mesh than the one given; load it with mesh=.")
+    return mesh if mesh.shape["data"] > 1 else None
+
+
+def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
+    if batch_size != "auto" and (
+        isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1
+    ):
+        raise ValueError(f"batch_size is {batch_size!r}, and must be 'auto' or an integer of 1 or more.")
+    model, metric = prepared.model, prepared.metric
+    config = model.config
+    n_prompts, n_tokens = prepared.tokens.shape
+    n_read, n_ids = n_tokens, config.vocab_size
+    if hasattr(metric, "of"):
+        n_read = len(metric.positions)
+        # ids of prompts lead with these
+        n_ids = n_ids if metric.ids is None else metric.ids.shape[-1]
+    device = next(iter(model.embed[...].devices()))
+    n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
+    cost = Cost(config, n_tokens, n_read * n_ids, model.dtype.itemsize, device.platform, n_devices)
+    first_layers = first_tokens = None
+    if reuse and prepared.size > 1:
+        reached = run_reach(prepared.varying, prepared.tokens, prepared.mask, prepared.size, config)
+        first_layers, first_tokens = map(np.asarray, reached)
+    size = None if batch_size == "auto" else int(batch_size)
+    return make_plan(cost, prepared.axes, n_prompts, first_layers, first_tokens, size, _free_bytes(device) // 2)
+
+
+def _free_bytes(device: Any) -> int:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 4 << 30
+
+
+def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
+    """Runs a plan call by call; the next call is made ready while one runs. NumPy arrays `[B, N, …]`."""
+    results: list[np.ndarray] = []
+    tree: Any = None
+    running: list[tuple[np.ndarray, np.ndarray, Any]] = []
+
+    def collect() -> int:
+        nonlocal tree
+        prompts, members, out = running.pop(0)
+        leaves, tree = jax.tree.flatten(out)
+        for number, leaf in enumerate(map(np.asarray, leaves)):
+            if len(results) == number:
+                results.append(np.empty((plan.n_prompts, prepared.size, *leaf.shape[2:]), leaf.dtype))
+            results[number][np.ix_(prompts, members)] = leaf[: len(prompts), : len(members)]
+        return len(prompts) * len(members)
+
+    with _progress(progress, plan.n_prompts * prepared.size) as advance:
+        for begin in range(0, plan.n_prompts, plan.prompts):
+            prompts = np.arange(begin, min(begin + plan.prompts, plan.n_prompts))
+            chunk = _of_prompts(prepared, prompts, plan.prompts)
+            base = None
+            if plan.reuse:
+                keep_keys = any(group.n_rows < plan.n_tokens for group in plan.groups)
+                base = run_base(chunk.model, chunk.tokens, chunk.mask, chunk.shared, keep_keys)
+            for group in plan.groups:
+                rows = _of_variants(chunk.rows, group, prepared.mesh)
+                out = run_group(
+                    chunk.model, chunk.tokens, chunk.mask, rows, chunk.metric, chunk.metric_by_prompt,
+                    base, np.int32(group.start) if plan.reuse else 0,
+                    size=group.size, n_rows=group.n_rows, mesh=prepared.mesh,
+                )  # fmt: skip
+                running.append((prompts, group.variants, out))
+                if len(running) > 1:
+                    advance(collect())
+        while running:
+            advance(collect())
+    return jax.tree.unflatten(tree, results)
+
+
+def _take(x: Any, places: np.ndarray, size: int, axis: int) -> Any:
+    """Entries of an axis, the last one repeated until there are `size`."""
+    if len(places) == size == x.shape[axis] and (places == np.arange(size)).all():
+        return x
+    places = np.concatenate([places, np.full(size - len(places), places[-1], places.dtype)])
+    return (jnp if on_device(x) else np).take(x, places, axis=axis)
+
+
+def _of_prompts(prepared: _Prepared, prompts: np.ndarray, size: int) -> _Prepared:
+    """The part of a sweep that is about some prompts."""
+
+    def take(x: Any) -> Any:
+        return _take(x, prompts, size, 0)
+
+    def rows(given: Rows) -> Rows:
+        leaves = [take(x) if lead else x for x, lead in zip(given.leaves, given.by_prompt, strict=True)]
+        return replace(given, leaves=leaves)
+
+    leaves, tree = jax.tree.flatten(prepared.metric)
+    leaves = [take(x) if lead else x for x, lead in zip(leaves, prepared.metric_by_prompt, strict=True)]
+    metric = jax.tree.unflatten(tree, leaves)
+    return replace(
+        prepared, tokens=take(prepared.tokens), mask=None if prepared.mask is None else take(prepared.mask),
+        rows=rows(prepared.rows), shared=rows(prepared.shared), metric=metric,
+    )  # fmt: skip
+
+
+def _of_variants(rows: Rows, group: Group, mesh: Mesh | None) -> Rows:
+    """The leaves of a group, laid out over the mesh where there is one."""
+    leaves = []
+    for leaf, by_prompt, by_variant in zip(rows.leaves, rows.by_prompt, rows.by_variant, strict=True):
+        if by_variant:
+            leaf = _take(leaf, group.variants, group.size, int(by_prompt))
+            if mesh is not None:
+                spec = PartitionSpec(*((None, "data") if by_prompt else ("data",)))
+                leaf = jax.device_put(leaf, NamedSharding(mesh, spec))
+        leaves.append(leaf)
+    return replace(rows, leaves=leaves)
+
+
+@contextmanager
+def _progress(progress: Any, total: int) -> Iterator[Callable[[int], None]]:
+    """`advance(n)`, which draws a bar, calls the user's function, or does nothing."""
+    if progress is None:
+        with progress_bar("sweep", total) as advance:
+            yield advance
+        return
+    done = 0
+
+    def call(amount: int) -> None:
+        nonlocal done
+        done += amount
+        if callable(progress):
+            progress(done, total)
+
+    yield call

@@ -1,0 +1,374 @@
+"""Sweeps: a row is the single run, whatever was reused; plans that count by hand; prompts, padding, meshes, compilations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from oculi_jax import forward, plan, sweep
+from oculi_jax.intervention import (
+    Ablation,
+    ActivationPatch,
+    AttentionKnockout,
+    DirectionAblation,
+    Edit,
+    HeadAblation,
+    HeadMask,
+    KScaler,
+    QScaler,
+    SpectraScaler,
+    Steer,
+)
+from oculi_jax.metrics import kl_divergence, log_probability, logit_difference
+from oculi_jax.planner import Cost, make_plan
+
+from .tiny import prompt, tiny_config, tiny_llama
+from .tolerances import GRADIENT, LOGITS, ROUTES
+
+MODEL = tiny_llama()
+L, H, T, E, D = 3, 4, 11, 24, 6
+IDS = prompt(T)
+RNG = np.random.default_rng(0)
+METRIC = logit_difference(3, 5)
+OTHER = {
+    site: np.asarray(x) for site, x in forward(MODEL, prompt(T, 1), capture=("resid_pre", "z")).activations.items()
+}
+VECTOR = RNG.normal(size=E).astype(np.float32)
+VECTORS = RNG.normal(size=(5, 1, E)).astype(np.float32)
+LAYERS, HEADS, PLACES = np.arange(L)[:, None], np.arange(H)[None, :], np.arange(T)[None, :]
+
+
+def near(a: Any, b: Any, tolerance: float = ROUTES) -> None:
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
+
+# Name → the sweep, its axes, and the single intervention at a place of them.
+FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
+    "heads": (HeadAblation.grid(MODEL.config), (L, H), lambda layer, h: HeadAblation(layer, h)),
+    "means": (
+        HeadAblation.grid(MODEL.config, OTHER["z"].mean(axis=2, keepdims=True)), (L, H),
+        lambda layer, h: HeadAblation(layer, h, OTHER["z"].mean(axis=2)[layer, h]),
+    ),
+    "layers and places": (
+        ActivationPatch("resid_pre", LAYERS, OTHER["resid_pre"], positions=PLACES), (L, T),
+        lambda layer, t: ActivationPatch("resid_pre", layer, OTHER["resid_pre"][layer], positions=t),
+    ),
+    "heads and places": (
+        ActivationPatch("z", LAYERS[..., None], OTHER["z"], HEADS[..., None], np.eye(T, dtype=bool)[None, None]), (L, H, T),
+        lambda layer, h, t: ActivationPatch("z", layer, OTHER["z"][layer, h], head=h, positions=[t]),
+    ),
+    "vectors": (
+        Steer(1, VECTORS, np.array([1.0, -2.0, 0.5, 4.0, 3.0])), (5,),
+        lambda i: Steer(1, VECTORS[i, 0], (1.0, -2.0, 0.5, 4.0, 3.0)[i]),
+    ),
+    "strengths and places": (
+        Steer(np.array([2, 0]), VECTOR, np.linspace(-3, 3, 4)[:, None], positions=np.array([-1, 3])), (4, 2),
+        lambda i, j: Steer((2, 0)[j], VECTOR, np.linspace(-3, 3, 4)[i], positions=(-1, 3)[j]),
+    ),
+    "direction": (
+        DirectionAblation("resid_mid", np.arange(L), OTHER["resid_pre"], positions=[4, -2]), (L,),
+        lambda layer: DirectionAblation("resid_mid", layer, OTHER["resid_pre"][layer], positions=[4, -2]),
+    ),
+    "edges": (
+        AttentionKnockout(1, 2, np.arange(4, T)[:, None], np.arange(4)), (T - 4, 4),
+        lambda q, k: AttentionKnockout(1, 2, q + 4, k),
+    ),
+    "neurons": (Ablation("act", np.arange(L)[:, None], np.arange(0, 40, 8)), (L, 5), lambda i, j: Ablation("act", i, 8 * j)),
+    "keys": (KScaler(np.arange(L), 1, np.full(L, 3.0)), (L,), lambda i: KScaler(i, 1, 3.0)),
+    "pair": (
+        [QScaler(0, 1, 2.0), SpectraScaler(LAYERS, HEADS, 3.0)], (L, H),
+        lambda i, j: [QScaler(0, 1, 2.0), SpectraScaler(i, j, 3.0)],
+    ),
+    "two that vary": (
+        [HeadAblation(np.arange(L), 0), Steer(np.array([2, 1, 0]), VECTOR)], (L,),
+        lambda i: [HeadAblation(i, 0), Steer(2 - i, VECTOR)],
+    ),
+    "tables": (
+        HeadMask(1.0 - np.eye(L * H, dtype=np.float32).reshape(L * H, L, H)), (L * H,),
+        lambda i: HeadAblation(i // H, i % H),
+    ),
+    "embeddings": (Edit("embed", "scale", None, True, np.ones(1)), (), lambda: Edit("embed", "scale", None, True, np.ones(1))),
+    "last norm": (Ablation("final_norm", None, np.arange(6)), (6,), lambda i: Ablation("final_norm", None, i)),
+    "masks": (
+        Edit("mlp_out", "set", np.arange(L), (np.arange(T) == np.array([3, 9, 20])[:, None])[..., None]), (L,),
+        lambda i: Edit("mlp_out", "set", i, (np.arange(T) == (3, 9, 20)[i])[:, None]),
+    ),
+    "embedding of tokens": (Steer(None, VECTOR, np.ones(T), "embed", np.arange(T)), (T,),
+                            lambda t: Steer(None, VECTOR, 1.0, "embed", t)),
+}  # fmt: skip
+
+
+@jax.jit
+def _measure(interventions: Any, mask: Any, tokens: Any) -> Any:
+    return METRIC(forward(MODEL, tokens, interventions, mask=mask))
+
+
+def singles(axes: tuple[int, ...], make: Callable[..., Any], tokens: Any = IDS, mask: Any = None) -> np.ndarray:
+    """The metric of one `forward` for each variant: nothing shared, nothing reused."""
+    found = np.empty(axes, np.float32)
+    for place in np.ndindex(axes):
+        found[place] = METRIC(forward(MODEL, tokens, make(*place), mask=mask))
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_is_the_single_run(name: str) -> None:
+    family, axes, make = FAMILIES[name]
+    expected = singles(axes, make)
+    whole = sweep(MODEL, IDS, family, METRIC, reuse=False)
+    assert whole.shape == axes and whole.dtype == np.float32
+    near(whole, expected)
+    # Small calls make it worth while to reuse layers and tokens, also for a model as small as this one.
+    near(sweep(MODEL, IDS, family, METRIC, batch_size=2), expected)
+
+
+def test_what_is_reused_is_what_nothing_before_it_changed() -> None:
+    """The plans of the families above, so that the test above is known to have gone that way."""
+    reused = {name: plan(MODEL, IDS, family, METRIC, batch_size=2) for name, (family, *_) in FAMILIES.items()}
+    whole = {name for name, planned in reused.items() if not planned.reuse}
+    assert whole == {
+        "tables",
+        "embeddings",
+        "embedding of tokens",
+        "direction",
+        "keys",
+        "two that vary",
+    }  # the last: too few
+    for name in ("layers and places", "heads and places", "edges"):
+        assert len({group.n_rows for group in reused[name].groups}) > 1, name
+    assert {(g.start, g.n_rows) for g in reused["last norm"].groups} == {(L, T)}
+    # An edit of a token that is not there changes nothing, and needs no layer.
+    assert max(group.start for group in reused["masks"].groups) == L
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_changes_nothing(side: str) -> None:
+    before, after = {"left": (3, 0), "right": (0, 4), "both": (2, 1)}[side]
+    tokens = np.pad(IDS, (before, after), constant_values=60)
+    mask = np.pad(np.ones(T, bool), (before, after))
+    for name in ("heads", "strengths and places", "edges"):
+        family, axes, make = FAMILIES[name]
+        for options in ({"batch_size": 2}, {"reuse": False}):
+            near(sweep(MODEL, tokens, family, METRIC, mask=mask, **options), singles(axes, make))
+
+
+def test_prompts_are_their_single_sweeps_each_with_its_own_targets() -> None:
+    lengths = (T, 7, 9)
+    tokens, mask = np.zeros((3, T), np.int32), np.zeros((3, T), bool)
+    for row, n in enumerate(lengths):
+        where = slice(T - n, None) if row == 1 else slice(n)
+        tokens[row, where], mask[row, where] = prompt(n, row), True
+    family = FAMILIES["strengths and places"][0]
+    metric = logit_difference(np.array([3, 9, 11]), np.array([5, 4, 60]))
+    for options in ({"batch_size": 2}, {"reuse": False}, {}):
+        found = sweep(MODEL, tokens, family, metric, mask=mask, **options)
+        assert found.shape == (3, 4, 2)
+        for row, n in enumerate(lengths):
+            own = logit_difference((3, 9, 11)[row], (5, 4, 60)[row])
+            near(found[row], sweep(MODEL, prompt(n, row), family, own, reuse=False))
+
+
+def test_any_function_of_an_output_is_a_metric_and_a_result_may_be_a_tree() -> None:
+    def metric(out: Any) -> dict[str, Any]:
+        return {"all": out.logits, "top": jnp.argmax(out.logits[-1])}
+
+    found = sweep(MODEL, IDS, HeadAblation.grid(MODEL.config), metric, batch_size=4)
+    assert found["all"].shape == (L, H, T, 61) and found["top"].dtype == jnp.int32
+    single = forward(MODEL, IDS, HeadAblation(1, 2))
+    near(found["all"][1, 2], single.logits, LOGITS)
+    assert found["top"][1, 2] == jnp.argmax(single.logits[-1])
+    padded = sweep(MODEL, np.pad(IDS, (0, 2)), HeadAblation(1, np.arange(H)), lambda out: jnp.sum(out.mask),
+                   mask=np.arange(T + 2) < T)  # fmt: skip
+    assert (padded == T).all()
+
+
+def test_under_a_trace_it_is_the_same() -> None:
+    family, axes, make = FAMILIES["heads"]
+    expected = singles(axes, make)
+    near(jax.jit(lambda tokens: sweep(MODEL, tokens, family, METRIC))(IDS), expected)
+    near(jax.jit(lambda layers: sweep(MODEL, IDS, HeadAblation(layers, HEADS), METRIC))(LAYERS), expected)
+    near(jax.vmap(lambda tokens: sweep(MODEL, tokens, family, METRIC))(jnp.stack([IDS, prompt(T, 1)]))[0], expected)
+
+    def loss(alpha: Any) -> Any:
+        return sweep(MODEL, IDS, QScaler(np.arange(L), 0, alpha), METRIC).sum()
+
+    slope = jax.grad(loss)(2.0)
+    near(slope, (loss(2.0 + 1e-2) - loss(2.0 - 1e-2)) / 2e-2, GRADIENT)
+
+
+def test_other_numbers_are_no_other_program() -> None:
+    compiles: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiles.append(duration_secs)
+
+    model, first, second = tiny_llama(), prompt(13), prompt(13, 1)
+    grid = HeadAblation.grid(model.config)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        sweep(model, first, grid, logit_difference(1, 2), batch_size=3)
+        assert 0 < len(compiles) <= 3
+        compiles.clear()
+        sweep(model, second, grid, logit_difference(7, np.int64(60)), batch_size=3)
+        sweep(model, second.tolist(), HeadAblation(LAYERS, HEADS, 0.5), logit_difference(7, 9), batch_size=3)
+        assert not compiles
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_progress_and_calls_keep_to_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["oculi_jax.sweep"]
+    calls, real, seen = [], module.run_group, []
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        calls.append((int(arguments[7]), options["n_rows"], options["size"]))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, "run_group", spy)
+    tokens = np.stack([IDS, prompt(T, 1)])
+    family = FAMILIES["layers and places"][0]
+    planned = plan(MODEL, tokens, family, METRIC, batch_size=4)
+    sweep(MODEL, tokens, family, METRIC, batch_size=4, progress=lambda done, total: seen.append((done, total)))
+    each = [(g.start, g.n_rows, g.size) for g in planned.groups]
+    assert calls == each * -(-2 // planned.prompts)
+    assert seen[-1] == (2 * L * T, 2 * L * T) and len(seen) == len(calls) and sorted(seen) == seen
+
+
+def test_a_plan_counts_what_a_hand_counts() -> None:
+    planned = plan(MODEL, IDS, HeadAblation.grid(MODEL.config), METRIC, batch_size=H)
+    assert planned.reuse and [g.start for g in planned.groups] == [0, 1, 2]
+    assert planned.naive_layer_evaluations == L * H * L
+    assert planned.layer_evaluations == L + H * (3 + 2 + 1)  # the base run, then each head from its layer
+    per_layer = 2 * T * (2 * E * D * (4 + 2) + 3 * E * 40 + 2 * 4 * D * T)
+    assert planned.flops == L * per_layer + 24 * per_layer + L * H * 2 * 2 * E
+    assert planned.naive_flops == L * H * (L * per_layer + 2 * 2 * E)
+    assert planned.axes == (L, H) and planned.batch_size == H
+    assert "12 variants" in repr(planned) and "75% of 36" in repr(planned)
+    every = plan(MODEL, IDS, HeadAblation.grid(MODEL.config), kl_divergence(np.zeros(61, np.float32)), reuse=False)
+    assert not every.reuse and every.flops == every.naive_flops == L * H * (L * per_layer + 2 * 61 * E)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_variant_is_in_one_group_that_runs_all_it_may_change(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    config = tiny_config(num_hidden_layers=int(rng.integers(1, 40)), hidden_size=int(rng.integers(1, 40)) * 8)
+    n, n_tokens, devices = int(rng.integers(1, 400)), int(rng.integers(1, 40)), int(rng.choice([1, 4]))
+    layers, tokens = rng.integers(0, config.num_hidden_layers + 1, n), rng.integers(0, n_tokens + 1, n)
+    cost = Cost(config, n_tokens, 2, 4, "cpu", devices)
+    size = None if seed % 2 else int(rng.integers(1, n + 1))
+    found = make_plan(cost, (n,), int(rng.integers(1, 6)), layers, tokens, size, 1 << 30)
+    members = np.concatenate([group.variants for group in found.groups])
+    assert sorted(members) == list(range(n))
+    for group in found.groups:
+        assert (group.start <= layers[group.variants]).all() or not found.reuse
+        assert (n_tokens - group.n_rows <= tokens[group.variants]).all() and 1 <= group.n_rows <= n_tokens
+        assert len(group.variants) <= group.size and group.size % devices == 0
+        assert size is None or group.size < size + devices
+    whole = make_plan(cost, (n,), found.n_prompts, None, None, size, 1 << 30)
+    assert found.reuse or found.flops == whole.flops
+
+
+def test_a_small_budget_makes_small_calls() -> None:
+    cost = Cost(MODEL.config, T, 2, 4, "cpu", 1)
+    large, small = (make_plan(cost, (200,), 1, None, None, None, budget) for budget in (1 << 30, 100_000))
+    assert small.batch_size < large.batch_size and small.bytes <= 100_000 < large.bytes
+
+
+@pytest.mark.parametrize("where", ["given", "of the model"])
+def test_a_mesh_gives_what_one_device_gives(where: str) -> None:
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+    model, options = MODEL, {"mesh": mesh}
+    if where == "of the model":
+        from oculi_jax.models.llama.parameters import parameter_table
+
+        assert parameter_table  # the sharding table is the loader's
+        spec = jax.sharding.PartitionSpec
+        shardings = jax.tree.map(
+            lambda x: jax.sharding.NamedSharding(mesh, spec(*(["model"] + [None] * (x.ndim - 1) if x.shape[0] % 2 == 0 else [None] * x.ndim))),
+            MODEL,
+        )  # fmt: skip
+        model, options = jax.device_put(MODEL, shardings), {}
+    for name in ("heads", "layers and places"):
+        family, axes, make = FAMILIES[name]
+        expected = singles(axes, make)
+        near(sweep(model, IDS, family, METRIC, **options), expected)
+        near(sweep(model, IDS, family, METRIC, batch_size=4, **options), expected)
+    planned = plan(model, IDS, FAMILIES["heads"][0], METRIC, batch_size=3, **options)
+    assert {group.size for group in planned.groups} == {4}
+
+
+def test_variants_really_spread_over_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["oculi_jax.sweep"]
+    real, kept = module.run_group, []
+    monkeypatch.setattr(module, "run_group", lambda *a, **o: kept.append(real(*a, **o)) or kept[-1])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sweep(MODEL, IDS, HeadAblation(LAYERS, np.arange(H)), METRIC, mesh=mesh, batch_size=8)
+    assert all(out.sharding.shard_shape(out.shape) == (1, 1) for out in kept)
+
+
+@pytest.mark.real
+@pytest.mark.torch
+def test_heads_of_a_real_model_against_hugging_face(adapter: Any, hf: Any) -> None:
+    import torch
+
+    tokens = adapter.tokenizer("When Mary and John went to the store, John gave a drink to").input_ids
+    mary, john = (adapter.tokenizer(name).input_ids[0] for name in (" Mary", " John"))
+    found = sweep(adapter.model, tokens, HeadAblation.grid(adapter.model.config), logit_difference(mary, john))
+    for layer, head in ((0, 0), (7, 4), (18, 6), (20, 0), (23, 3), (24, 4), (29, 0), (29, 1)):
+
+        def zero(module: Any, inputs: Any, head: int = head) -> Any:
+            z = inputs[0].clone()
+            z[..., head * 64 : head * 64 + 64] = 0
+            return (z,)
+
+        hook = hf.model.layers[layer].self_attn.o_proj.register_forward_pre_hook(zero)
+        with torch.no_grad():
+            logits = hf(torch.tensor([tokens])).logits[0, -1]
+        hook.remove()
+        near(found[layer, head], float(logits[mary] - logits[john]), LOGITS)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "axes": (dict(interventions=HeadAblation(np.arange(3), np.arange(4))), ValueError,
+             r"do not broadcast together: HeadAblation.layer \[3\], HeadAblation.head \[4\]"),
+    "no variant": (dict(interventions=HeadAblation(np.arange(0), 1)), ValueError, "there is no variant"),
+    "index": (dict(interventions=HeadAblation(np.array([0, 3]), 0)), ValueError, r"layer is 3 at \[1\], but there are 3 layers"),
+    "jax index": (dict(interventions=HeadAblation(jnp.array([0, 3]), 0)), ValueError, r"layer is 3 at \[1\]"),
+    "strength": (dict(interventions=SpectraScaler(0, 0, np.array([1.0, -1.0]))), ValueError, r"alpha is -1.0 at \[1\]"),
+    "position": (dict(interventions=Steer(0, VECTOR, positions=np.array([0, 11]))), ValueError, "the prompt has 11 tokens"),
+    "array": (dict(interventions=Steer(0, VECTORS[:, 0], np.ones(5))), ValueError, r"one entry for each variant, write it as \[5, 1, 24\]"),
+    "either": (dict(interventions=Steer(np.array([2, 1, 0]), OTHER["resid_pre"])), ValueError, "could be a whole run's capture"),
+    "metric": (dict(metric=3), TypeError, "metric is a int"),
+    "target": (dict(metric=log_probability(61)), ValueError, "token is 61, and this model.s vocabulary"),
+    "metric's position": (dict(metric=log_probability(3, position=11)), ValueError, r"reads positions \[11\]"),
+    "targets": (dict(metric=log_probability(np.array([1, 2]))), ValueError, "targets for 2 prompts, and tokens holds 1"),
+    "batch size": (dict(batch_size=0), ValueError, "batch_size is 0"),
+    "mask": (dict(mask=np.ones(4, bool)), ValueError, r"mask has shape \[4\]"),
+    "tokens": (dict(tokens="text"), TypeError, "tokens is text"),
+    "prompts": (dict(tokens=np.zeros((2, 5), np.int32), mask=np.ones(5, bool)), ValueError, r"mask has shape \[5\], and tokens \[2, 5\]"),
+    "mesh": (dict(mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))), ValueError, "one called 'data' is needed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name: str) -> None:
+    changes, kind, message = REFUSED[name]
+    given = dict(tokens=IDS, interventions=HeadAblation.grid(MODEL.config), metric=METRIC, **{})
+    given.update(changes)
+    tokens, interventions, metric = (given.pop(key) for key in ("tokens", "interventions", "metric"))
+    for call in (sweep, plan):
+        with pytest.raises(kind, match=message):
+            call(MODEL, tokens, interventions, metric, **given)
+
+
+def test_forward_names_sweep() -> None:
+    with pytest.raises(ValueError, match="use a scalar, or oculi_jax.sweep"):
+        forward(MODEL, IDS, HeadAblation.grid(MODEL.config))
