@@ -1,4 +1,4 @@
-"""Metrics: what a run is judged by, as frozen pytrees called on its `Output`, and the spread of their values over prompts.
+"""Metrics: what a run is judged by, as frozen pytrees called on its `Output`.
 
 The ids of a metric are leaves, so that another pair of tokens is no other program; what it needs of the logits is static.
 """
@@ -6,7 +6,6 @@ The ids of a metric are leaves, so that another pair of tokens is no other progr
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, dataclass_transform
@@ -15,15 +14,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 from jaxtyping import Float, Int
 
+from .bootstrap import Interval, bootstrap
 from .capture.spec import at_positions
 from .forward import Output
 from .frame import as_array, listing, on_device
 from .pytrees import register_dataclass
 
 M = TypeVar("M")
+__all__ = [
+    "Interval",
+    "Metric",
+    "bootstrap",
+    "cross_entropy",
+    "kl_divergence",
+    "log_probability",
+    "logit_difference",
+    "probability",
+    "pytree",
+    "rank",
+]
+
 STATIC = {"static": True}
 # How many axes a leaf has in the metric of one prompt. One more, in front, is a batch of prompts.
 EACH, LIST = {"rank": 0}, {"rank": 1}
@@ -259,78 +271,6 @@ def cross_entropy(continuation: Any) -> CrossEntropy:
     if array.shape[-1] == 0:
         raise ValueError("continuation is empty: give the ids of the prompt's last tokens.")
     return CrossEntropy(tuple(range(-array.shape[-1] - 1, -1)), array)
-
-
-@pytree
-class Interval:
-    """A mean over prompts and its confidence interval, each `[…]`."""
-
-    mean: Float[Array, "..."]
-    low: Float[Array, "..."]
-    high: Float[Array, "..."]
-
-    def __repr__(self) -> str:
-        ends = (self.mean, self.low, self.high)
-        if any(isinstance(x, Tracer) or not isinstance(x, jax.Array | np.ndarray | np.generic) for x in ends):
-            return f"Interval({', '.join(type(x).__name__ for x in ends)})"
-        if self.mean.shape:
-            return f"Interval(mean, low and high {listing(self.mean.shape)})"
-        mean, low, high = map(float, ends)
-        width = high - low
-        # As many decimals as leave the width two digits: what lies behind them is chance.
-        decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 and math.isfinite(width) else 7
-        form = f".{decimals}f" if decimals < 7 else ".4g"
-        return f"{mean:{form}} ({low:{form}} to {high:{form}})"
-
-
-def bootstrap(values: Any, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
-    """The mean over prompts, with its percentile bootstrap interval (Efron 1979, doi:10.1214/aos/1176344552).
-
-    B prompts are drawn from the B with replacement, `n_resamples` times, the same ones for all entries of the trailing
-    axes; the interval spans the middle `confidence` of the means of these.
-
-    Args:
-        values: `[B, …]`, numbers, one row for each of at least two prompts.
-        confidence: between 0 and 1.
-        n_resamples: how often; static.
-        seed: an integer, 0 to 2³² − 1.
-
-    Returns:
-        An `Interval` of float32 `[…]`; where a prompt's value is not finite, its ends are NaN.
-
-    Raises:
-        ValueError, TypeError: too few prompts, or a number that cannot be.
-    """
-    array = as_array(values)
-    if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise TypeError(f"values has dtype {array.dtype}, and real numbers are needed.")
-    if array.ndim == 0 or array.shape[0] < 2:
-        raise ValueError(f"values has shape {listing(array.shape)}, and [B, …] with at least two prompts is needed.")
-    if isinstance(confidence, bool) or not isinstance(confidence, float | np.floating) or not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence!r}, and must be between 0 and 1, such as 0.95.")
-    if not _is_integer(n_resamples) or n_resamples < 1:
-        raise ValueError(f"n_resamples is {n_resamples!r}, and must be an integer of at least 1.")
-    if not _is_integer(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed!r}, and must be an integer from 0 to 2³² − 1.")
-    return _bootstrap(_cast(array, np.float32), np.float32(confidence), np.uint32(seed), int(n_resamples))
-
-
-@partial(jax.jit, static_argnums=(3,), inline=True)
-def _bootstrap(values: Float[Array, "B ..."], confidence: Array, seed: Array, n_resamples: int) -> Interval:
-    n, trailing = values.shape[0], values.shape[1:]
-    drawn = jax.random.randint(jax.random.key(seed), (n_resamples, n), 0, n)
-    counts = jnp.zeros((n_resamples, n)).at[jnp.arange(n_resamples)[:, None], drawn].add(1.0)
-    tails = jnp.stack([(1.0 - confidence) / 2, (1.0 + confidence) / 2])
-
-    def column(x: Float[Array, "B"]) -> Float[Array, "3"]:
-        mean = jnp.mean(x)
-        above = jnp.matmul(counts, x - mean, precision=jax.lax.Precision.HIGHEST) / n
-        return jnp.concatenate([mean[None], mean + jnp.quantile(above, tails)])
-
-    columns = jnp.moveaxis(values.reshape(n, math.prod(trailing)), 0, 1)
-    # In blocks, so that memory stays that of n_resamples × 4096 numbers whatever the trailing axes.
-    found = jax.lax.map(column, columns, batch_size=min(4096, max(1, math.prod(trailing))))
-    return Interval(*(found[:, i].reshape(trailing) for i in range(3)))
 
 
 @partial(jax.jit, inline=True)

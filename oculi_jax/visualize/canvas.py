@@ -149,6 +149,13 @@ def token_labels(tokens: Sequence[str], longest: int = LONGEST) -> list[str]:
     return [label(str(token)) for token in tokens]
 
 
+def pair_labels(tokens: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The labels of two aligned prompts' tokens: one where they agree, both where they differ, as `John→Mary`."""
+    same = zip(token_labels(tokens), tokens, others, strict=True)
+    both = zip(token_labels(tokens, LONGEST // 2), token_labels(others, LONGEST // 2), strict=True)
+    return [label if a == b else "→".join(pair) for (label, a, b), pair in zip(same, both, strict=True)]
+
+
 def name_axes(ax: Axes, xlabel: str, ylabel: str, title: str | None) -> None:
     ax.set_xlabel(xlabel, fontsize=MEDIUM, **LITERAL)
     ax.set_ylabel(ylabel, fontsize=MEDIUM, **LITERAL)

@@ -16,10 +16,14 @@ from .canvas import (
     canvas,
     colour_bar,
     draw_grid,
+    inches,
     label_numbers,
-    label_tokens,
+    label_ticks,
     limits_of,
     name_axes,
+    pair_labels,
+    slanted,
+    token_labels,
 )
 
 if TYPE_CHECKING:
@@ -82,17 +86,21 @@ def sweep_heatmap(
     tokens: Sequence[str] | None = None,
     ax: Axes | None = None,
     title: str | None = None,
+    sources: Sequence[str] | None = None,
 ) -> Figure:
     """The effects of a sweep over layers and heads, or layers and positions; colours centred on 0.
 
     Args:
-        effects: `[L, H]` or `[L, T]`, such as values of a sweep minus the value without an intervention.
+        effects: `[L, H]` or `[L, T]`, such as values of a sweep minus the value without an intervention, or the `recovery`
+            of patching.
         xlabel: what the columns are; None for `"head"`, or `"token"` where `tokens` are given.
         label: what the numbers are, with their unit.
         layers: true layer numbers of the L rows; None for 0 to L − 1.
         tokens: texts of the T columns.
         ax: where to draw; None for a new figure.
         title: shown literally.
+        sources: of patching, texts of the T tokens of the run that values come from; a column whose `tokens` differ is
+            labelled with both, `John→Mary`.
 
     Returns:
         The figure.
@@ -101,7 +109,14 @@ def sweep_heatmap(
         ValueError, TypeError: a shape, or a number of labels, that cannot be.
     """
     values = as_values(effects, "effects", "L H", "L T")
-    columns = None if tokens is None else as_texts(tokens, values.shape[1], "tokens")
+    columns = None
+    if tokens is not None:
+        tokens = as_texts(tokens, values.shape[1], "tokens")
+        columns = token_labels(tokens)
+        if sources is not None:
+            columns = pair_labels(tokens, as_texts(sources, values.shape[1], "sources"))
+    elif sources is not None:
+        raise ValueError("sources are the other run's tokens; give those of the patched run as tokens.")
     xlabel = xlabel or ("head" if tokens is None else "token")
     return _heatmap(values, label, layers, True, None, columns, xlabel, ax, title)
 
@@ -112,7 +127,7 @@ def _heatmap(
     layers: Sequence[int] | None,
     diverging: bool,
     limits: tuple[float, float] | None,
-    tokens: list[str] | None,
+    columns: list[str] | None,
     xlabel: str,
     ax: Axes | None,
     title: str | None,
@@ -123,7 +138,7 @@ def _heatmap(
     limits = limits_of(values, diverging) if limits is None else limits
     colour_bar(draw_grid(ax, values, limits, SIGNED if diverging else WEIGHTS, "auto"), label)
     name_axes(ax, xlabel, "layer", title)
-    label_numbers(ax, range(n_columns) if tokens is None else None, rows)
-    if tokens is not None:
-        label_tokens(ax, tokens)
+    label_numbers(ax, range(n_columns) if columns is None else None, rows)
+    if columns is not None:
+        label_ticks(ax.xaxis, columns, inches(ax)[0], 0.16, **slanted(columns))
     return figure

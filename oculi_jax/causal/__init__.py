@@ -1,0 +1,18 @@
+"""What happens if: one run's activations in another, and gradients that say the same to first order."""
+
+from .attribution import AttributionResult, attribution_patching
+from .noise import Noise
+from .patching import PatchingResult, activation_patching
+from .tracer import CausalTracer, TraceResult
+from .verification import Verification
+
+__all__ = [
+    "AttributionResult",
+    "CausalTracer",
+    "Noise",
+    "PatchingResult",
+    "TraceResult",
+    "Verification",
+    "activation_patching",
+    "attribution_patching",
+]

@@ -1,0 +1,338 @@
+"""`activation_patching`: one run's activations put into another, everywhere that they could go, in one sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int
+
+from .. import variants
+from ..canonical import listed, sweep_axes
+from ..capture.spec import Reading
+from ..forward import check_model, run
+from ..frame import Frame, listing
+from ..intervention import ActivationPatch
+from ..pytrees import register_dataclass
+from ..replay import measure
+from ..sites import SITES, Site, find_site
+from ..sweep import Progress, check_metric, check_prompts, sweep_prompts
+from .noise import Noise, position_rows
+
+if TYPE_CHECKING:
+    from ..models.llama.model import Llama
+
+GRIDS = (("layer",), ("layer", "position"), ("layer", "head"), ("layer", "head", "position"), ("position",))
+
+
+@partial(
+    register_dataclass,
+    data_fields=["patched", "clean", "corrupted"],
+    meta_fields=["site", "by", "direction"],
+)
+@dataclass(frozen=True, eq=False)
+class PatchingResult:
+    """What `activation_patching` found. Of several prompts, every array leads with `B`.
+
+    Attributes:
+        patched: `[*by]`, the metric of the patched runs.
+        clean, corrupted: `[]`, the metric of the two runs themselves.
+        site: which activation; static, as are the two below.
+        by: what the axes of `patched` are.
+        direction: `"denoising"` or `"noising"`.
+    """
+
+    patched: Float[Array, "..."]
+    clean: Float[Array, "..."]
+    corrupted: Float[Array, "..."]
+    site: str
+    by: tuple[str, ...]
+    direction: str
+
+    @property
+    def recovery(self) -> Float[Array, "..."]:
+        """`(patched − corrupted) / (clean − corrupted)`, shaped as `patched`: 1 as the clean run, 0 as the corrupted one.
+
+        In both directions: what matters is near 1 in denoising and near 0 in noising. NaN where the two runs have the same
+        metric, since there is nothing to recover. Of several prompts, each by itself: for a set in which some pairs hardly
+        differ, put the means of the three metrics into the formula instead.
+        """
+        return recovery(self.patched, self.clean, self.corrupted)
+
+    def __repr__(self) -> str:
+        shape = listing(getattr(self.patched, "shape", ()))
+        return f"PatchingResult({self.site} by {', '.join(self.by)}, {self.direction}: patched {shape})"
+
+
+@partial(jax.jit, inline=True)
+def recovery(patched: Array, clean: Array, corrupted: Array) -> Float[Array, "..."]:
+    """See `PatchingResult.recovery`; `clean` and `corrupted` have the leading axes of `patched`."""
+    patched, clean, corrupted = (x.astype(jnp.float32) for x in (patched, clean, corrupted))
+    clean, corrupted = (x.reshape(*x.shape, *(1,) * (patched.ndim - x.ndim)) for x in (clean, corrupted))
+    gap = clean - corrupted
+    return jnp.where(gap == 0, jnp.nan, (patched - corrupted) / jnp.where(gap == 0, 1.0, gap))
+
+
+def activation_patching(
+    model: Llama,
+    clean: Any,
+    corrupted: Any,
+    metric: Callable[..., Any],
+    site: str = "resid_pre",
+    by: str | Sequence[str] = ("layer", "position"),
+    *,
+    direction: Literal["denoising", "noising"] = "denoising",
+    mask: Any = None,
+    batch_size: int | Literal["auto"] = "auto",
+    progress: Progress | bool | None = None,
+    mesh: Mesh | None = None,
+) -> PatchingResult:
+    """Puts one run's activation into another run, place by place, and measures what that does to the output.
+
+    Two runs differ in what is under study alone: who gives the drink, say, or what the subject is. *Denoising*, the default,
+    puts clean values into the corrupted run: a place that brings the clean answer back carries enough of what the clean
+    prompt says (it is sufficient there). *Noising* puts corrupted values into the clean run: a place that breaks the answer
+    was needed. The two are not each other's mirror: of two places that each do the whole work, either one denoises, and
+    noising neither does anything (Heimersheim and Nanda 2024, arXiv:2404.15255). Metrics and corruptions are compared by Zhang
+    and Nanda (2024), arXiv:2309.16042; the method is Vig et al.'s (2020), arXiv:2004.12265, and Meng et al.'s (2022),
+    arXiv:2202.05262. (These restore ten layers of `mlp_out` or `attn_out` at a time; here a place is one layer.)
+
+    The source's activations are captured once and shared by all places. Works under `jit`, `vmap` and `grad`, as `sweep` does.
+
+    Args:
+        model: a `Llama`.
+        clean: ids `[T]`, or `[B, T]` for several pairs of prompts.
+        corrupted: ids of the same shape, aligned with `clean` token by token. Or a `Noise`, an intervention or a list of
+            them: then the corrupted run is the clean prompt under these; a patch comes after them.
+        metric: one of `oculi_jax.metrics`, or any function of an `Output` to a scalar; higher is cleaner or not, as you like.
+        site: a name of the site table, or the guide's.
+        by: the axes: `("layer",)`, `("layer", "position")`, `("layer", "head")` or `("layer", "head", "position")`; for a site
+            outside the layers `("position",)`. An axis left out is patched whole. A head counts the site's own (`K` for k and
+            v); a position is a place in the token array, a query's for scores and patterns.
+        direction: `"denoising"` or `"noising"`.
+        mask: bool, shaped as `clean`, True at real tokens, for both runs. Padding is never patched.
+        batch_size, progress, mesh: as in `sweep`.
+
+    Returns:
+        A `PatchingResult`, whose `patched` is `[*by]`, or `[B, *by]`.
+
+    Raises:
+        ValueError, TypeError: something that can be seen to be wrong.
+    """
+    return patch_sites(
+        model, clean, corrupted, metric, (site,), by, direction=direction, mask=mask,
+        batch_size=batch_size, progress=progress, mesh=mesh,
+    )[0]  # fmt: skip
+
+
+def patch_sites(
+    model: Llama,
+    clean: Any,
+    corrupted: Any,
+    metric: Any,
+    sites: Sequence[str],
+    by: str | Sequence[str],
+    *,
+    direction: str = "denoising",
+    mask: Any = None,
+    batch_size: Any = "auto",
+    progress: Any = None,
+    mesh: Mesh | None = None,
+    background: tuple[Any, ...] = (),
+    positions: Any = None,
+) -> list[PatchingResult]:
+    """`activation_patching` at several sites, whose two runs are the same.
+
+    Args:
+        background: interventions that both runs are under.
+        positions: which tokens are patched, where `by` has no positions; None for all.
+    """
+    config = check_model(model)
+    if direction not in ("denoising", "noising"):
+        raise ValueError(f"direction is {direction!r}, and must be 'denoising' (clean into corrupted) or 'noising'.")
+    by = (by,) if isinstance(by, str) else tuple(by)
+    where = [check_grid(name, by) for name in sites]
+    clean, mask, single = check_prompts(model, clean, mask)
+    n_prompts, n_tokens = clean.shape
+    metric, _ = check_metric(metric, config.vocab_size, clean, mask)
+    table = model.embed[...]
+    if mesh is not None and not isinstance(table, Tracer) and not isinstance(table.sharding, NamedSharding):
+        model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+
+    plain = _Runs(clean, mask, [background] * n_prompts, metric)
+    if isinstance(corrupted, Noise):
+        draws = corrupted.draws(model, mask, n_prompts, n_tokens)
+        plain_rows = plain.repeated(int(corrupted.samples))
+        spoilt = replace(plain_rows, interventions=[(*background, draw) for draw in draws])
+    else:
+        plain_rows = plain
+        spoilt = _spoilt(model, plain, corrupted, background, single)
+    samples = int(corrupted.samples) if isinstance(corrupted, Noise) else None
+    if axes := sweep_axes(listed(spoilt.interventions[0])):
+        raise ValueError(
+            f"The interventions of the corrupted run have axes {listing(axes)}, and it is one run: use scalars."
+        )
+
+    readings = tuple(_reading(site, config.num_hidden_layers) for site in where)
+    of_clean = plain.observe(model, readings if direction == "denoising" else ())
+    of_spoilt = spoilt.observe(model, readings if direction == "noising" else ())
+    target, (_, captured) = (spoilt, of_clean) if direction == "denoising" else (plain_rows, of_spoilt)
+    at_clean, at_spoilt = _tidied(of_clean[0], None, single), _tidied(of_spoilt[0], samples, single)
+
+    places = position_rows(positions, n_prompts, "positions")
+    results = []
+    for number, site in enumerate(where):
+        each = len(target.tokens) // len(captured)  # a clean prompt's values serve all samples of its noise
+        patches = []
+        for row, interventions in enumerate(target.interventions):
+            value = captured[row // each][site.name]
+            place = places[row * n_prompts // len(target.tokens)]
+            patches.append((*interventions, _patch(site, by, value, place, {**config.sizes, "T": n_tokens})))
+        found = sweep_prompts(
+            model, target.tokens, target.mask, patches, target.metric,
+            batch_size=batch_size, progress=_part(progress, number, len(where)), mesh=mesh,
+        )  # fmt: skip
+        results.append(PatchingResult(_tidied(found, samples, single), at_clean, at_spoilt, site.name, by, direction))
+    return results
+
+
+def check_grid(name: Any, by: tuple[str, ...]) -> Site:
+    """The site of that name; ValueError where it cannot be patched by these axes."""
+    site, layer = find_site(name)
+    if layer is not None:
+        raise ValueError(f"The site {name!r} names layer {layer}, and every layer is patched: give {site.name!r}.")
+    if "neuron" in by:
+        raise ValueError("Patching by 'neuron' is not supported; sweep Edits at 'act' with masks of single neurons.")
+    if by not in GRIDS:
+        raise ValueError(f"by is {by!r}, and must be one of {', '.join(map(str, GRIDS))}.")
+    if not site.layered and by != ("position",):
+        raise ValueError(f"The site {site.name!r} occurs once, outside the layers: patch it by ('position',).")
+    if site.layered and by == ("position",):
+        raise ValueError(f"The site {site.name!r} is in every layer: patch it by ('layer', 'position').")
+    if "head" in by and site.head_axis is None:
+        have = ", ".join(name for name, row in SITES.items() if row.head_axis is not None)
+        raise ValueError(f"The site {site.name!r} has no heads: it is {site.shape}. Those with heads are {have}.")
+    return site
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs side by side, one a row.
+
+    Attributes:
+        tokens: `[N, T]`.
+        mask: `[N, T]` or None.
+        interventions: each row's.
+        metric: whose targets, where it has them for each row, lead with `N`.
+    """
+
+    tokens: Any
+    mask: Any
+    interventions: list[tuple[Any, ...]]
+    metric: Any
+
+    def repeated(self, n: int) -> _Runs:
+        """Each row n times."""
+
+        def repeat(x: Any) -> Any:
+            return (jnp if isinstance(x, jax.Array) else np).repeat(x, n, axis=0)
+
+        def leaf(x: Any, axis: int | None) -> Any:
+            return x if axis is None else repeat(x)
+
+        leaves, tree = jax.tree.flatten(self.metric)
+        axes = jax.tree.leaves(_metric_axes(self.metric), is_leaf=lambda x: x is None)
+        metric = jax.tree.unflatten(tree, list(map(leaf, leaves, axes)))
+        mask = None if self.mask is None else repeat(self.mask)
+        return _Runs(repeat(self.tokens), mask, [row for row in self.interventions for _ in range(n)], metric)
+
+    def observe(self, model: Llama, readings: tuple[Reading, ...]) -> tuple[Array, tuple[dict[str, Array], ...]]:
+        """The metric `[N]`, and for each row site → its capture."""
+        masks = [None] * len(self.tokens) if self.mask is None else self.mask
+        frames = [Frame(model.config, model.dtype, self.tokens.shape[1], row) for row in masks]
+        stacked, leads, _ = variants.stack(self.interventions, frames)
+        return _observe(model, self.tokens, self.mask, stacked, self.metric, leads, readings)
+
+
+def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, ...], single: bool) -> _Runs:
+    """The corrupted runs that interventions or other tokens make."""
+    items = corrupted if isinstance(corrupted, list | tuple) else (corrupted,)
+    if len(items) and all(hasattr(item, "edits") for item in items):
+        return replace(plain, interventions=[(*background, *items)] * len(plain.tokens))
+    tokens, _, alone = check_prompts(model, corrupted, None)
+    if tokens.shape != plain.tokens.shape or alone != single:
+        shapes = [listing(x.shape[int(one) :]) for x, one in ((plain.tokens, single), (tokens, alone))]
+        raise ValueError(
+            f"clean has shape {shapes[0]} and corrupted {shapes[1]}: the two must be aligned token by token. Choose words of "
+            "as many tokens."
+        )
+    return replace(plain, tokens=tokens)
+
+
+def _reading(site: Site, n_layers: int) -> Reading:
+    return Reading(site, tuple(range(n_layers)) if site.layered else (), None, None)
+
+
+def _metric_axes(metric: Any) -> Any:
+    return metric.per_prompt() if hasattr(metric, "of") else jax.tree.map(lambda _: None, metric)
+
+
+@partial(jax.jit, static_argnums=(5, 6), inline=True)
+def _observe(
+    model: Llama,
+    tokens: Int[Array, "N T"],
+    mask: Bool[Array, "N T"] | None,
+    interventions: tuple[Any, ...],
+    metric: Any,
+    leads: tuple[bool, ...],
+    readings: tuple[Reading, ...],
+) -> tuple[Array, tuple[dict[str, Array], ...]]:
+    """See `_Runs.observe`."""
+    final = _reading(SITES["final_norm"], 0)
+
+    def one(items: tuple[Any, ...], tokens: Array, mask: Array | None) -> dict[str, Array]:
+        return dict(run(model, tokens, mask, items, (*readings, final)).activations)
+
+    seen = variants.along_rows(one, interventions, leads)(tokens, mask)
+    judge = jax.vmap(lambda x, real, metric: measure(model, x, real, metric), in_axes=(0, 0, _metric_axes(metric)))
+    values = judge(seen["final_norm"], mask, metric)
+    if not isinstance(values, jax.Array) or values.ndim != 1:
+        got = ", ".join(listing(x.shape[1:]) for x in jax.tree.leaves(values)) or "nothing"
+        raise ValueError(f"Patching needs a metric that returns one number, an array of shape []; this returns {got}.")
+    # Apart, not as one array: each is the value of its own prompt's patch.
+    return values, tuple({r.site.name: seen[r.site.name][row] for r in readings} for row in range(len(tokens)))
+
+
+def _patch(site: Site, by: tuple[str, ...], value: Array, positions: Any, sizes: dict[str, int]) -> ActivationPatch:
+    """The family of patches whose axes are `by`."""
+
+    def along(name: str, x: Any) -> Any:
+        """`x` with its first axis where `by` has `name`."""
+        return None if name not in by else np.expand_dims(x, [i for i, other in enumerate(by) if other != name])
+
+    n_heads = 0 if site.head_axis is None else sizes[site.head_axis]
+    if "position" in by:
+        positions = along("position", np.eye(sizes["T"], dtype=bool))
+    layer, head = along("layer", np.arange(sizes["L"])), along("head", np.arange(n_heads))
+    return ActivationPatch(site.name, layer, value, head, positions)
+
+
+def _part(progress: Any, number: int, of: int) -> Any:
+    """The progress of one of several sweeps of a size, as a part of the whole."""
+    return (lambda done, n: progress(number * n + done, of * n)) if callable(progress) else progress
+
+
+@partial(jax.jit, static_argnums=(1, 2), inline=True)
+def _tidied(x: Array, samples: int | None, single: bool) -> Array:
+    """Means over samples where there are any, and no axis of prompts for a single one."""
+    if samples is not None:
+        x = jnp.mean(x.reshape(-1, samples, *x.shape[1:]).astype(jnp.float32), axis=1)
+    return x[0] if single else x

@@ -1,0 +1,91 @@
+"""What `oculi sweep` and `oculi patch` share: the metric in words, a bar while variants run, effects as text."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..metrics import Metric, log_probability, logit_difference
+from ..models.adapter import LlamaAttentionAdapter
+from ..prompts import prepare
+from .common import console, shown
+
+Target = Annotated[
+    str, typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default=False)
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        help="Another token: the metric is then the difference of the two logits, not the target's log-probability.",
+        show_default=False,
+    ),
+]
+
+
+def measure(adapter: LlamaAttentionAdapter, target: str, against: str | None) -> tuple[Metric, str]:
+    """The metric at the last token, and what it is called."""
+    token = adapter.to_single_token(target)
+    if against is None:
+        return log_probability(token), f"log-probability of {shown(target)}"
+    other = adapter.to_single_token(against)
+    if token == other:
+        raise ValueError(f"--target and --against are both {shown(target)}: there is no difference to measure.")
+    return logit_difference(token, other), f"logit of {shown(target)} − logit of {shown(against)}"
+
+
+def token_ids(adapter: LlamaAttentionAdapter, text: str, allow_longer: bool) -> np.ndarray:
+    """The ids `[T]` of a prompt."""
+    prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
+    return prompt.tokens[0, : prompt.n_tokens]
+
+
+@contextmanager
+def counting(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, for `progress` of a sweep. It is there at once, and pulses while programs are compiled."""
+    where = console(error=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=where, transient=True, disable=not where.is_terminal) as bar:
+        task = bar.add_task(escape(label), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def strongest(effects: np.ndarray, count: int, sign: int = 0) -> list[tuple[int, ...]]:
+    """Where the largest effects are, largest first: of either sign, or of one; without those that three decimals call 0."""
+    size = np.where(np.isfinite(effects), np.abs(effects) if sign == 0 else sign * effects, 0.0)
+    order = np.argsort(-size, axis=None, kind="stable")[:count]
+    places = [tuple(map(int, np.unravel_index(flat, size.shape))) for flat in order]
+    return [place for place in places if size[place] >= 5e-4]
+
+
+def bar(effect: float, largest: float, width: int = 20) -> str:
+    """Its length is the size; it is full where the effect is positive."""
+    return ("█" if effect > 0 else "░") * round(width * abs(effect) / largest)
+
+
+def column(values: Sequence[float] | np.ndarray) -> str:
+    """A profile in one line of text, from 0 to 1; what is negative or not finite is blank."""
+    steps = " ▁▂▃▄▅▆▇█"
+    return "".join(steps[round(8 * float(np.clip(np.nan_to_num(value), 0.0, 1.0)))] for value in values)
+
+
+def legible(text: str) -> str:
+    """A line that can be drawn: what is invisible, or not in the font, is escaped."""
+    from ..visualize.canvas import token_labels
+
+    return token_labels([text], longest=10_000)[0]
+
+
+def heading(figure: Any, *lines: str) -> None:
+    """Titles a figure of one grid; lines that are wider than it go on in the next, at most three of each."""
+    from ..visualize.canvas import LITERAL, MEDIUM
+
+    letters = int(figure.get_size_inches()[0] * 72 / (0.55 * MEDIUM))
+    wrapped = (textwrap.wrap(legible(line), letters, max_lines=3, placeholder=" …") for line in lines)
+    figure.suptitle("\n".join(part for some in wrapped for part in some), fontsize=MEDIUM, **LITERAL)

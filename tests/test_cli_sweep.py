@@ -1,0 +1,281 @@
+"""`oculi sweep` and `oculi patch`: what they print and draw is what one run after another gives."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oculi_jax import forward
+from oculi_jax.cli.effects import column, strongest
+from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.models.llama import LlamaAttentionAdapter
+from oculi_jax.visualize import sweep_heatmap
+
+from .prompts import IOI
+from .tiny import tiny_llama
+from .tolerances import ROUTES
+
+CLEAN, CORRUPTED = "the cat saw the dog so the cat", "the cat saw the cow so the cat"
+MODEL = cache(tiny_llama)
+PRINTED = 5e-4  # half of the last of three decimals
+# Where the numbers of a place's name are.
+NUMBERS = {"layer": r"L(\d+)", "head": r"[HK](\d+)", "position": r"^(\d+)"}
+# Hugging Face's, with the head's columns of o_proj's input set to zero, or to those of the clean run in the corrupted one.
+HF_CHANGE = {"L23H3": -3.0437, "L1H5": -2.1817, "L29H1": -1.6774, "L29H0": 1.2807, "L24H4": 0.7227}
+HF_RECOVERY = {"L23H3": 0.5838, "L29H1": 0.2652, "L24H4": -0.2501, "L29H0": -0.2034}
+
+
+class Words:
+    """A tokenizer whose tokens are words, with the space before them."""
+
+    words = ("the", " the", " cat", " saw", " dog", " cow", " so", " two words")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [self.words.index(word) for word in re.findall(r" ?\S+", text)]
+
+    def decode(self, ids: Any) -> str:
+        return "".join(self.words[i] for i in ids)
+
+
+MODULES = [sys.modules[f"oculi_jax.cli.{command}"] for command in ("sweep", "patch")]
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch, adapter: LlamaAttentionAdapter) -> None:
+    """The two commands take the suite's model rather than load it again."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "open_adapter", lambda model, dtype: adapter)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path) -> Callable:
+    """Runs a command on a tiny model: its arguments → its lines, and the figure that it drew."""
+    adapter = LlamaAttentionAdapter(MODEL(), Words())
+    figures: list[Any] = []
+    for module in MODULES:
+        monkeypatch.setattr(module, "open_adapter", lambda model, dtype: adapter)
+        monkeypatch.setattr(module, "save_picture", lambda figure, path: figures.append(figure))
+
+    def run(*arguments: str) -> tuple[list[str], Any]:
+        code, out, err = oculi_here(*arguments, "-m", "tiny", "-o", str(tmp_path / "x.png"))
+        assert code == 0 and err == "", err
+        figures[-1].savefig(tmp_path / "x.png", dpi=60)  # a warning, as of a label too large, is an error
+        return out.splitlines(), figures[-1]
+
+    return run
+
+
+def metric(text: str, interventions: Any = (), against: bool = True) -> float:
+    """logit(" cow") − logit(" dog") at the last token, or the log-probability of " cow"; of one plain run."""
+    logits = np.asarray(forward(MODEL(), Words().encode(text), interventions).logits)[-1].astype(np.float64)
+    return float(logits[5] - logits[4] if against else logits[5] - np.log(np.exp(logits).sum()))
+
+
+@pytest.mark.parametrize("against", [True, False])
+def test_a_sweep_is_one_run_after_another(tiny, against: bool) -> None:
+    given = ("--target", " cow", *(("--against", " dog") if against else ()), "--top", "20")
+    lines, figure = tiny("sweep", CLEAN, *given)
+    plain = metric(CLEAN, against=against)
+    change = np.array([[metric(CLEAN, HeadAblation(n, h), against) - plain for h in range(4)] for n in range(3)])
+    name = "logit of ' cow' − logit of ' dog'" if against else "log-probability of ' cow'"
+    head, value = lines[0].rsplit(": ", 1)
+    assert head == f"{name} after {CLEAN!r}" and abs(float(value) - plain) < PRINTED + ROUTES
+    assert "of 12 (3 layers × 4)" in lines[1]
+
+    columns: tuple[list[tuple[str, float]], ...] = [], []
+    for line in lines[3:]:
+        for part, number, drawn in re.findall(r"(L\dH\d) +([+-]\S+) *([█░]*)", line):
+            columns[number[0] == "+"].append((part, float(number)))
+            assert not drawn or drawn[0] == ("█" if number[0] == "+" else "░")
+    assert all(columns) and len(columns[0]) + len(columns[1]) == 12
+    for side in columns:
+        assert [abs(v) for _, v in side] == sorted((abs(v) for _, v in side), reverse=True)
+        for part, number in side:
+            assert abs(number - change[int(part[1]), int(part[3])]) < PRINTED + ROUTES, part
+
+    (image,) = figure.axes[0].images
+    np.testing.assert_allclose(image.get_array(), change, atol=ROUTES)
+    low, high = image.get_clim()
+    assert low == -high and abs(high - np.abs(change).max()) < ROUTES  # centred on the plain run's metric
+    assert figure.axes[0].child_axes[0].get_ylabel() == f"change of the {name}"
+    assert CLEAN in figure.get_suptitle()
+
+
+@pytest.mark.parametrize(
+    ("options", "site", "by"),
+    [
+        ((), "resid_pre", ("layer", "position")),
+        (("--site", "v", "--direction", "noising"), "v", ("layer", "head")),
+        (("--site", "z", "--by", "layer,position", "--direction", "noising"), "z", ("layer", "position")),
+        (("--site", "mlp_out", "--by", "layer"), "mlp_out", ("layer",)),
+        (("--site", "embed"), "embed", ("position",)),
+    ],
+)
+def test_patching_is_one_run_after_another(tiny, options: tuple[str, ...], site: str, by: tuple[str, ...]) -> None:
+    denoising = "noising" not in options
+    lines, figure = tiny("patch", CLEAN, CORRUPTED, "--target", " cow", "--against", " dog", "--top", "99", *options)
+    run, source = (CORRUPTED, CLEAN) if denoising else (CLEAN, CORRUPTED)
+    value = np.asarray(forward(MODEL(), Words().encode(source), capture=site).activations[site])
+    sizes = {"layer": 3, "head": 2 if site == "v" else 4, "position": 8}
+    patched = np.zeros([sizes[axis] for axis in by])
+    for place in product(*map(range, patched.shape)):
+        at: dict[str, Any] = dict(zip(by, place, strict=True))
+        one = value if site == "embed" else value[at["layer"]]
+        one = one[at["head"]] if "head" in at else one
+        positions = [at["position"]] if "position" in at else None
+        patched[place] = metric(run, ActivationPatch(site, at.get("layer"), one, at.get("head"), positions))
+    clean, corrupted = metric(CLEAN), metric(CORRUPTED)
+    start, end = (corrupted, clean) if denoising else (clean, corrupted)
+    effects = (patched - start) / (end - start)
+
+    assert re.fullmatch(rf"clean +{re.escape(f'{clean:+.3f}')} .*{CLEAN}'", lines[0]), lines[0]
+    assert re.fullmatch(rf"corrupted +{re.escape(f'{corrupted:+.3f}')} .*{CORRUPTED}'", lines[1]), lines[1]
+    assert "logit of ' cow' − logit of ' dog'" in lines[2]
+    assert ("clean values go into the corrupted run" in lines[3]) == denoising
+    ax = figure.axes[0]
+    if len(by) == 2:
+        (image,) = ax.images
+        np.testing.assert_allclose(image.get_array(), effects, atol=ROUTES)
+        assert image.get_clim()[0] == -image.get_clim()[1]  # centred on 0
+    elif by == ("layer",):
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), effects, atol=ROUTES)
+    else:
+        np.testing.assert_allclose([b.get_height() for b in ax.patches], effects, atol=ROUTES)
+    pair = ("cow", "dog") if denoising else ("dog", "cow")
+    if "position" in by:
+        labels = [tick.get_text() for tick in ax.get_xticklabels()]
+        assert (
+            labels[0] == "the" and labels[1] == "␣cat" and labels[4].replace("␣", "").replace(" ", "") == "→".join(pair)
+        )
+
+    rows = {}
+    for line in lines[5:]:
+        if found := re.match(r"(\S.*?) +([+-]\d+\.\d+) +([+-]\d+\.\d+)", line):
+            rows[found[1]] = float(found[2]), float(found[3])
+    sizes_of = [abs(effect) for _, effect in rows.values()]
+    assert sizes_of == sorted(sizes_of, reverse=True) and sizes_of[-1] > 0
+    for name, (number, effect) in rows.items():
+        place = tuple(int(re.search(NUMBERS[axis], name)[1]) for axis in by)  # type: ignore[index]
+        assert abs(number - patched[place]) < PRINTED + ROUTES and abs(effect - effects[place]) < PRINTED + ROUTES, name
+    if by == ("layer", "position"):  # a row for each token, at its strongest layer
+        strong = np.abs(effects).max(axis=0)
+        assert len(rows) == (strong > 2 * PRINTED).sum()
+        assert max(rows, key=lambda name: abs(rows[name][1])).startswith(f"{strong.argmax()} ")
+        assert any(name.startswith(f"4 ' {pair[0]}'→' {pair[1]}' L") for name in rows)
+    else:
+        assert len(rows) == (np.abs(effects) > PRINTED).sum()
+        assert ("K" in "".join(rows)) == (site == "v")
+
+
+def test_the_strongest_of_either_sign_or_of_one() -> None:
+    effects = np.array([[0.5, -2.0], [np.nan, 1e-4]])
+    assert strongest(effects, 9) == [(0, 1), (0, 0)] and strongest(effects, 1) == [(0, 1)]
+    assert strongest(effects, 9, 1) == [(0, 0)] and strongest(effects, 9, -1) == [(0, 1)]
+    assert column([0.0, 0.5, 1.0, 3.0, -1.0, np.nan]) == " ▄██  "
+
+
+def test_columns_are_labelled_with_both_tokens_where_they_differ() -> None:
+    tokens, sources = ["The", " Mary", "\n", "one very long word"], ["The", " John", "\n", "another very long word"]
+    ax = sweep_heatmap(np.zeros((2, 4)), tokens=tokens, sources=sources).axes[0]
+    labels = [tick.get_text() for tick in ax.get_xticklabels()]
+    assert labels == ["The", "␣Mary→␣John", "\\n", "one ver…→another…"]
+    with pytest.raises(ValueError, match="sources has 1 texts, and 4"):
+        sweep_heatmap(np.zeros((2, 4)), tokens=tokens, sources=["x"])
+    with pytest.raises(ValueError, match="give those of the patched run"):
+        sweep_heatmap(np.zeros((2, 4)), sources=sources)
+
+
+def table(out: str) -> dict[str, float]:
+    """Head → the number beside it that is the last of its kind."""
+    found = re.findall(r"(L\d+H\d+)((?: +[+-]\d+\.\d+)+)", out)
+    return {head: float(numbers.split()[-1]) for head, numbers in found}
+
+
+@pytest.mark.real
+def test_oculi_sweep_finds_the_heads_of_the_indirect_object(directory: Path, tmp_path: Path, oculi_here) -> None:
+    given = (IOI.format("John"), "--target", " Mary", "--against", " John", "-m", str(directory))
+    code, out, err = oculi_here("sweep", *given, "-o", str(tmp_path / "heads.svg"))
+    assert code == 0 and err == "", err
+    assert "after 'When Mary and John went to the store, John gave a drink to': +6.1" in out
+    assert "of 270 (30 layers × 9)" in out
+    found = table(out)
+    assert len(found) == 20 and next(iter(found)) == "L23H3"
+    for head, change in HF_CHANGE.items():
+        assert abs(found[head] - change) < 2e-3, head
+    svg = (tmp_path / "heads.svg").read_text()
+    assert svg.startswith("<?xml") and f"Drew {tmp_path / 'heads.svg'}." in out
+
+
+@pytest.mark.real
+def test_oculi_patch_finds_the_name_movers(loaded, tmp_path: Path, oculi_here) -> None:
+    prompts = IOI.format("John"), IOI.format("Mary")
+    given = (*prompts, "--target", " Mary", "--against", " John", "-m", "loaded")
+    code, out, err = oculi_here("patch", *given, "--site", "z", "-o", str(tmp_path / "patch.png"))
+    assert code == 0 and err == "", err
+    found = table(out)
+    for head, recovery in HF_RECOVERY.items():
+        assert abs(found[head] - recovery) < 2e-3, head
+    assert re.search(r"clean +\+6\.1\d+ .*\ncorrupted +-5\.48", out)
+    assert (tmp_path / "patch.png").stat().st_size > 10_000
+
+    code, out, err = oculi_here("patch", *given, "--site", "resid_pre")
+    assert code == 0 and err == "", err
+    # The second name carries the answer up to some layer, and the last token from there on.
+    profile = {int(line.split()[0]): line for line in out.splitlines() if re.match(r"\d+ '", line)}
+    assert list(profile)[:2] == [9, 13] and "9 ' Mary'→' John'" in profile[9]
+    early, late = (profile[t].split("  ")[-1] if t == 13 else profile[t].rstrip() for t in (13, 9))
+    assert early.rstrip().endswith("████") and "████████████████████" in late and not late.endswith("█")
+    assert min(profile) >= 9  # nothing before the first token that differs
+
+
+MANY = ("x " * 9000).strip()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "x", "--target", "Parisien"], "'Parisien' is not one token"),
+        (["sweep", "x", "--target", " Mary", "--against", "Parisien"], "'Parisien' is not one token"),
+        (["sweep", "x", "--target", " Mary", "--against", " Mary"], "are both ' Mary'"),
+        (["sweep", "", "--target", " Mary"], "The prompt is empty"),
+        (["sweep", MANY, "--target", " Mary"], "made for at most 8192"),
+        (["sweep", "x", "--target", " Mary", "-o", "{tmp}/x.jpg"], "must end in .png, .svg, .pdf"),
+        (
+            ["patch", "a b", "a", "--target", " Mary"],
+            "the clean prompt has 2, ['a', ' b'], and the corrupted one 1, ['a']",
+        ),
+        (["patch", "a b", "a b", "--target", " Mary"], "Both prompts are the tokens ['a', ' b']"),
+        (["patch", "a b", "a c", "--target", "Parisien"], "'Parisien' is not one token"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(loaded, tmp_path: Path, oculi_here, arguments, message: str) -> None:
+    code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)) for a in arguments), "-m", "loaded")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert not list(tmp_path.iterdir()) and out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--site", "resid"], "Unknown site 'resid': did you mean 'resid_"),
+        (["--by", "layer,head"], "resid_pre [T, E] can be patched by layer,position or layer."),
+        (["--site", "z", "--by", "head"], "z [H, T, D] can be patched by layer,head or layer,position or"),
+        (["--site", "embed", "--by", "layer,position"], "embed [T, E] can be patched by position."),
+        (["--direction", "forwards"], "--direction is 'forwards', and must be denoising or noising."),
+        (["--site", "z", "--by", "layer,head,position", "-o", "{tmp}/x.png"], "A picture has two axes"),
+    ],
+)
+def test_what_cannot_be_patched_is_refused_before_a_model_loads(tmp_path: Path, oculi_here, arguments, message) -> None:
+    given = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    code, out, err = oculi_here("patch", "a b", "a c", "--target", " x", "-m", "nowhere", *given)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    assert out == ""
