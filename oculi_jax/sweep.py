@@ -338,6 +338,8 @@ def _of_prompts(prepared: _Prepared, prompts: np.ndarray, size: int) -> _Prepare
 
     def rows(given: Rows) -> Rows:
         leaves = [take(x) if lead else x for x, lead in zip(given.leaves, given.by_prompt, strict=True)]
+        # What all variants share goes to the device once, not with every call.
+        leaves = [x if lead else jax.device_put(x) for x, lead in zip(leaves, given.by_variant, strict=True)]
         return replace(given, leaves=leaves)
 
     leaves, tree = jax.tree.flatten(prepared.metric)

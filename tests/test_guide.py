@@ -1,4 +1,4 @@
-"""The guide and its troubleshooting page: every block runs, prints what the page says, and draws the pictures it shows."""
+"""The documents: every block runs, prints what the page says, and draws the pictures that it shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ("guide.md", "troubleshooting.md")
+# The pages of one document are run in one namespace.
+DOCUMENTS = (("guide.md", "troubleshooting.md"), ("causal.md",), ("batch-jobs.md",))
 
 CHAPTERS = (
     "Preface", "Chapter 1: Getting started", "Chapter 2: Attention", "Chapter 3: The residual stream",
@@ -22,6 +23,7 @@ CHAPTERS = (
 )  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+OURS = re.compile(r"^\| .+ \| oculi_jax \|\n\|.+\n((?:\|.+\n)+)", re.M)  # a table from other tools' lines to ours
 NUMBER = re.compile(r"[-+−]?\d+\.\d+")
 
 # Another machine sums in another order: logits then differ by 2e-4 (tests/tolerances.py, LOGITS), and what is computed from
@@ -56,7 +58,7 @@ def blocks(page: str, text: str) -> list[Block]:
 
 def run(block: Block, namespace: dict) -> str:
     """What a block prints. The promotion rules are those of a user, not of the suite."""
-    code = compile("\n" * (block.line - 1) + block.code, block.page, "exec")
+    code = compile("\n" * (block.line - 1) + block.code, block.page, "exec", dont_inherit=True)
     out = io.StringIO()
     with contextlib.redirect_stdout(out), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(code, namespace)
@@ -76,8 +78,19 @@ def difference(got: str, want: str) -> str | None:
     return None
 
 
-def pages() -> dict[str, str]:
-    return {page: (DOCS / page).read_text(encoding="utf-8") for page in PAGES}
+def pages(document: tuple[str, ...] = sum(DOCUMENTS, ())) -> dict[str, str]:
+    return {page: (DOCS / page).read_text(encoding="utf-8") for page in document}
+
+
+def pictures(text: str) -> set[str]:
+    """The names of the pictures that a page shows."""
+    return {Path(target).name for picture, _, target in LINK.findall(FENCE.sub("", text)) if picture}
+
+
+def ours(text: str) -> list[str]:
+    """What a page's tables give as our line for one of another tool's: the code in the last column."""
+    rows = [row for table in OURS.findall(text) for row in table.splitlines()]
+    return [row.rpartition(" | ")[2].strip("| ").strip("`") for row in rows]
 
 
 def anchors(text: str) -> set[str]:
@@ -88,13 +101,17 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.real
-def test_every_block_of_the_guide_runs(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document[0])
+def test_every_block_runs(
+    document: tuple[str, ...], directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "weights").symlink_to(directory.parent)
     (tmp_path / "docs" / "pictures").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "guide"}
     wrong = []
-    for page, text in pages().items():
+    texts = pages(document)
+    for page, text in texts.items():
         for block in blocks(page, text):
             printed = run(block, namespace).splitlines()
             want = (block.printed or "").splitlines()
@@ -102,9 +119,11 @@ def test_every_block_of_the_guide_runs(directory: Path, tmp_path: Path, monkeypa
             if len(printed) != len(want):
                 wrong.append(f"{where}: prints {len(printed)} lines, and the page has {len(want)}")
             wrong += [f"{where}: {said}" for pair in zip(printed, want, strict=False) if (said := difference(*pair))]
+        for line in ours(text):
+            run(Block(page, 1, line, None), namespace)
     assert not wrong, "\n".join(wrong)
     drawn = {path.name for path in (tmp_path / "docs" / "pictures").iterdir()}
-    assert drawn == {path.name for path in (DOCS / "pictures").glob("*.png")}
+    assert drawn == set[str]().union(*map(pictures, texts.values()))
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in (tmp_path / "docs" / "pictures").iterdir())
 
 
@@ -115,6 +134,7 @@ def test_the_comparison_of_output_is_strict() -> None:
     assert difference("+1.25", "-1.25") and difference("(30, 9)", "(30, 8)") and difference("nan", "0.5")
     text = "```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nx = 2\n```\n"
     assert [(block.line, block.printed) for block in blocks("page", text)] == [(2, "1\n"), (10, None)]
+    assert ours("| a | oculi_jax |\n|---|---|\n| `x` | `f(1)` |\n| y, `z` | `g()` |\n\n| b | c |\n|--|--|\n| d | `e` |\n") == ["f(1)", "g()"]
 
 
 def test_the_guide_is_whole() -> None:
