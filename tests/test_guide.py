@@ -134,7 +134,9 @@ def test_the_comparison_of_output_is_strict() -> None:
     assert difference("+1.25", "-1.25") and difference("(30, 9)", "(30, 8)") and difference("nan", "0.5")
     text = "```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nx = 2\n```\n"
     assert [(block.line, block.printed) for block in blocks("page", text)] == [(2, "1\n"), (10, None)]
-    assert ours("| a | oculi_jax |\n|---|---|\n| `x` | `f(1)` |\n| y, `z` | `g()` |\n\n| b | c |\n|--|--|\n| d | `e` |\n") == ["f(1)", "g()"]
+    assert ours(
+        "| a | oculi_jax |\n|---|---|\n| `x` | `f(1)` |\n| y, `z` | `g()` |\n\n| b | c |\n|--|--|\n| d | `e` |\n"
+    ) == ["f(1)", "g()"]
 
 
 def test_the_guide_is_whole() -> None:
