@@ -91,8 +91,12 @@ def _by_value(item: Any) -> Any:
     for data in data_fields(item):
         value = getattr(item, data.name)
         small = isinstance(data.metadata["kind"], Index | Strength | Positions | Table)
-        if small and isinstance(value, jax.Array) and not isinstance(value, Tracer):
-            changes[data.name] = np.asarray(value)
+        leaves = jax.tree.leaves(value) if small else []
+        if any(isinstance(x, jax.Array) for x in leaves) and not any(isinstance(x, Tracer) for x in leaves):
+            # A list stays one: of positions it is a set.
+            changes[data.name] = (
+                [np.asarray(x) for x in value] if isinstance(value, list | tuple) else np.asarray(value)
+            )
     return dataclasses.replace(item, **changes) if changes else item
 
 

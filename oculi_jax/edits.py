@@ -40,7 +40,8 @@ class Edit:
             with `L`).
         fn: for `apply`, `fn(x, value) → x` of the same shape: anything JAX can trace. Static: a new function is a new
             program. It is to treat each token by itself: padding is ones to it, rows of the last axis that `mask` leaves
-            alone are constants without a gradient, and in decoding `x` is of one token, `value` being passed whole.
+            alone are constants without a gradient, and in decoding `x` is of one token, `value` being passed whole. A sweep
+            runs all tokens where there is one.
     """
 
     site: str = field(None)

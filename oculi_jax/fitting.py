@@ -62,6 +62,27 @@ def same_either_way(owner: Any, n: int, frame: Frame, where: str) -> None:
             )
 
 
+def _refuse_likeness(shape: tuple[int, ...], rank: int, owner: Any, frame: Frame, where: str) -> None:
+    """ValueError for an array that fits all variants alike only because an axis of the sweep is as long as one of the site's.
+
+    Where positions are swept along that axis, as in patching place by place, it is meant.
+    """
+    given = getattr(owner, "positions", None)
+    if given is not None and not isinstance(given, list | tuple):
+        array = as_array(given)
+        spans = array.shape[:-1] if array.dtype == bool else array.shape
+        if spans and spans[-1] == frame.axes[-1]:
+            return
+    n_sweep = len(frame.axes)
+    if len(shape) - n_sweep < rank:
+        want = (*frame.axes, *(1,) * (rank - len(shape) + n_sweep), *shape[n_sweep:])
+        raise ValueError(
+            f"{where} has shape {listing(shape)}, which could be one array for all variants of the sweep {listing(frame.axes)}, "
+            f"or one entry for each. Write {listing(want)} for one each; to share it, give the index fields one more axis, of "
+            "length one (layer[..., None])."
+        )
+
+
 def fit(
     value: Any,
     axes: list[int],
@@ -95,10 +116,14 @@ def fit(
         if n_sweep and shape[:n_sweep] == frame.axes and _broadcasts(shape[n_sweep:], axes):
             want = (*frame.axes, *(1,) * (rank - len(shape) + n_sweep), *shape[n_sweep:])
             hint = f" For one entry for each variant, write it as {listing(want)}."
+        elif not n_sweep and len(shape) > len(axes) and _broadcasts(shape[len(shape) - len(axes) :], axes):
+            hint = " To sweep over its first axes, give an index or strength field those axes too: np.ones(n), np.full(n, …)."
         raise ValueError(
             f"{where} has shape {listing(shape)}, and must broadcast to {listing(axes)}, "
             f"the axes of {site.name!r} {site.shape}{'' if len(axes) == len(site.axes) else ' at one head'}{extra}.{hint}"
         )
+    if owner is not None and n_sweep and not carried and shape[:n_sweep] == frame.axes:
+        _refuse_likeness(shape, rank, owner, frame, where)
     if site.dtype == "bool" and not (array.dtype == bool or (not on_device(array) and np.isin(array, (0, 1)).all())):
         raise TypeError(f"{where} is set into a table of yes and no, and must be bool.")
     array = _stretch(array, inner, axes, site, frame)

@@ -28,7 +28,8 @@ def as_array(value: Any) -> Any:
     if on_device(value):
         return value
     if hasattr(value, "detach"):  # a torch tensor, perhaps on a device and with a gradient
-        return np.asarray(value.detach().cpu())
+        value = value.detach().cpu()
+        return np.asarray(value.float() if "bfloat16" in str(value.dtype) else value)  # which NumPy has not
     return jnp.asarray(value) if any(map(on_device, jax.tree.leaves(value))) else np.asarray(value)
 
 

@@ -143,7 +143,9 @@ class Probability(LogProbability):
     """See `probability`."""
 
     def of(self, logits: Float[Array, "1 V"]) -> Float[Array, ""]:
-        return jnp.exp(super().of(logits))
+        value = super().of(logits)
+        # XLA's CPU compiler (jax 0.10) loses a NaN that a select puts into what exp reads; after it, it stays.
+        return jnp.where(jnp.isnan(value), jnp.nan, jnp.exp(value))
 
 
 @pytree

@@ -20,7 +20,7 @@ MOST_ROWS = {"cpu": 1024}
 MOST_ROWS_ELSEWHERE = 65536
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Variants that one call runs.
 
@@ -37,7 +37,7 @@ class Group:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SweepPlan:
     """What `sweep` will do.
 
@@ -52,7 +52,8 @@ class SweepPlan:
         naive_layer_evaluations: the same for one whole run of every variant.
         flops: floating-point operations of the matrix products, unembedding included; a multiply-add is two.
         naive_flops: the same for one whole run of every variant.
-        bytes: the most memory that is held beside the model: the base runs and one call's own.
+        bytes: the most memory that a device holds beside the model and the interventions' own arrays: the base runs and one
+            call's own.
     """
 
     axes: tuple[int, ...]
@@ -132,12 +133,13 @@ class Cost:
         return 2.0 * self.n_logits * self.config.sizes["E"]
 
     def bytes_of_call(self, n_variants: int, n_rows: int) -> int:
-        """The most that a call over `n_variants` (× prompts) holds: in attention, in the MLP, or in the logits.
+        """The most that a device holds of a call over `n_variants` (× prompts): in attention, in the MLP, or in the logits.
 
         A layer's weights are copied out of the stack. Attention holds them all, three streams, and scores with what is made
         of them; the MLP its own weights, the streams, and two hidden layers. Measured on XLA's CPU compiler.
         """
         c, (attention, mlp) = self.config.sizes, self.weights
+        n_variants = -(-n_variants // self.n_devices)
         rows, streams = n_variants * n_rows, 3 * c["E"]
         scores = int(2.5 * 4 * c["H"] * rows * self.n_tokens)
         return max(
@@ -220,13 +222,18 @@ def _groups(
     best: tuple[float, int, tuple[Group, ...]] | None = None
     prompts = 1
     while True:
+        room = budget - 2 * cost.bytes_of_base(prompts, True)
         found = 0.0
         groups: list[Group] = []
         for length in lengths:
             members = np.flatnonzero(n_rows == length)
             if members.size:
                 members = members[np.argsort(first_layers[members], kind="stable")]
-                price, size = _size(cost, first_layers[members], length, prompts, batch_size, budget)
+                chosen = _size(cost, first_layers[members], length, prompts, batch_size, room)
+                if chosen is None:  # so many prompts do not fit; fewer did
+                    assert best is not None
+                    return best
+                price, size = chosen
                 found += price * -(-n_prompts // prompts)
                 for i in range(0, len(members), size):
                     some = members[i : i + size]
@@ -239,26 +246,29 @@ def _groups(
 
 
 def _size(
-    cost: Cost, starts: np.ndarray, length: int, prompts: int, batch_size: int | None, budget: int
-) -> tuple[float, int]:
+    cost: Cost, starts: np.ndarray, length: int, prompts: int, batch_size: int | None, room: int
+) -> tuple[float, int] | None:
     """The cheapest number of variants in a call, of variants sorted by first layer: cost in token-layers, and that number.
 
     A group starts where its first variant does, so larger ones waste layers, and smaller ones read the weights more often.
+    None where the memory has no room even for the smallest, of several prompts; one prompt must do whatever it takes.
     """
     n, n_layers = len(starts), cost.config.num_hidden_layers
     if batch_size is None:
-        sizes = sorted({-(-n // parts) for parts in np.unique(np.geomspace(1, n, 64).astype(int))})
-        fits = [
-            size
-            for size in sizes
-            if prompts * size * length <= cost.most_rows and cost.bytes_of_call(prompts * size, length) <= budget
-        ]
-        sizes = [-(-size // cost.n_devices) * cost.n_devices for size in fits or sizes[:1]]
+        sizes = sorted({int(-(-n // parts)) for parts in np.unique(np.geomspace(1, n, 64).astype(int))})
     else:
-        sizes = [-(-min(batch_size, n) // cost.n_devices) * cost.n_devices]
+        sizes = [min(batch_size, n)]
+    sizes = sorted({-(-size // cost.n_devices) * cost.n_devices for size in sizes})
+    fits = [
+        size
+        for size in sizes
+        if prompts * size * length <= cost.most_rows and cost.bytes_of_call(prompts * size, length) <= room
+    ]
+    if not fits and prompts > 1:
+        return None
 
     def price(size: int) -> float:
         layers = n_layers - starts[::size]
         return float(np.sum(layers * (prompts * size * length + cost.read)))
 
-    return min((price(size), size) for size in sizes)
+    return min((price(size), size) for size in fits or sizes[:1])

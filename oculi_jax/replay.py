@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from .capture.spec import Reading, at_positions
 from .edits import rows
 from .forward import Output, Taps, lower, run
+from .metrics import Metric
 from .pytrees import register_dataclass
 from .sites import SITES
 
@@ -175,10 +176,10 @@ def _whole(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 def measure(model: Llama, normalised: Float[Array, "T E"], mask: Bool[Array, "T"] | None, metric: Any) -> Any:
     """The metric, from the logits that it reads and no others."""
-    if not hasattr(metric, "of"):
+    if not isinstance(metric, Metric):
         return metric(Output(model.logits(normalised), {}, jnp.zeros(0, jnp.int32), mask))
     read = at_positions(normalised, 0, metric.positions, mask)
-    return metric.of(model.logits(read) if metric.ids is None else model.logits_of(read, metric.ids))
+    return metric.of(model.logits(read) if metric.ids is None else model.logits_of(read, jnp.asarray(metric.ids)))
 
 
 @partial(jax.jit, static_argnames=("size", "config"))
@@ -212,3 +213,25 @@ def run_reach(
 
     reached = interventions.map(one, size)((tokens, mask), (0, None if mask is None else 0))
     return jax.tree.map(lambda x: x.min(axis=0), reached)
+
+
+def looks_ahead(interventions: Rows, tokens: Any, mask: Any, size: int, config: LlamaConfig) -> bool:
+    """Whether a token's values may come to depend on later tokens, or an edit on how many tokens run.
+
+    Then what precedes an edited token is not as it was: an edit may let a query see later keys, and a function that is not
+    known to treat each token by itself may do anything.
+    """
+    n_tokens = tokens.shape[1]
+    sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}
+    found: list[bool] = []
+
+    def one(interventions: tuple[Any, ...], _: Any) -> int:
+        for _, edit in lower(interventions, sizes):
+            sees = (edit.site == "allowed" and edit.value is not False) or (
+                edit.site == "pattern" and edit.op != "scale"
+            )
+            found.append(sees or (edit.op == "apply" and not hasattr(edit.fn, "site_shaped")))
+        return 0
+
+    jax.eval_shape(lambda: interventions.map(one, size)((tokens, mask), (0, None if mask is None else 0)))
+    return any(found)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -15,10 +16,12 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import variants
-from .forward import check_mask, check_model, check_tokens
-from .frame import Frame, as_array, listing, on_device
+from .forward import check_model
+from .frame import Frame, on_device
+from .metrics import Metric
 from .planner import Cost, Group, SweepPlan, make_plan
-from .replay import Rows, run_base, run_group, run_reach
+from .replay import Rows, looks_ahead, run_base, run_group, run_reach
+from .sweep_inputs import check_metric, check_prompts
 from .utils.progress import progress as progress_bar
 
 if TYPE_CHECKING:
@@ -43,23 +46,26 @@ def sweep(
 
     Index, strength and position fields carry the axes of the sweep and broadcast together: a `HeadAblation` whose layer is
     `[L, 1]` and head `[1, H]` makes `[L, H]`. An array field (a value, a vector) of all those axes and then the rank of its
-    site's holds one entry for each variant; any other is shared by all of them and never copied.
+    site's holds one entry for each variant; any other is shared by all of them.
 
     Equal to one `forward` for each variant, to rounding. Only what a variant can have changed is run: an edit at layer l
-    leaves earlier layers as they were, one at a token leaves earlier tokens. `plan` says what will be run. Under an outer
-    `jit`, `vmap` or `grad` it is the plain `vmap` of whole runs.
+    leaves earlier layers as they were, one at a token leaves earlier tokens (unless something lets queries see later keys). `plan`
+    says what will be run. Other tokens, targets, strengths and values run the same programs; other layers, positions or numbers
+    of variants may be grouped otherwise, which compiles once for each new size of a group. Under an outer `jit`, `vmap` or
+    `grad` it is the plain `vmap` of whole runs.
 
     Args:
         model: a `Llama`.
         tokens: ids `[T]`, or `[B, T]` for several prompts, padded to one length.
         interventions: one or a list, applied in order; those without axes are in every variant.
         metric: one of `oculi_jax.metrics`, or any function of an `Output` (with all logits `[T, V]`, no activations and
-            nothing in `applied`) to a pytree of arrays. A metric's ids are data; a function is a part of the program.
+            nothing in `applied`) to a pytree of arrays. A metric's ids are data; a function is a part of the program, and what
+            it closes over is read once.
         mask: bool, shaped as `tokens`, True at real tokens.
         batch_size: how many variants run at once; chosen from the costs and the free memory for `"auto"`.
         reuse: False runs every variant whole.
-        progress: a function of how many (variant, prompt) pairs are done and how many there are; None draws a bar on a
-            terminal after a second, False nothing.
+        progress: a function of how many (variant, prompt) pairs are done and how many there are; None or True draws a bar on
+            a terminal after a second, False nothing.
         mesh: a mesh with an axis `data`, over which variants spread; for None, that of a sharded model.
 
     Returns:
@@ -68,6 +74,8 @@ def sweep(
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
     """
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress is {progress!r}, and must be None, a bool, or a function of (done, total).")
     tokens, mask, single = check_prompts(model, tokens, mask)
     each = [interventions] * len(tokens)
     return sweep_prompts(model, tokens, mask, each, metric, batch_size, reuse, progress, mesh, single)
@@ -120,55 +128,6 @@ class _Prepared:
         return int(np.prod(self.axes, dtype=int))
 
 
-def check_prompts(model: Any, tokens: Any, mask: Any) -> tuple[Any, Any, bool]:
-    """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
-    config = check_model(model)
-    given = tokens if isinstance(tokens, str) else as_array(tokens)
-    if isinstance(given, str) or given.ndim != 2:
-        tokens = check_tokens(tokens, config.vocab_size)[None]
-        mask = check_mask(mask, tokens.shape[1])
-        return tokens, None if mask is None else mask[None], True
-    if not len(given):
-        raise ValueError("tokens has shape [0, T]: there is no prompt.")
-    rows = [check_tokens(row, config.vocab_size) for row in given]
-    xp = jnp if any(map(on_device, rows)) else np
-    if mask is not None:
-        masks = as_array(mask)
-        if masks.shape != given.shape:
-            raise ValueError(f"mask has shape {listing(masks.shape)}, and tokens {listing(given.shape)}.")
-        checked = [check_mask(row, given.shape[1]) for row in masks]
-        mask = (jnp if on_device(masks) else np).stack(checked)
-    return xp.stack(rows), mask, False
-
-
-def check_metric(metric: Any, vocab_size: int, tokens: Any, mask: Any) -> tuple[Any, tuple[bool, ...]]:
-    """A metric as a pytree, and for each of its leaves whether it leads with the prompts `[B, T]`."""
-    if not callable(metric):
-        raise TypeError(
-            f"metric is a {type(metric).__name__}; give one of oculi_jax.metrics, or a function of an Output."
-        )
-    if not hasattr(metric, "of"):
-        # A function is no pytree: it goes into the program by name, one program for each.
-        metric = jax.tree_util.Partial(metric) if jax.tree_util.all_leaves([metric]) else metric
-        return metric, (False,) * len(jax.tree.leaves(metric))
-    leads = tuple(axis == 0 for axis in jax.tree.leaves(metric.per_prompt(), is_leaf=lambda axis: axis is None))
-    n_prompts, n_tokens = tokens.shape
-    shortest = n_tokens if mask is None or on_device(mask) else int(mask.sum(axis=1).min())
-    if wrong := [p for p in metric.positions if not -shortest <= p < shortest]:
-        raise ValueError(
-            f"The metric reads positions {wrong}, and the prompt has {shortest} tokens: positions are 0 to {shortest - 1}, or "
-            f"−1 to −{shortest} from the end."
-        )
-    metric.check(vocab_size)
-    leading = {np.shape(x)[0] for x, lead in zip(jax.tree.leaves(metric), leads, strict=True) if lead}
-    if leading - {n_prompts}:
-        raise ValueError(
-            f"The metric has targets for {sorted(leading)[0]} prompts, and tokens holds {n_prompts}: give one target, or one "
-            "for each prompt."
-        )
-    return metric, leads
-
-
 def sweep_prompts(
     model: Llama,
     tokens: Any,
@@ -187,17 +146,17 @@ def sweep_prompts(
         `[B, *axes, …]`; `[*axes, …]` where there is a `single` prompt.
     """
     prepared = _prepare(model, tokens, mask, interventions, metric, mesh)
-    if prepared.traced:
+    found = None if prepared.traced else _execute(prepared, _plan(prepared, batch_size, reuse), progress)
+    traced = found is None
+    if traced:
         found = run_group(
             prepared.model, prepared.tokens, prepared.mask, prepared.rows, prepared.metric, prepared.metric_by_prompt,
             size=prepared.size, n_rows=prepared.tokens.shape[1], mesh=prepared.mesh,
         )  # fmt: skip
-    else:
-        found = _execute(prepared, _plan(prepared, batch_size, reuse), progress)
     lead = prepared.axes if single else (len(tokens), *prepared.axes)
     # On the host NumPy reshapes, for which JAX would compile a program.
     found = jax.tree.map(lambda x: x.reshape((*lead, *x.shape[2:])), found)
-    return found if prepared.traced else jax.device_put(found)
+    return found if traced else jax.device_put(found)
 
 
 def _prepare(
@@ -206,17 +165,16 @@ def _prepare(
     config = check_model(model)
     metric, leads = check_metric(metric, config.vocab_size, tokens, mask)
     n_tokens, dtype = tokens.shape[1], model.dtype
-    frames = [
-        Frame(config, dtype, n_tokens, None if mask is None else row) for row in (mask if mask is not None else tokens)
-    ]
+    masks = [None] * len(tokens) if mask is None else mask
+    frames = [Frame(config, dtype, n_tokens, row) for row in masks]
     tree, by_prompt, family = variants.stack(interventions, frames)
     leaves, structure = jax.tree.flatten(tree)
     rows, axes = Rows(leaves, structure, by_prompt, family.leads), family.axes
     shared, varying = _split(rows)
     mesh = _mesh(model, mesh)
-    traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((model, tokens, mask, leaves, metric)))
-    if mesh is not None and not traced and not isinstance(model.embed[...].sharding, NamedSharding):
-        model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    # The last is a tracer inside jit, where nothing can be read even if none of the arguments is one.
+    seen = jax.tree.leaves((model, tokens, mask, leaves, metric, jax.device_put(np.int32(0))))
+    traced = any(isinstance(x, Tracer) for x in seen)
     return _Prepared(model, tokens, mask, rows, shared, varying, axes, metric, leads, mesh, traced)
 
 
@@ -237,6 +195,10 @@ def _split(rows: Rows) -> tuple[Rows, Rows]:
 
 def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
     """The mesh whose `data` axis variants spread over; None for one device."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
+        )
     sharding = getattr(model.embed[...], "sharding", None)
     own: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
     mesh = own if mesh is None else mesh
@@ -257,10 +219,10 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
     model, metric = prepared.model, prepared.metric
     config = model.config
     n_prompts, n_tokens = prepared.tokens.shape
+    _check_value(prepared)
     n_read, n_ids = n_tokens, config.vocab_size
-    if hasattr(metric, "of"):
+    if isinstance(metric, Metric):
         n_read = len(metric.positions)
-        # ids of prompts lead with these
         n_ids = n_ids if metric.ids is None else metric.ids.shape[-1]
     device = next(iter(model.embed[...].devices()))
     n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
@@ -269,14 +231,35 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
     if reuse and prepared.size > 1:
         reached = run_reach(prepared.varying, prepared.tokens, prepared.mask, prepared.size, config)
         first_layers, first_tokens = map(np.asarray, reached)
+        if looks_ahead(prepared.rows, prepared.tokens, prepared.mask, prepared.size, config):
+            first_tokens = np.minimum(first_tokens, 0)
     size = None if batch_size == "auto" else int(batch_size)
     return make_plan(cost, prepared.axes, n_prompts, first_layers, first_tokens, size, _free_bytes(device) // 2)
+
+
+def _check_value(prepared: _Prepared) -> None:
+    """TypeError for a function that returns no array, before anything runs."""
+    if isinstance(prepared.metric, Metric):
+        return
+    value = jax.eval_shape(
+        partial(run_group, size=prepared.size, n_rows=prepared.tokens.shape[1], metric_by_prompt=prepared.metric_by_prompt),
+        prepared.model, prepared.tokens, prepared.mask, prepared.rows, prepared.metric,
+    )  # fmt: skip
+    if not jax.tree.leaves(value):
+        raise TypeError(
+            "The metric returns no array: what it returns of an Output is what a sweep gives for each variant."
+        )
 
 
 def _free_bytes(device: Any) -> int:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    try:  # Linux counts what it could give back; elsewhere what is free must do
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on every system
@@ -284,7 +267,14 @@ def _free_bytes(device: Any) -> int:
 
 
 def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
-    """Runs a plan call by call; the next call is made ready while one runs. NumPy arrays `[B, N, …]`."""
+    """Runs a plan call by call; the next call is made ready while one runs.
+
+    Returns:
+        NumPy arrays `[B, N, …]`; None where a tracer came to light in what a metric's own function holds.
+    """
+    mesh, model = prepared.mesh, prepared.model
+    if mesh is not None and not isinstance(model.embed[...].sharding, NamedSharding):
+        prepared = replace(prepared, model=jax.device_put(model, NamedSharding(mesh, PartitionSpec())))
     results: list[np.ndarray] = []
     tree: Any = None
     running: list[tuple[np.ndarray, np.ndarray, Any]] = []
@@ -314,6 +304,8 @@ def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
                     base, np.int32(group.start) if plan.reuse else 0,
                     size=group.size, n_rows=group.n_rows, mesh=prepared.mesh,
                 )  # fmt: skip
+                if any(isinstance(x, Tracer) for x in jax.tree.leaves(out)):
+                    return None
                 running.append((prompts, group.variants, out))
                 if len(running) > 1:
                     advance(collect())
@@ -333,21 +325,21 @@ def _take(x: Any, places: np.ndarray, size: int, axis: int) -> Any:
 def _of_prompts(prepared: _Prepared, prompts: np.ndarray, size: int) -> _Prepared:
     """The part of a sweep that is about some prompts."""
 
-    def take(x: Any) -> Any:
-        return _take(x, prompts, size, 0)
+    # What all variants share goes to the device, or to those of the mesh, once and not with every call.
+    everywhere = None if prepared.mesh is None else NamedSharding(prepared.mesh, PartitionSpec())
+
+    def take(x: Any, by_prompt: bool = True, by_variant: bool = False) -> Any:
+        x = _take(x, prompts, size, 0) if by_prompt else x
+        return x if by_variant else jax.device_put(x, everywhere)
 
     def rows(given: Rows) -> Rows:
-        leaves = [take(x) if lead else x for x, lead in zip(given.leaves, given.by_prompt, strict=True)]
-        # What all variants share goes to the device once, not with every call.
-        leaves = [x if lead else jax.device_put(x) for x, lead in zip(leaves, given.by_variant, strict=True)]
-        return replace(given, leaves=leaves)
+        return replace(given, leaves=list(map(take, given.leaves, given.by_prompt, given.by_variant)))
 
     leaves, tree = jax.tree.flatten(prepared.metric)
-    leaves = [take(x) if lead else x for x, lead in zip(leaves, prepared.metric_by_prompt, strict=True)]
-    metric = jax.tree.unflatten(tree, leaves)
     return replace(
         prepared, tokens=take(prepared.tokens), mask=None if prepared.mask is None else take(prepared.mask),
-        rows=rows(prepared.rows), shared=rows(prepared.shared), metric=metric,
+        rows=rows(prepared.rows), shared=rows(prepared.shared),
+        metric=jax.tree.unflatten(tree, list(map(take, leaves, prepared.metric_by_prompt))),
     )  # fmt: skip
 
 
@@ -367,7 +359,7 @@ def _of_variants(rows: Rows, group: Group, mesh: Mesh | None) -> Rows:
 @contextmanager
 def _progress(progress: Any, total: int) -> Iterator[Callable[[int], None]]:
     """`advance(n)`, which draws a bar, calls the user's function, or does nothing."""
-    if progress is None:
+    if progress is None or progress is True:
         with progress_bar("sweep", total) as advance:
             yield advance
         return

@@ -386,3 +386,11 @@ def test_an_analysis_maps_over_a_batch_and_a_row_is_its_prompt() -> None:
         batch.attention[2]
     with pytest.raises(ValueError, match="call the analysis on it"):
         ADAPTER.capture(prompt()).map(EntropyAnalysis.token_entropy)
+
+
+@pytest.mark.real
+def test_a_batch_of_texts_is_what_sweeps_take(adapter) -> None:
+    tokens, mask = adapter.batch(["The capital of France is", "Paris"])
+    assert tokens.shape == mask.shape == (2, 5) and mask.sum(axis=1).tolist() == [5, 1]
+    assert tokens[0].tolist() == adapter.tokenizer.encode("The capital of France is")
+    assert adapter.batch("Paris")[0].tolist() == [adapter.tokenizer.encode("Paris")]

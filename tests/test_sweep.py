@@ -26,7 +26,7 @@ from oculi_jax.intervention import (
     SpectraScaler,
     Steer,
 )
-from oculi_jax.metrics import kl_divergence, log_probability, logit_difference
+from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, probability
 from oculi_jax.planner import Cost, make_plan
 
 from .tiny import prompt, tiny_config, tiny_llama
@@ -47,6 +47,10 @@ LAYERS, HEADS, PLACES = np.arange(L)[:, None], np.arange(H)[None, :], np.arange(
 
 def near(a: Any, b: Any, tolerance: float = ROUTES) -> None:
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
+
+
+def add_rows(x: Any, value: Any) -> Any:
+    return x + value[: x.shape[0]]
 
 
 # Name → the sweep, its axes, and the single intervention at a place of them.
@@ -96,6 +100,16 @@ FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
     ),
     "embeddings": (Edit("embed", "scale", None, True, np.ones(1)), (), lambda: Edit("embed", "scale", None, True, np.ones(1))),
     "last norm": (Ablation("final_norm", None, np.arange(6)), (6,), lambda i: Ablation("final_norm", None, i)),
+    "what lets tokens look ahead": (
+        [Edit("allowed", "set", 1, (np.indices((1, T, T))[1] == 2) & (np.indices((1, T, T))[2] == 9), True),
+         Steer(1, VECTOR, np.linspace(1, 8, 8), positions=np.full(8, 9))], (8,),
+        lambda i: [Edit("allowed", "set", 1, (np.indices((1, T, T))[1] == 2) & (np.indices((1, T, T))[2] == 9), True),
+                   Steer(1, VECTOR, np.linspace(1, 8, 8)[i], positions=9)],
+    ),
+    "a function of all tokens": (
+        Edit("mlp_out", "apply", np.arange(L).repeat(4), (np.arange(T) >= 8)[:, None], OTHER["resid_pre"][0], add_rows), (4 * L,),
+        lambda i: Edit("mlp_out", "apply", i // 4, (np.arange(T) >= 8)[:, None], OTHER["resid_pre"][0], add_rows),
+    ),
     "masks": (
         Edit("mlp_out", "set", np.arange(L), (np.arange(T) == np.array([3, 9, 20])[:, None])[..., None]), (L,),
         lambda i: Edit("mlp_out", "set", i, (np.arange(T) == (3, 9, 20)[i])[:, None]),
@@ -141,6 +155,8 @@ def test_what_is_reused_is_what_nothing_before_it_changed() -> None:
         "keys",
         "two that vary",
     }  # the last: too few
+    for name in ("what lets tokens look ahead", "a function of all tokens"):
+        assert reused[name].reuse and {group.n_rows for group in reused[name].groups} == {T}, name
     for name in ("layers and places", "heads and places", "edges"):
         assert len({group.n_rows for group in reused[name].groups}) > 1, name
     assert {(g.start, g.n_rows) for g in reused["last norm"].groups} == {(L, T)}
@@ -189,12 +205,20 @@ def test_any_function_of_an_output_is_a_metric_and_a_result_may_be_a_tree() -> N
     assert (padded == T).all()
 
 
+def test_an_id_that_only_the_device_can_see_gives_nan_for_every_variant() -> None:
+    assert np.isnan(sweep(MODEL, IDS, HeadAblation.grid(MODEL.config), probability(jnp.array(99)))).all()
+
+
 def test_under_a_trace_it_is_the_same() -> None:
     family, axes, make = FAMILIES["heads"]
     expected = singles(axes, make)
     near(jax.jit(lambda tokens: sweep(MODEL, tokens, family, METRIC))(IDS), expected)
     near(jax.jit(lambda layers: sweep(MODEL, IDS, HeadAblation(layers, HEADS), METRIC))(LAYERS), expected)
     near(jax.vmap(lambda tokens: sweep(MODEL, tokens, family, METRIC))(jnp.stack([IDS, prompt(T, 1)]))[0], expected)
+
+    near(jax.jit(lambda x: sweep(MODEL, IDS, family, METRIC) * x)(1.0), expected)  # nothing in it is traced
+    scaled = lambda x: sweep(MODEL, IDS, family, lambda out: METRIC(out) * x).sum()  # noqa: E731
+    near(jax.grad(scaled)(2.0), expected.sum())
 
     def loss(alpha: Any) -> Any:
         return sweep(MODEL, IDS, QScaler(np.arange(L), 0, alpha), METRIC).sum()
@@ -276,6 +300,14 @@ def test_every_variant_is_in_one_group_that_runs_all_it_may_change(seed: int) ->
     assert found.reuse or found.flops == whole.flops
 
 
+def test_several_prompts_keep_to_the_budget_too() -> None:
+    cost = Cost(tiny_config(num_hidden_layers=12, hidden_size=256), 128, 2, 4, "cpu", 1)
+    one = make_plan(cost, (4,), 1, None, None, 1, 1).bytes
+    for size in (None, 1, 4):
+        found = make_plan(cost, (4,), 4096, np.zeros(4, int), np.zeros(4, int), size, 20 * one)
+        assert found.bytes <= 20 * one and found.prompts < 4096
+
+
 def test_a_small_budget_makes_small_calls() -> None:
     cost = Cost(MODEL.config, T, 2, 4, "cpu", 1)
     large, small = (make_plan(cost, (200,), 1, None, None, None, budget) for budget in (1 << 30, 100_000))
@@ -287,9 +319,6 @@ def test_a_mesh_gives_what_one_device_gives(where: str) -> None:
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
     model, options = MODEL, {"mesh": mesh}
     if where == "of the model":
-        from oculi_jax.models.llama.parameters import parameter_table
-
-        assert parameter_table  # the sharding table is the loader's
         spec = jax.sharding.PartitionSpec
         shardings = jax.tree.map(
             lambda x: jax.sharding.NamedSharding(mesh, spec(*(["model"] + [None] * (x.ndim - 1) if x.shape[0] % 2 == 0 else [None] * x.ndim))),
@@ -336,6 +365,14 @@ def test_heads_of_a_real_model_against_hugging_face(adapter: Any, hf: Any) -> No
         near(found[layer, head], float(logits[mary] - logits[john]), LOGITS)
 
 
+class Changeable:
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __call__(self, out: Any) -> Any:
+        return out.logits[-1, 0]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "axes": (dict(interventions=HeadAblation(np.arange(3), np.arange(4))), ValueError,
              r"do not broadcast together: HeadAblation.layer \[3\], HeadAblation.head \[4\]"),
@@ -346,6 +383,19 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "position": (dict(interventions=Steer(0, VECTOR, positions=np.array([0, 11]))), ValueError, "the prompt has 11 tokens"),
     "array": (dict(interventions=Steer(0, VECTORS[:, 0], np.ones(5))), ValueError, r"one entry for each variant, write it as \[5, 1, 24\]"),
     "either": (dict(interventions=Steer(np.array([2, 1, 0]), OTHER["resid_pre"])), ValueError, "could be a whole run's capture"),
+    "as long as the prompt": (dict(interventions=HeadAblation.grid(MODEL.config, np.ones((L, H, D))), tokens=prompt(H)), ValueError,
+                              r"one array for all variants of the sweep \[3, 4\], or one entry for each. Write \[3, 4, 1, 6\]"),
+    "so many vectors as tokens": (dict(interventions=Steer(1, np.ones((5, E)), np.ones(5)), tokens=prompt(5)), ValueError,
+                                  r"Write \[5, 1, 24\] for one each"),
+    "arrays without axes": (dict(interventions=Steer(1, VECTORS)), ValueError, "give an index or strength field those axes too"),
+    "list of JAX scalars": (dict(interventions=HeadAblation([jnp.array(0), jnp.array(7)], 0)), ValueError, r"layer is 7 at \[1\]"),
+    "mask of padding": (dict(interventions=Steer(0, VECTOR, np.ones(2), positions=np.arange(T) == 8), mask=np.arange(T) < 6),
+                        ValueError, "no position would be edited"),
+    "metric's function": (dict(metric=log_probability), TypeError, "call it with token ids"),
+    "changeable metric": (dict(metric=Changeable()), TypeError, "cannot be hashed"),
+    "metric without value": (dict(metric=lambda out: None), TypeError, "returns no array"),
+    "mesh's name": (dict(mesh="data"), TypeError, "mesh is a str"),
+    "progress": (dict(progress="yes"), TypeError, "progress is 'yes'"),
     "metric": (dict(metric=3), TypeError, "metric is a int"),
     "target": (dict(metric=log_probability(61)), ValueError, "token is 61, and this model.s vocabulary"),
     "metric's position": (dict(metric=log_probability(3, position=11)), ValueError, r"reads positions \[11\]"),
@@ -364,7 +414,7 @@ def test_refusals(name: str) -> None:
     given = dict(tokens=IDS, interventions=HeadAblation.grid(MODEL.config), metric=METRIC, **{})
     given.update(changes)
     tokens, interventions, metric = (given.pop(key) for key in ("tokens", "interventions", "metric"))
-    for call in (sweep, plan):
+    for call in (sweep, plan) if "progress" not in given else (sweep,):
         with pytest.raises(kind, match=message):
             call(MODEL, tokens, interventions, metric, **given)
 

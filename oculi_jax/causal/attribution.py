@@ -18,10 +18,11 @@ from ..capture.spec import Reading, plan
 from ..edits import Edit
 from ..forward import check_model, run
 from ..frame import listing
+from ..metrics import Metric
 from ..pytrees import register_dataclass
 from ..replay import measure
 from ..sites import SITES, Site, find_site
-from ..sweep import check_metric, check_prompts
+from ..sweep_inputs import check_metric, check_prompts
 from .verification import Entries, Verification, rerun
 
 if TYPE_CHECKING:
@@ -270,7 +271,8 @@ def _attribute(
             both, slope = sites[site.name], gradient[site.name]
             # Where there is no gradient there is no effect, whatever stands there: not so for ∞ · 0.
             counts = jnp.broadcast_to(differs.reshape(shape), slope.shape) & (slope != 0)
-            return jnp.sum(jnp.where(counts, (both[0] - both[1]) * slope, 0.0), axis=-1)
+            found = jnp.sum(jnp.where(counts, (both[0] - both[1]) * slope, 0.0), axis=-1)
+            return jnp.where(jnp.isnan(values[1]), jnp.nan, found)  # of a metric that has no value here
 
         return {r.site.name: attributed(r.site) for r in readings}, *values.astype(jnp.float32)
 
@@ -289,7 +291,7 @@ def _schedule(model: Llama, n_prompts: int, n_tokens: int) -> tuple[int, bool]:
 
 def _of_prompt(metric: Any, number: Any) -> Any:
     """The metric of one prompt, of a metric with targets for several."""
-    if not hasattr(metric, "of"):
+    if not isinstance(metric, Metric):
         return metric
     axes = metric.per_prompt()
     return jax.tree.map(lambda axis, x: x if axis is None else x[number], axes, metric, is_leaf=lambda x: x is None)

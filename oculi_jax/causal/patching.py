@@ -21,10 +21,12 @@ from ..capture.spec import Reading
 from ..forward import check_model, run
 from ..frame import Frame, listing
 from ..intervention import ActivationPatch
+from ..metrics import Metric
 from ..pytrees import register_dataclass
 from ..replay import measure
 from ..sites import SITES, Site, find_site
-from ..sweep import Progress, check_metric, check_prompts, sweep_prompts
+from ..sweep import Progress, sweep_prompts
+from ..sweep_inputs import check_metric, check_prompts
 from .noise import Noise, position_rows
 
 if TYPE_CHECKING:
@@ -164,6 +166,10 @@ def patch_sites(
     n_prompts, n_tokens = clean.shape
     metric, _ = check_metric(metric, config.vocab_size, clean, mask)
     table = model.embed[...]
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
+        )
     if mesh is not None and not isinstance(table, Tracer) and not isinstance(table.sharding, NamedSharding):
         model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
 
@@ -209,6 +215,10 @@ def check_grid(name: Any, by: tuple[str, ...]) -> Site:
     site, layer = find_site(name)
     if layer is not None:
         raise ValueError(f"The site {name!r} names layer {layer}, and every layer is patched: give {site.name!r}.")
+    if site.name == "allowed":
+        raise ValueError(
+            "Both runs have the same 'allowed', so patching it shows nothing. AttentionKnockout forbids edges."
+        )
     if "neuron" in by:
         raise ValueError("Patching by 'neuron' is not supported; sweep Edits at 'act' with masks of single neurons.")
     if by not in GRIDS:
@@ -282,7 +292,7 @@ def _reading(site: Site, n_layers: int) -> Reading:
 
 
 def _metric_axes(metric: Any) -> Any:
-    return metric.per_prompt() if hasattr(metric, "of") else jax.tree.map(lambda _: None, metric)
+    return metric.per_prompt() if isinstance(metric, Metric) else jax.tree.map(lambda _: None, metric)
 
 
 @partial(jax.jit, static_argnums=(5, 6), inline=True)

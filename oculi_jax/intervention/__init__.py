@@ -1,6 +1,7 @@
-"""Interventions: `Edit`, the primitive, and the named ones that lower to it."""
+"""Interventions: `Edit`, the primitive, the named ones that lower to it, and what one's own are declared with."""
 
 from ..edits import Edit
+from ..fields import Index, Positions, Strength, Values, field, pytree
 from .context import InterventionContext
 from .named import (
     Ablation,
@@ -23,9 +24,15 @@ __all__ = [
     "Edit",
     "HeadAblation",
     "HeadMask",
+    "Index",
     "InterventionContext",
     "KScaler",
+    "Positions",
     "QScaler",
     "SpectraScaler",
     "Steer",
+    "Strength",
+    "Values",
+    "field",
+    "pytree",
 ]

@@ -1,7 +1,7 @@
 """The interventions that researchers name, each a small pytree that lowers to `Edit`s.
 
 Layers, heads and neurons count from 0. Positions count real tokens and may be negative, from the last one. Index and
-strength fields are scalars here; give them axes and `vmap` to sweep. Float fields are differentiable.
+strength fields are scalars in one run, and carry the axes of a `sweep`. Float fields are differentiable.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class HeadAblation:
     @classmethod
     def grid(cls, config: LlamaConfig, replacement: Any = 0.0) -> HeadAblation:
         """Every head of a model, for `sweep`: axes `[L, H]`. A capture's mean `[L, H, 1, D]` replaces each by its own."""
+        if not hasattr(config, "sizes"):
+            raise TypeError(
+                f"HeadAblation.grid takes a model's config, and was given a {type(config).__name__}: model.config."
+            )
         return cls(np.arange(config.sizes["L"])[:, None], np.arange(config.sizes["H"])[None, :], replacement)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:

@@ -118,6 +118,16 @@ class LlamaAttentionAdapter:
         configs: dict[str, Config] = {"logits": LogitConfig() if config is None else config}
         return self._run(ids_or_text, configs, attention_mask, allow_longer, tuned_lens)["logits"]
 
+    def batch(self, ids_or_texts: Any, *, allow_longer: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Texts (or lists of ids) as the arrays that `forward` under `vmap`, `sweep` and `oculi_jax.causal` take.
+
+        Returns:
+            Ids int32 `[B, T]`, padded on the right, and mask bool `[B, T]`, True at real tokens; T is the longest length.
+        """
+        rows = [ids_or_texts] if isinstance(ids_or_texts, str) else ids_or_texts
+        found = prompts.prepare(rows, self.tokenizer, self.model.config, attention_mask=None, allow_longer=allow_longer)
+        return found.tokens[:, : found.n_tokens], found.mask[:, : found.n_tokens]
+
     def capture_full(
         self,
         ids_or_text: Any,
