@@ -161,7 +161,7 @@ class TransformerLens(HuggingFace):
             return z
 
         hooks = [(f"blocks.{layer}.attn.hook_z", zero)]
-        return self.score(self.bridge.run_with_hooks(self.ids(ids), fwd_hooks=hooks, **LAST)).item()
+        return self.score(self.bridge.run_with_hooks(self.ids(ids), fwd_hooks=hooks)).item()
 
     @torch.no_grad()
     def keep(self, ids: Sequence[int]) -> Any:
@@ -175,7 +175,7 @@ class TransformerLens(HuggingFace):
             x[:, position] = kept[name][:, position]
             return x
 
-        return self.score(self.bridge.run_with_hooks(self.ids(ids), fwd_hooks=[(name, put)], **LAST)).item()
+        return self.score(self.bridge.run_with_hooks(self.ids(ids), fwd_hooks=[(name, put)])).item()
 
     def attribute(self, clean: Sequence[int], corrupted: Sequence[int], parameters: bool = True) -> np.ndarray:
         """As above, with forward and backward hooks.

@@ -193,6 +193,7 @@ def patch_sites(
     target, (_, captured) = (spoilt, of_clean) if direction == "denoising" else (plain_rows, of_spoilt)
     at_clean, at_spoilt = _tidied(of_clean[0], None, single), _tidied(of_spoilt[0], samples, single)
 
+    differs = _differs(plain, spoilt) if not isinstance(corrupted, Noise) and not background else None
     places = position_rows(positions, n_prompts, "positions")
     results = []
     for number, site in enumerate(where):
@@ -201,6 +202,8 @@ def patch_sites(
         for row, interventions in enumerate(target.interventions):
             value = captured[row // each][site.name]
             place = places[row * n_prompts // len(target.tokens)]
+            if "position" in by:
+                place = np.eye(n_tokens, dtype=bool) if differs is None else np.diag(differs[row])
             patches.append((*interventions, _patch(site, by, value, place, {**config.sizes, "T": n_tokens})))
         found = sweep_prompts(
             model, target.tokens, target.mask, patches, target.metric,
@@ -287,6 +290,19 @@ def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, .
     return replace(plain, tokens=tokens)
 
 
+def _differs(plain: _Runs, spoilt: _Runs) -> np.ndarray | None:
+    """bool `[N, T]`: where two runs of other tokens, and of nothing else, may differ: from the first other token on.
+
+    Before it a patch puts in what is there, so that nothing need run. None where that cannot be told.
+    """
+    if spoilt.interventions != plain.interventions or isinstance(plain.mask, jax.Array):
+        return None
+    if isinstance(plain.tokens, jax.Array) or isinstance(spoilt.tokens, jax.Array):
+        return None
+    other = (plain.tokens != spoilt.tokens) & (True if plain.mask is None else plain.mask)
+    return np.cumsum(other, axis=1) > 0 if other.any(axis=1).all() else None
+
+
 def _reading(site: Site, n_layers: int) -> Reading:
     return Reading(site, tuple(range(n_layers)) if site.layered else (), None, None)
 
@@ -329,8 +345,7 @@ def _patch(site: Site, by: tuple[str, ...], value: Array, positions: Any, sizes:
         return None if name not in by else np.expand_dims(x, [i for i, other in enumerate(by) if other != name])
 
     n_heads = 0 if site.head_axis is None else sizes[site.head_axis]
-    if "position" in by:
-        positions = along("position", np.eye(sizes["T"], dtype=bool))
+    positions = along("position", positions) if "position" in by else positions
     layer, head = along("layer", np.arange(sizes["L"])), along("head", np.arange(n_heads))
     return ActivationPatch(site.name, layer, value, head, positions)
 
