@@ -155,7 +155,9 @@ class Positions(Kind):
             raise TypeError(f"{where} is {value!r}, which mixes positions and yes or no.")
         array = as_array(value)
         if array.dtype == bool:
-            real = True if frame.mask is None or on_device(frame.mask) else frame.mask[: frame.n_tokens]
+            real = (
+                True if frame.mask is None or on_device(frame.mask) or frame.absolute else frame.mask[: frame.n_tokens]
+            )
             if array.shape[-1:] != (frame.n_tokens,):
                 raise ValueError(
                     f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
 
 # A layer's weights are read once for a group: that costs as much time as the arithmetic of so many tokens.
-ROWS_OF_A_READ = {"cpu": 80}
+ROWS_OF_A_READ = {"cpu": 40}
 ROWS_OF_A_READ_ELSEWHERE = 1024
 # The more tokens at once the better, up to where activations leave the processor's caches.
 MOST_ROWS = {"cpu": 1024}
