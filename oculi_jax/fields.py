@@ -155,15 +155,12 @@ class Positions(Kind):
             raise TypeError(f"{where} is {value!r}, which mixes positions and yes or no.")
         array = as_array(value)
         if array.dtype == bool:
-            real = (
-                True if frame.mask is None or on_device(frame.mask) or frame.absolute else frame.mask[: frame.n_tokens]
-            )
             if array.shape[-1:] != (frame.n_tokens,):
                 raise ValueError(
                     f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."
                 )
-            if not on_device(array) and not (array & real).any():
-                raise ValueError(f"{where} is a mask without a True at a real token: no position would be edited.")
+            if not on_device(array) and not array.any():
+                raise ValueError(f"{where} is a mask without a True: no position would be edited.")
             if frame.n_slots is not None:
                 xp = jnp if on_device(array) else np
                 array = xp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, frame.slots - frame.n_tokens)])

@@ -122,7 +122,7 @@ def fit(
             f"{where} has shape {listing(shape)}, and must broadcast to {listing(axes)}, "
             f"the axes of {site.name!r} {site.shape}{'' if len(axes) == len(site.axes) else ' at one head'}{extra}.{hint}"
         )
-    if owner is not None and n_sweep and not carried and shape[:n_sweep] == frame.axes:
+    if owner is not None and lead != "must" and n_sweep and not carried and shape[:n_sweep] == frame.axes:
         _refuse_likeness(shape, rank, owner, frame, where)
     if site.dtype == "bool" and not (array.dtype == bool or (not on_device(array) and np.isin(array, (0, 1)).all())):
         raise TypeError(f"{where} is set into a table of yes and no, and must be bool.")

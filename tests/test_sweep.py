@@ -389,8 +389,6 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
                                   r"Write \[5, 1, 24\] for one each"),
     "arrays without axes": (dict(interventions=Steer(1, VECTORS)), ValueError, "give an index or strength field those axes too"),
     "list of JAX scalars": (dict(interventions=HeadAblation([jnp.array(0), jnp.array(7)], 0)), ValueError, r"layer is 7 at \[1\]"),
-    "mask of padding": (dict(interventions=Steer(0, VECTOR, np.ones(2), positions=np.arange(T) == 8), mask=np.arange(T) < 6),
-                        ValueError, "no position would be edited"),
     "metric's function": (dict(metric=log_probability), TypeError, "call it with token ids"),
     "changeable metric": (dict(metric=Changeable()), TypeError, "cannot be hashed"),
     "metric without value": (dict(metric=lambda out: None), TypeError, "returns no array"),
