@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -27,6 +28,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     assert jax.device_count() == 8
+
+
+@pytest.fixture(autouse=True)
+def programs_fit_into_a_process() -> Iterator[None]:
+    """Compiled programs hold memory maps, of which Linux gives a process 65,530; beyond them XLA's compiler crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
