@@ -184,6 +184,19 @@ def lower(interventions: tuple[Any, ...], sizes: dict[str, int], n_covered: Any 
     return edits if n_covered is None else [(number, limit(edit, n_covered, sizes)) for number, edit in edits]
 
 
+def laid_out(
+    model: Llama, tokens: Int[Array, "T"], mask: Bool[Array, "T"] | None
+) -> tuple[Int[Array, "T"], tuple[Array, Array], Bool[Array, "T S"]]:
+    """The ids that are embedded, the rotation of each token, and which keys each may see, of a padded prompt or a whole one."""
+    n_tokens = tokens.shape[0]
+    allowed = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
+    if mask is None:
+        return tokens, model.rotation(jnp.arange(n_tokens), n_tokens), allowed
+    rotation = model.rotation(jnp.maximum(jnp.cumsum(mask) - 1, 0), jnp.sum(mask))
+    # Whatever stands in for padding may be no token at all.
+    return jnp.where(mask, tokens, 0), rotation, allowed & mask[:, None] & mask[None, :]
+
+
 @partial(jax.jit, static_argnums=(4, 5, 6), inline=True)
 def run(
     model: Llama,
@@ -205,16 +218,7 @@ def run(
     def taps(layer: Array | None) -> Taps:
         return Taps(edits, wanted, len(interventions), mask, layer)
 
-    if mask is None:
-        positions, length = jnp.arange(n_tokens), n_tokens
-    else:
-        positions = jnp.maximum(jnp.cumsum(mask) - 1, 0)
-        length = jnp.sum(mask)
-        tokens = jnp.where(mask, tokens, 0)  # whatever stands in for padding, be it no token at all
-    rotation = model.rotation(positions, length)
-    allowed = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
-    if mask is not None:
-        allowed = allowed & mask[:, None] & mask[None, :]
+    tokens, rotation, allowed = laid_out(model, tokens, mask)
 
     def read(reading: Reading, value: Array) -> Array:
         if reading.positions is not None:

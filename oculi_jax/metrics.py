@@ -68,7 +68,7 @@ class Metric:
 
     def of(self, logits: Float[Array, "P N"] | Float[Array, "P V"]) -> Array:
         """Its value from the logits at `positions`: of `ids` in their order, or of the whole vocabulary where those are None."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no of(logits), which is what a metric is.")
 
     def __call__(self, out: Output) -> Array:
         """Its value for one run.

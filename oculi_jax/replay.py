@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from .capture.spec import Reading, at_positions
 from .edits import rows
-from .forward import Output, Taps, lower, run
+from .forward import Output, Taps, laid_out, lower, run
 from .metrics import Metric
 from .pytrees import register_dataclass
 from .sites import SITES
@@ -134,14 +134,9 @@ def run_group(
         tokens, mask, metric, base = prompt
         edits = lower(interventions, sizes)
         cut = [(number, rows(edit, first, n_rows, sizes)) for number, edit in edits] if first else edits
-        allowed = jnp.tril(jnp.ones((n_tokens, n_tokens), bool))
-        if mask is None:
-            positions, length, mine = jnp.arange(n_tokens), n_tokens, None
-        else:
-            positions, length, mine = jnp.maximum(jnp.cumsum(mask) - 1, 0), jnp.sum(mask), mask[first:]
-            tokens = jnp.where(mask, tokens, 0)
-            allowed = allowed & mask[:, None] & mask[None, :]
-        rotation = jax.tree.map(lambda angle: angle[first:], model.rotation(positions, length))
+        tokens, rotation, allowed = laid_out(model, tokens, mask)
+        rotation = jax.tree.map(lambda angle: angle[first:], rotation)
+        mine = None if mask is None else mask[first:]
 
         def taps(layer: Array | None, edits: Any, real: Array | None) -> Taps:
             return Taps(edits, set(), len(interventions), real, layer, mask)
