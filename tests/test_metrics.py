@@ -270,6 +270,13 @@ def test_a_metric_of_ones_own() -> None:
     near(jax.jit(lambda metric: metric(output(ROWS)))(metric), np.dot(ROWS[-2].astype(np.float64), OTHER), rtol=1e-4)
     assert metric.ids is None and metric.per_prompt().weights is None
 
+    @pytree
+    class Nothing(Metric):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Nothing defines no of\(logits\)"):
+        Nothing((-1,))(output(ROWS))
+
 
 REFUSALS = {
     "text": (lambda: log_probability(" Mary"), TypeError, "' Mary'.*tokenizer"),
