@@ -1,8 +1,7 @@
-"""Decoding: the cache against repeated full passes, interventions at every token, variants, stops, chance, contexts."""
+"""Decoding: the cache against repeated full passes, interventions at every token, variants, stops."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import jax
@@ -26,13 +25,11 @@ from oculi_jax.intervention import (
     Steer,
 )
 from oculi_jax.models.llama import LlamaAttentionAdapter
-from oculi_jax.sampling import sampler
 
 from .prompts import FRANCE
-from .test_adapter import Letters
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
-from .tolerances import ROUNDING, ROUTES
+from .tolerances import ROUTES
 
 T, N, L, H, E, D, V = 7, 10, 3, 4, 24, 6, 61
 MODEL = tiny_llama(1)
@@ -212,59 +209,9 @@ def test_the_capture_is_of_the_intervened_run() -> None:
     assert rows.shape == (2, N) and found["z"].shape == (2, L, H, T + N, D)
 
 
-def test_filters_leave_the_tokens_that_their_papers_say() -> None:
-    logits = RNG.normal(size=V).astype(np.float32) * 3
-    for temperature, top_k, top_p, min_p in ((0.7, 5, None, None), (1.0, None, 0.8, None), (2.0, None, None, 0.2),
-                                             (1.3, 20, 0.9, 0.05), (1.0, None, 1e-6, None), (1.0, 1, None, 1.0)):  # fmt: skip
-        chances = np.exp(logits.astype(np.float64) / temperature)
-        keep = np.ones(V, bool)
-        if top_k:
-            keep &= chances >= np.sort(chances)[-top_k]
-        if top_p:
-            p = np.where(keep, chances, 0) / chances[keep].sum()
-            order = np.argsort(-p)
-            n = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
-            keep &= np.isin(np.arange(V), order[:n])
-        if min_p:
-            keep &= chances >= min_p * chances.max() * (1 - 1e-6)
-        options = sampler(temperature, top_k, top_p, min_p, V)
-        np.testing.assert_array_equal(np.isfinite(options.filter(jnp.asarray(logits))), keep)
-
-
-@pytest.mark.torch
-def test_filters_agree_with_hugging_face() -> None:
-    import torch
-    from transformers.generation import logits_process as hf
-
-    logits = RNG.normal(size=V).astype(np.float32) * 3
-    for temperature, top_k, top_p, min_p in ((0.7, 5, 0.6, 0.1), (1.6, 30, 0.95, 0.02), (1.0, 61, 0.5, 0.3)):
-        scores = torch.tensor(logits)[None]
-        for step in (hf.TemperatureLogitsWarper(temperature), hf.TopKLogitsWarper(top_k), hf.TopPLogitsWarper(top_p), hf.MinPLogitsWarper(min_p)):  # fmt: skip
-            scores = step(None, scores)
-        ours = sampler(temperature, top_k, top_p, min_p, V).filter(jnp.asarray(logits))
-        np.testing.assert_allclose(ours, scores[0].numpy() - scores.max().item(), rtol=1e-5)  # ours begin at 0
-
-
 def test_ids_that_only_the_device_sees_and_that_are_none_give_none() -> None:
     for options in ({}, {"temperature": 1.0, "key": jax.random.key(0)}):
         np.testing.assert_array_equal(generate(MODEL, jnp.array([1, 99]), 3, **options), [-1, -1, -1])
-
-
-def test_draws_follow_the_softmax_and_their_key() -> None:
-    chances = np.asarray(jax.nn.softmax(forward(MODEL, IDS, logits="last").logits / 2.0))
-    options = {"temperature": 2.0, "stop_tokens": ()}
-    draws = np.asarray(jax.jit(jax.vmap(lambda key: generate(MODEL, IDS, 1, key=key, **options)))(jax.random.split(jax.random.key(0), 3000)))[:, 0]  # fmt: skip
-    seen = np.bincount(draws, minlength=V) / 3000
-    assert (np.abs(seen - chances) < 4.5 * np.sqrt(chances * (1 - chances) / 3000) + 1e-3).all()
-    one, same = (generate(MODEL, IDS, N, key=jax.random.key(4), **options) for _ in range(2))
-    np.testing.assert_array_equal(one, same)
-    assert (one != generate(MODEL, IDS, N, key=jax.random.key(5), **options)).any()
-    np.testing.assert_array_equal(one, generate(MODEL, IDS, N, key=jax.random.PRNGKey(4), **options))
-    rows = generate(MODEL, IDS, N, SpectraScaler(0, 0, np.ones(2)), key=jax.random.key(4), **options)
-    np.testing.assert_array_equal(rows, np.stack([one, one]))  # variants differ by the intervention alone
-    heat = jax.jit(lambda t: generate(MODEL, IDS, N, temperature=t, key=jax.random.key(4), stop_tokens=()))
-    np.testing.assert_array_equal(heat(2.0), one)
-    np.testing.assert_array_equal(heat(0.0), PLAIN)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -332,167 +279,6 @@ def test_other_numbers_are_no_other_program(caplog: pytest.LogCaptureFixture) ->
 def test_what_cannot_be_generated_is_said(arguments: dict, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         generate(MODEL, IDS, **{"max_new_tokens": N, **arguments})
-
-
-# ---- the adapter and the model
-
-
-def test_ids_come_back_as_hugging_face_gives_them() -> None:
-    adapter = LlamaAttentionAdapter(MODEL)
-    whole = [*map(int, IDS), *PLAIN]
-    np.testing.assert_array_equal(MODEL.generate(IDS, N), whole)
-    np.testing.assert_array_equal(MODEL.generate(IDS[None], max_new_tokens=N), [whole])
-    np.testing.assert_array_equal(adapter.generate(IDS.tolist(), N), whole)
-    short = prompt(4, seed=8)
-    rows = adapter.generate([IDS.tolist(), short.tolist()], N)
-    np.testing.assert_array_equal(rows[0], whole)
-    np.testing.assert_array_equal(rows[1], [0, 0, 0, *short, *slow((), ids=short)])
-    padded, mask = np.stack([IDS, np.pad(short, (3, 0))]), np.array([[1] * 7, [0] * 3 + [1] * 4])
-    np.testing.assert_array_equal(adapter.generate(padded, N, attention_mask=mask), rows)
-    np.testing.assert_array_equal(MODEL.generate(padded, N, attention_mask=mask), rows)
-    np.testing.assert_array_equal(
-        MODEL.generate(IDS, N, SpectraScaler(2, 0, np.array([1.0, 5.0])))[1], [*IDS, *slow(CASES["spectra"][0])]
-    )
-
-
-def test_captures_of_a_ragged_batch_lie_along_its_ids_and_nothing_follows_a_stop() -> None:
-    adapter, rows = LlamaAttentionAdapter(MODEL), [prompt(9).tolist(), prompt(4, seed=8).tolist()]
-    ids, found = adapter.generate(rows, 5, capture=("embed", "resid_post"))
-    for i, row in enumerate(rows):
-        text = [*row, *ids[i, 9:].tolist()]
-        want = forward(MODEL, text, capture=("embed", "resid_post")).activations
-        assert ids[i, 9 - len(row) :].tolist() == text
-        near(found["embed"][i, 9 - len(row) :], want["embed"], ROUNDING)
-        near(found["resid_post"][i, :, 9 - len(row) :], want["resid_post"], ROUTES)
-    model = tiny_llama(1, eos_token_id=PLAIN[2], pad_token_id=-1)  # old configs say −1 for no pad token
-    ids, found = model.generate(IDS, N, capture="pattern")
-    end = T + PLAIN.index(PLAIN[2]) + 1
-    np.testing.assert_array_equal(ids[end:], PLAIN[2])
-    near(found["pattern"][..., :end, :end], forward(model, ids[:end], capture="pattern").activations["pattern"], ROUTES)
-    assert not np.asarray(found["pattern"])[..., end:, :].any()
-
-
-def test_captures_of_an_adapters_run_show_no_padding() -> None:
-    adapter, ids = LlamaAttentionAdapter(MODEL), prompt(9)  # 9 tokens are padded to 10 inside
-    text, found = adapter.generate(ids, 4, HeadAblation(1, 2), capture=("resid_post", "pattern", "embed"))
-    want = forward(MODEL, text, HeadAblation(1, 2), capture=("resid_post", "pattern", "embed")).activations
-    for site in want:
-        near(found[site], want[site], ROUTES)
-
-
-def test_rows_of_a_batch_draw_apart_and_each_as_alone() -> None:
-    adapter = LlamaAttentionAdapter(MODEL)
-    options = {"temperature": 3.0, "stop_tokens": ()}
-    rows = adapter.generate([IDS.tolist()] * 2, N, key=jax.random.key(1), **options)
-    assert (rows[0] != rows[1]).any()
-    for row, key in zip(rows, jax.random.split(jax.random.key(1)), strict=True):
-        np.testing.assert_array_equal(row[T:], generate(MODEL, IDS, N, key=key, **options))
-
-
-def test_text_in_text_out() -> None:
-    adapter = LlamaAttentionAdapter(MODEL, _Letters())
-    text = adapter.generate("hello", 6)
-    new = generate(MODEL, adapter.tokenizer.encode("hello"), 6)
-    assert text == "hello" + adapter.tokenizer.decode(list(map(int, new)))
-    assert adapter.generate(["hello", "you"], 6) == [text, adapter.generate("you", 6)]
-    variants = adapter.generate("hello", 6, SpectraScaler(2, 0, np.array([1.0, 5.0])))
-    assert variants[0] == text and len(variants) == 2
-    assert adapter.generate("hello", 6, SpectraScaler(2, 0, np.ones(1))) == [text]
-    stop = int(new[2])
-    cut = list(map(int, new)).index(stop) + 1
-    assert adapter.generate("hello", 6, stop_tokens=stop) == "hello" + adapter.tokenizer.decode(
-        list(map(int, new[:cut]))
-    )
-
-
-class _Letters(Letters):
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return super().decode(ids)
-
-
-def test_a_context_is_there_for_its_block_and_adds_up() -> None:
-    adapter, other = LlamaAttentionAdapter(MODEL), LlamaAttentionAdapter(MODEL)
-    outer, inner = HeadAblation(0, 1), Steer(1, VECTOR)
-    plain = adapter.capture(IDS).z
-
-    def z(*interventions: Any) -> Any:
-        return forward(MODEL, IDS, list(interventions), capture="z").activations["z"]
-
-    with InterventionContext(adapter, [outer]):
-        near(adapter.capture(IDS).z, z(outer), ROUNDING)
-        with pytest.raises(RuntimeError), InterventionContext(adapter, inner):
-            near(adapter.capture(IDS).z, z(outer, inner), ROUNDING)
-            np.testing.assert_array_equal(adapter.generate(IDS, N)[T:], slow([outer, inner]))
-            raise RuntimeError
-        near(adapter.capture(IDS).z, z(outer), ROUNDING)
-        np.testing.assert_array_equal(other.capture(IDS).z, plain)  # another adapter is not under it
-        np.testing.assert_array_equal(generate(MODEL, IDS, N), PLAIN)  # nor are the pure functions
-        np.testing.assert_array_equal(MODEL.generate(IDS, N)[T:], slow(outer))
-        elsewhere: list[Any] = []
-        thread = threading.Thread(target=lambda: elsewhere.append(adapter.capture(IDS).z))
-        thread.start()
-        thread.join()
-        np.testing.assert_array_equal(elsewhere[0], plain)
-        with pytest.raises(ValueError, match="not the one of the InterventionContext"):
-            tiny_llama(2).generate(IDS, N)
-        with pytest.raises(TypeError, match="inside a trace"):
-            jax.jit(lambda ids: MODEL.generate(ids, N))(IDS)
-        with pytest.raises(TypeError, match="inside a trace"):
-            jax.jit(lambda: MODEL.generate(IDS, N))()
-    np.testing.assert_array_equal(adapter.capture(IDS).z, plain)
-    assert np.abs(np.asarray(plain) - np.asarray(z(outer))).max() > 0.1
-
-
-def test_every_capture_is_under_the_context() -> None:
-    adapter = LlamaAttentionAdapter(MODEL)
-    patch = RNG.normal(size=(13, E)).astype(np.float32)  # an array along a prompt that is padded inside
-    ids, given = prompt(13), [ActivationPatch("resid_pre", 1, patch), Steer(2, VECTOR, positions=-1)]
-    sites = {"attention": ("z", "z"), "residual": ("post_mlp", "resid_post"), "mlp": ("output", "mlp_out")}
-    want = forward(MODEL, ids, given, capture=("z", "resid_post", "mlp_out"))
-    with InterventionContext(adapter, given):
-        full = adapter.capture_full(ids)
-        rows = adapter.capture_residual([ids.tolist(), ids[:5].tolist()]).post_mlp
-        alone = adapter.capture_logits(ids).logits
-    for part, (field, site) in sites.items():
-        near(getattr(getattr(full, part), field), want.activations[site], ROUTES)
-    near(alone[-1], want.logits, ROUTES)
-    near(rows[0], want.activations["resid_post"], ROUTES)
-    short = [ActivationPatch("resid_pre", 1, patch[:5]), Steer(2, VECTOR, positions=-1)]
-    near(rows[1, :, :5], forward(MODEL, ids[:5], short, capture="resid_post").activations["resid_post"], ROUTES)
-
-
-def test_a_context_of_something_else_is_refused() -> None:
-    adapter = LlamaAttentionAdapter(MODEL)
-    with pytest.raises(TypeError, match="Pass the adapter"):
-        InterventionContext(MODEL, [HeadAblation(0, 0)])
-    with pytest.raises(TypeError, match=r"interventions\[1\] is the class HeadAblation"):
-        InterventionContext(adapter, [HeadAblation(0, 0), HeadAblation])
-    with pytest.raises(TypeError, match="a list of interventions"):
-        InterventionContext(adapter, 3)
-
-    def holding() -> Any:
-        with InterventionContext(adapter, [HeadAblation(0, 0)]):
-            yield
-
-    held = holding()
-    next(held)
-    with InterventionContext(adapter, [HeadAblation(0, 1)]):
-        held.close()  # closes the outer block first
-        near(adapter.capture(IDS).z, forward(MODEL, IDS, HeadAblation(0, 1), capture="z").activations["z"], ROUNDING)
-    with pytest.raises(ValueError, match="was not entered"):
-        InterventionContext(adapter, [HeadAblation(0, 0)]).__exit__()
-    with InterventionContext(adapter, HeadAblation(0, 7)), pytest.raises(ValueError, match="there are 4 query heads"):
-        adapter.capture(IDS)
-    with InterventionContext(adapter, SpectraScaler(0, 0, np.ones(3))), pytest.raises(ValueError, match=r"axes \[3\]"):
-        adapter.capture(IDS)
-    with pytest.raises(ValueError, match="2 prompts and 3 variants"):
-        adapter.generate([[1, 2], [3, 4]], 2, SpectraScaler(0, 0, np.ones(3)))
-    with pytest.raises(TypeError, match="no option do_sample; there are temperature, .* above 0"):
-        adapter.generate(IDS, 2, do_sample=True)
-    with pytest.raises(TypeError, match="inside a trace"):
-        jax.jit(adapter.capture)(IDS)
-    with pytest.raises(ValueError, match="60 are to be generated"):
-        adapter.generate(IDS, 60)
 
 
 # ---- a real model, against Hugging Face
