@@ -15,6 +15,7 @@ from .capture import (
     load,
     save,
 )
+from .embedded import embedded_model
 from .forward import Output, forward
 from .generate import generate
 from .lens import lens
@@ -39,6 +40,7 @@ __all__ = [
     "Site",
     "SweepPlan",
     "capture_bytes",
+    "embedded_model",
     "find_site",
     "forward",
     "generate",

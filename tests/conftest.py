@@ -1,10 +1,12 @@
 """The suite runs on eight virtual CPU devices with JAX's strictest promotion rules, and never on the network."""
 
+import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,6 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 import pytest
 
+from oculi_jax import embedded_model
+from oculi_jax.embedded import embedded_directory
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 from oculi_jax.utils.tokens import load_tokenizer
 
@@ -51,6 +55,36 @@ def directory() -> Path:
 @pytest.fixture(scope="session")
 def adapter(directory: Path) -> LlamaAttentionAdapter:
     return LlamaAttentionAdapter(Llama.from_pretrained(directory, dtype="float32"), load_tokenizer(directory))
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded model and its tokenizer."""
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def trained(embedded) -> LlamaAttentionAdapter:
+    """The adapter of the embedded model: what a test takes that needs a model which knows something."""
+    return LlamaAttentionAdapter(*embedded)
+
+
+@pytest.fixture(scope="session")
+def hf_trained():
+    """Hugging Face's Llama with the embedded model's weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(embedded_directory(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def scripts() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of weights/, by its name."""
+    directory = str(Path(__file__).parents[1] / "weights")
+    sys.path.insert(0, directory)
+    yield importlib.import_module
+    sys.path.remove(directory)
 
 
 @pytest.fixture

@@ -388,9 +388,8 @@ def test_an_analysis_maps_over_a_batch_and_a_row_is_its_prompt() -> None:
         ADAPTER.capture(prompt()).map(EntropyAnalysis.token_entropy)
 
 
-@pytest.mark.real
-def test_a_batch_of_texts_is_what_sweeps_take(adapter) -> None:
-    tokens, mask = adapter.batch(["The capital of France is", "Paris"])
-    assert tokens.shape == mask.shape == (2, 5) and mask.sum(axis=1).tolist() == [5, 1]
-    assert tokens[0].tolist() == adapter.tokenizer.encode("The capital of France is")
-    assert adapter.batch("Paris")[0].tolist() == [adapter.tokenizer.encode("Paris")]
+def test_a_batch_of_texts_is_what_sweeps_take(trained) -> None:
+    tokens, mask = trained.batch(["The capital of France is", "Paris"])
+    assert tokens.shape == mask.shape == (2, 6) and mask.sum(axis=1).tolist() == [6, 2]  # one is <s>
+    assert tokens[0].tolist() == trained.tokenizer.encode("The capital of France is")
+    assert trained.batch("Paris")[0].tolist() == [trained.tokenizer.encode("Paris")]

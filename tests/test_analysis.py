@@ -533,18 +533,17 @@ def test_errors_are_sentences(plain: AttentionCapture, call: Any, says: str) -> 
         call(plain)
 
 
-@pytest.mark.real
 @pytest.mark.torch
-def test_entropy_is_torchs_entropy_of_hugging_faces_patterns(adapter: LlamaAttentionAdapter, hf: Any) -> None:
+def test_entropy_is_torchs_entropy_of_hugging_faces_patterns(trained: LlamaAttentionAdapter, hf_trained: Any) -> None:
     import torch
 
     from .prompts import FRANCE
     from .reference import reference_sites
 
-    ids = adapter.tokenizer.encode(FRANCE)
-    pattern = torch.tensor(reference_sites(hf, ids)["pattern"]).double()
+    ids = trained.tokenizer.encode(FRANCE)
+    pattern = torch.tensor(reference_sites(hf_trained, ids)["pattern"]).double()
     entropy = torch.special.entr(pattern).sum(-1)
-    got = EntropyAnalysis.token_entropy(adapter.capture(FRANCE))
+    got = EntropyAnalysis.token_entropy(trained.capture(FRANCE))
     near(got, entropy, ROUTES)
     lowest = find_extreme_heads(got.mean(axis=-1), 5, largest=False)
-    assert [x["layer"] * 9 + x["head"] for x in lowest] == entropy.mean(-1).flatten().argsort()[:5].tolist()
+    assert [x["layer"] * 6 + x["head"] for x in lowest] == entropy.mean(-1).flatten().argsort()[:5].tolist()

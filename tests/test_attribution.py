@@ -483,16 +483,15 @@ def test_attribution_agrees_with_hooks_on_hugging_face(adapter: LlamaAttentionAd
     assert (top["layer"], top["head"]) == {"answer": (23, 4), "difference": (23, 3)}[case]
 
 
-@pytest.mark.real
-def test_the_guides_attribution_runs(adapter: LlamaAttentionAdapter) -> None:
-    full = adapter.capture_full(FRANCE)
-    paris, unembed = adapter.to_single_token(" Paris"), adapter.model.lm_head.weight
+def test_the_guides_attribution_runs(trained: LlamaAttentionAdapter) -> None:
+    full = trained.capture_full(FRANCE)
+    paris, unembed = trained.to_single_token("Paris"), trained.model.lm_head.weight
     dla = AttributionMethods.direct_logit_attribution(full.residual, unembed, paris, position=-1)
     bars = [f"L{layer:2d}: {value:+.4f} {'█' * int(abs(value) * 20)}" for layer, value in enumerate(dla.values)]
-    assert len(bars) == 30 and bars[-1].startswith("L29: +8.1896 █")
+    assert len(bars) == 4 and all(re.fullmatch(r"L \d: [+-]\d+\.\d{4} █*", bar) for bar in bars) and "█" in bars[-1]
     comp = AttributionMethods.component_attribution(full.residual, full.mlp, unembed, paris)
     lines = [f"{comp.values[layer, 0]:+.3f}, {comp.values[layer, 1]:+.3f}" for layer in range(len(comp.values))]
-    assert len(lines) == 30
+    assert len(lines) == 4
 
 
 def test_a_result_prints_in_one_line() -> None:

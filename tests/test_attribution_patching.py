@@ -388,14 +388,13 @@ def test_on_the_real_model_it_finds_the_heads_that_patching_finds(adapter):
     assert not verified.missed and not verified.sign_errors
 
 
-@pytest.mark.real
 @pytest.mark.torch
-def test_gradients_are_those_of_torch(adapter, hf):
-    """Every head at every token of SmolLM2, d (logit difference) / dz by torch's autograd."""
+def test_gradients_are_those_of_torch(trained, hf_trained):
+    """Every head at every token of the embedded model, d (logit difference) / dz by torch's autograd."""
     import torch
 
-    clean, corrupted = (adapter.tokenizer.encode(IOI.format(name)) for name in ("John", "Mary"))
-    mary, john = (adapter.to_single_token(name) for name in (" Mary", " John"))
+    clean, corrupted = (trained.tokenizer.encode(IOI.format(name)) for name in ("John", "Mary"))
+    mary, john = (trained.to_single_token(name) for name in (" Mary", " John"))
 
     def run(tokens: Any) -> tuple[list[Any], Any]:
         seen: list[Any] = []
@@ -406,9 +405,9 @@ def test_gradients_are_those_of_torch(adapter, hf):
                 seen[-1].retain_grad()
             return (seen[-1],)
 
-        handles = [layer.self_attn.o_proj.register_forward_pre_hook(keep) for layer in hf.model.layers]
+        handles = [layer.self_attn.o_proj.register_forward_pre_hook(keep) for layer in hf_trained.model.layers]
         try:
-            last = hf(torch.tensor(tokens)[None], use_cache=False).logits[0, -1]
+            last = hf_trained(torch.tensor(tokens)[None], use_cache=False).logits[0, -1]
         finally:
             for handle in handles:
                 handle.remove()
@@ -418,11 +417,11 @@ def test_gradients_are_those_of_torch(adapter, hf):
         source, there = run(clean)
     here, difference = run(corrupted)
     difference.backward()
-    hf.zero_grad()
+    hf_trained.zero_grad()
     theirs = np.stack([
-        ((a - b) * b.grad).detach()[0].unflatten(-1, (9, -1)).sum(-1).T.numpy() for a, b in zip(source, here, strict=True)
+        ((a - b) * b.grad).detach()[0].unflatten(-1, (6, -1)).sum(-1).T.numpy() for a, b in zip(source, here, strict=True)
     ])  # fmt: skip
-    found = attribution_patching(adapter.model, clean, corrupted, logit_difference(mary, john))
-    assert found.values["z"].shape == theirs.shape == (30, 9, 14)
+    found = attribution_patching(trained.model, clean, corrupted, logit_difference(mary, john))
+    assert found.values["z"].shape == theirs.shape == (4, 6, 15)
     np.testing.assert_allclose(found.values["z"], theirs, atol=2 * ROUTES, rtol=ROUTES)
     near([found.clean, found.corrupted], [there.item(), difference.item()], atol=2 * ROUTES)

@@ -352,23 +352,22 @@ def test_classes_on_an_ordinary_prompt(adapter: LlamaAttentionAdapter) -> None:
     assert summary["bos"][0][2] > 0.99 and len(summary["bos"]) > 50
 
 
-@pytest.mark.real
 @pytest.mark.torch
-def test_head_scores_agree_with_hugging_face(adapter: LlamaAttentionAdapter, hf) -> None:
+def test_head_scores_agree_with_hugging_face(trained: LlamaAttentionAdapter, hf_trained) -> None:
     import torch
 
-    tokens = repeated_tokens(adapter.model.config, 5, n_sequences=3, length=20)
-    before = hf.config._attn_implementation
-    hf.set_attn_implementation("eager")
+    tokens = repeated_tokens(trained.model.config, 5, n_sequences=3, length=20)
+    before = hf_trained.config._attn_implementation
+    hf_trained.set_attn_implementation("eager")
     each = []
     try:
         for row in tokens:
             with torch.no_grad():
-                attentions = hf(torch.tensor(row[None].astype(np.int64)), output_attentions=True).attentions
+                attentions = hf_trained(torch.tensor(row[None].astype(np.int64)), output_attentions=True).attentions
             each.append(by_definition(torch.cat(attentions).numpy(), row))
     finally:
-        hf.set_attn_implementation(before)
-    found = head_scores(adapter.model, 5, n_sequences=3, length=20)
+        hf_trained.set_attn_implementation(before)
+    found = head_scores(trained.model, 5, n_sequences=3, length=20)
     for name in SCORES:
         values = np.stack([scores[name] for scores in each])
         np.testing.assert_allclose(getattr(found, name), values.mean(0), atol=ROUTES, rtol=0, err_msg=name)

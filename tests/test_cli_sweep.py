@@ -28,9 +28,6 @@ MODEL = cache(tiny_llama)
 PRINTED = 5e-4  # half of the last of three decimals
 # Where the numbers of a place's name are.
 NUMBERS = {"layer": r"L(\d+)", "head": r"[HK](\d+)", "position": r"^(\d+)"}
-# Hugging Face's, with the head's columns of o_proj's input set to zero, or to those of the clean run in the corrupted one.
-HF_CHANGE = {"L23H3": -3.0437, "L1H5": -2.1817, "L29H1": -1.6774, "L29H0": 1.2807, "L24H4": 0.7227}
-HF_RECOVERY = {"L23H3": 0.5838, "L29H1": 0.2652, "L24H4": -0.2501, "L29H0": -0.2034}
 
 
 class Words:
@@ -49,19 +46,12 @@ MODULES = [sys.modules[f"oculi_jax.cli.{command}"] for command in ("sweep", "pat
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch, adapter: LlamaAttentionAdapter) -> None:
-    """The two commands take the suite's model rather than load it again."""
-    for module in MODULES:
-        monkeypatch.setattr(module, "open_adapter", lambda model, dtype: adapter)
-
-
-@pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path) -> Callable:
     """Runs a command on a tiny model: its arguments → its lines, and the figure that it drew."""
     adapter = LlamaAttentionAdapter(MODEL(), Words())
     figures: list[Any] = []
     for module in MODULES:
-        monkeypatch.setattr(module, "open_adapter", lambda model, dtype: adapter)
+        monkeypatch.setattr(module, "open_adapter", lambda *given: adapter)
         monkeypatch.setattr(module, "save_picture", lambda figure, path: figures.append(figure))
 
     def run(*arguments: str) -> tuple[list[str], Any]:
@@ -199,66 +189,114 @@ def table(out: str) -> dict[str, float]:
     return {head: float(numbers.split()[-1]) for head, numbers in found}
 
 
-@pytest.mark.real
-def test_oculi_sweep_finds_the_heads_of_the_indirect_object(directory: Path, tmp_path: Path, oculi_here) -> None:
-    given = (IOI.format("John"), "--target", " Mary", "--against", " John", "-m", str(directory))
-    code, out, err = oculi_here("sweep", *given, "-o", str(tmp_path / "heads.svg"))
-    assert code == 0 and err == "", err
-    assert "after 'When Mary and John went to the store, John gave a drink to': +6.1" in out
-    assert "of 270 (30 layers × 9)" in out
-    found = table(out)
-    assert len(found) == 20 and next(iter(found)) == "L23H3"
-    for head, change in HF_CHANGE.items():
-        assert abs(found[head] - change) < 2e-3, head
+def hf_differences(hf: Any, tokenizer: Any, text: str, put: Any = None) -> tuple[float, np.ndarray, list[Any]]:
+    """By hooks on Hugging Face's Llama: logit(Mary) − logit(John), the same with each head's z zero or as in `put`, and z."""
+    import torch
+
+    ids = torch.tensor([tokenizer.encode(text)])
+    mary, john = tokenizer.convert_tokens_to_ids(["▁Mary", "▁John"])
+    kept: list[Any] = []
+
+    def run(edit: tuple[int, int] | None = None) -> float:
+        kept.clear()
+
+        def hook(number: int, given: Any) -> Any:
+            z = given[0].clone()
+            kept.append(z.clone())
+            if edit and edit[0] == number:
+                part = slice(32 * edit[1], 32 * edit[1] + 32)
+                z[..., part] = 0.0 if put is None else put[number][..., part]
+            return (z,)
+
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given, n=n: hook(n, given))
+            for n, layer in enumerate(hf.model.layers)
+        ]
+        try:
+            with torch.no_grad():
+                logits = hf(ids).logits[0, -1]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return float(logits[mary] - logits[john])
+
+    each = np.array([[run((n, h)) for h in range(6)] for n in range(4)])
+    return run(), each, list(kept)
+
+
+def numbers(out: str) -> dict[tuple[int, int], list[float]]:
+    """(layer, head) → the numbers beside it."""
+    found = re.findall(r"L(\d+)H(\d+)((?: +[+-]\d+\.\d+)+)", out)
+    return {(int(layer), int(head)): [float(x) for x in row.split()] for layer, head, row in found}
+
+
+@pytest.mark.torch
+def test_oculi_sweep_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Path, oculi_here) -> None:
+    text = IOI.format("John")
+    given = (text, "--target", "Mary", "--against", "John", "-o", str(tmp_path / "heads.svg"), "--top", "24")
+    code, out, err = oculi_here("sweep", *given)
+    assert code == 0 and "tiny-facts" in err, err
+    plain, each, _ = hf_differences(hf_trained, embedded[1], text)
+    said = re.search(rf"after {re.escape(repr(text))}: (\S+)", out)
+    assert plain > 1 and said and abs(float(said[1]) - plain) < 2e-3 and "of 24 (4 layers × 6)" in out
+    for head, (change, *_) in numbers(out).items():
+        assert abs(change - (each[head] - plain)) < 2e-3, head
+    strongest = np.unravel_index((each - plain).argmin(), each.shape)
+    assert next(iter(numbers(out))) == strongest and each[strongest] < plain - 0.5
     svg = (tmp_path / "heads.svg").read_text()
     assert svg.startswith("<?xml") and f"Drew {tmp_path / 'heads.svg'}." in out
 
 
-@pytest.mark.real
-def test_oculi_patch_finds_the_name_movers(loaded, tmp_path: Path, oculi_here) -> None:
-    prompts = IOI.format("John"), IOI.format("Mary")
-    given = (*prompts, "--target", " Mary", "--against", " John", "-m", "loaded")
+@pytest.mark.torch
+def test_oculi_patch_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Path, oculi_here) -> None:
+    texts = IOI.format("John"), IOI.format("Mary")
+    given = (*texts, "--target", "Mary", "--against", "John", "--top", "24")
     code, out, err = oculi_here("patch", *given, "--site", "z", "-o", str(tmp_path / "patch.png"))
-    assert code == 0 and err == "", err
-    found = table(out)
-    for head, recovery in HF_RECOVERY.items():
-        assert abs(found[head] - recovery) < 2e-3, head
-    assert re.search(r"clean +\+6\.1\d+ .*\ncorrupted +-5\.48", out)
+    assert code == 0 and "tiny-facts" in err, err
+    clean, _, source = hf_differences(hf_trained, embedded[1], texts[0])
+    corrupted, each, _ = hf_differences(hf_trained, embedded[1], texts[1], source)
+    found = numbers(out)
+    assert len(found) > 5
+    for head, (patched, recovered) in found.items():
+        assert (
+            abs(patched - each[head]) < 2e-3 and abs(recovered - (each[head] - corrupted) / (clean - corrupted)) < 2e-3
+        )
+    assert next(iter(found)) == np.unravel_index(abs(each - corrupted).argmax(), each.shape)
+    said = re.search(r"clean +(\S+) .*\ncorrupted +(\S+) ", out)
+    assert said and abs(float(said[1]) - clean) < 2e-3 and abs(float(said[2]) - corrupted) < 2e-3
     assert (tmp_path / "patch.png").stat().st_size > 10_000
 
     code, out, err = oculi_here("patch", *given, "--site", "resid_pre")
-    assert code == 0 and err == "", err
-    # The second name carries the answer up to some layer, and the last token from there on.
+    assert code == 0, err
+    # The giver's name carries the answer up to some layer, and the last token from there on.
     profile = {int(line.split()[0]): line for line in out.splitlines() if re.match(r"\d+ '", line)}
-    assert list(profile)[:2] == [9, 13] and "9 ' Mary'→' John'" in profile[9]
-    early, late = (profile[t].split("  ")[-1] if t == 13 else profile[t].rstrip() for t in (13, 9))
-    assert early.rstrip().endswith("████") and "████████████████████" in late and not late.endswith("█")
-    assert min(profile) >= 9  # nothing before the first token that differs
+    assert set(list(profile)[:2]) == {10, 14} and "10 'Mary'→'John'" in profile[10]
+    assert min(profile) >= 10  # nothing before the first token that differs
 
 
-MANY = ("x " * 9000).strip()
-
-
-@pytest.mark.real
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep", "x", "--target", "Parisien"], "'Parisien' is not one token"),
-        (["sweep", "x", "--target", " Mary", "--against", "Parisien"], "'Parisien' is not one token"),
-        (["sweep", "x", "--target", " Mary", "--against", " Mary"], "are both ' Mary'"),
-        (["sweep", "", "--target", " Mary"], "The prompt is empty"),
-        (["sweep", MANY, "--target", " Mary"], "made for at most 8192"),
-        (["sweep", "x", "--target", " Mary", "-o", "{tmp}/x.jpg"], "must end in .png, .svg, .pdf"),
+        (["sweep", "The", "--target", "Parisien"], "'Parisien' is not in the vocabulary"),
+        (["sweep", "The", "--target", "Paris in"], "'Paris in' is not one token"),
+        (["sweep", "The", "--target", "Mary", "--against", "Parisien"], "'Parisien' is not in the vocabulary"),
+        (["sweep", "The", "--target", "Mary", "--against", "Mary"], "are both 'Mary'"),
+        (["sweep", "The " * 200, "--target", "Mary"], "made for at most 128"),
+        (["sweep", "The", "--target", "Mary", "-o", "{tmp}/x.jpg"], "must end in .png, .svg, .pdf"),
         (
-            ["patch", "a b", "a", "--target", " Mary"],
-            "the clean prompt has 2, ['a', ' b'], and the corrupted one 1, ['a']",
+            ["patch", "one two", "one", "--target", "Mary"],
+            "the clean prompt has 3, ['<s>', 'one', 'two'], and the corrupted one 2, ['<s>', 'one']",
         ),
-        (["patch", "a b", "a b", "--target", " Mary"], "Both prompts are the tokens ['a', ' b']"),
-        (["patch", "a b", "a c", "--target", "Parisien"], "'Parisien' is not one token"),
+        (["patch", "one two", "one two", "--target", "Mary"], "Both prompts are the tokens ['<s>', 'one', 'two']"),
+        (["patch", "one two", "one three", "--target", "Parisien"], "'Parisien' is not in the vocabulary"),
     ],
 )
-def test_mistakes_are_one_line_and_code_2(loaded, tmp_path: Path, oculi_here, arguments, message: str) -> None:
-    code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)) for a in arguments), "-m", "loaded")
+def test_mistakes_are_one_line_and_code_2(
+    trained, monkeypatch, tmp_path: Path, oculi_here, arguments, message: str
+) -> None:
+    for module in MODULES:
+        monkeypatch.setattr(module, "open_adapter", lambda *given: trained)
+    code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not list(tmp_path.iterdir()) and out == ""
 

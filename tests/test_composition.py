@@ -225,10 +225,9 @@ def test_what_cannot_be_is_refused(call: Callable[[Any], Any], error: type[Excep
         call(capture_of(layers=[0, 2], capture_values=False))
 
 
-@pytest.mark.real
-def test_the_guides_chapter(adapter: LlamaAttentionAdapter) -> None:
-    capture = adapter.capture(FRANCE)
-    qk = CompositionAnalysis.qk_composition(capture, source=(10, 5), target=(20, 3))
-    assert qk.values.shape == (5,) and 0 <= float(f"{qk.values.mean():.4f}") <= 1
+def test_the_guides_chapter(trained: LlamaAttentionAdapter) -> None:
+    capture = trained.capture(FRANCE)
+    qk = CompositionAnalysis.qk_composition(capture, source=(1, 5), target=(3, 2))
+    assert qk.values.shape == (6,) and 0 <= float(f"{qk.values.mean():.4f}") <= 1
     circuits = CompositionAnalysis.detect_induction_circuit(capture, threshold=0.3)
     assert isinstance(circuits.metadata["circuits"], list)

@@ -407,8 +407,7 @@ def test_who_gives_the_drink_against_hooks_of_hugging_face(adapter: LlamaAttenti
     assert np.unravel_index(recovered.argmax(), recovered.shape) == (23, 3)
 
 
-@pytest.mark.real
-def test_texts_of_other_lengths_are_refused(adapter: LlamaAttentionAdapter) -> None:
-    metric = logit_difference(adapter.to_single_token(" Mary"), adapter.to_single_token(" John"))
-    with pytest.raises(ValueError, match="has 14 tokens and the corrupted one 1[567]"):
-        CausalTracer(adapter).trace(IOI.format("John"), IOI.format("Bartholomew"), metric)
+def test_texts_of_other_lengths_are_refused(trained: LlamaAttentionAdapter) -> None:
+    metric = logit_difference(trained.to_single_token("Mary"), trained.to_single_token("John"))
+    with pytest.raises(ValueError, match="has 15 tokens and the corrupted one 17"):
+        CausalTracer(trained).trace(IOI.format("John"), IOI.format("John and Anna"), metric)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, LogitConfig, ResidualConfig, forward, load
+from oculi_jax import SITES, LogitConfig, ResidualConfig, forward
 from oculi_jax.intervention import ActivationPatch, HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
@@ -135,69 +134,3 @@ def test_oculi_lens(directory: Path, tmp_path: Path) -> None:
     assert "' Paris' with probability 0.773" in run.stdout
     assert len([line for line in run.stdout.splitlines() if line[:5].strip().isdigit()]) == 30
     assert list((tmp_path / "oculi_jax" / "xla").iterdir())
-
-
-def test_oculi_capture(directory: Path, adapter: LlamaAttentionAdapter, tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    out = tmp_path / "out.safetensors"
-    run = oculi(
-        "capture",
-        FRANCE,
-        "-m",
-        str(directory),
-        "--sites",
-        "q,k,pattern,final_scale",
-        "--layers",
-        "10,15",
-        "-o",
-        str(out),
-        cache=tmp_path,
-    )
-    assert run.returncode == 0, run.stderr
-    arrays = load(out)
-    want = forward(adapter.model, adapter.tokenizer.encode(FRANCE), capture=tuple(arrays)).activations
-    assert set(arrays) == {"q", "k", "pattern", "final_scale"}
-    np.testing.assert_allclose(arrays["pattern"], np.asarray(want["pattern"])[[10, 15]], atol=1e-5)
-    with safe_open(out, "numpy") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["axes"])["pattern"] == "L H T S" and json.loads(metadata["tokens"]) == [
-        504,
-        3575,
-        282,
-        4649,
-        314,
-    ]
-    assert metadata["model"] == str(directory) and json.loads(metadata["layers"]) == [10, 15]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["lens", "x", "--model", "nowhere"], "There is no directory 'nowhere'"),
-        (["lens", "", "--model", "{}"], "The prompt is empty"),
-        (["lens", "x " * 9000, "--model", "{}"], "made for at most 8192"),
-        (["capture", "x", "-m", "{}", "--sites", "patern", "-o", "{tmp}/x"], "did you mean 'pattern'"),
-        (
-            ["capture", "x", "-m", "{}", "--sites", "q", "--layers", "31", "-o", "{tmp}/x"],
-            "[31], but this model has 30 layers",
-        ),
-        (["capture", "x", "-m", "{}", "--sites", "q", "--layers", "a", "-o", "{tmp}/x"], "--layers is 'a'"),
-        (["capture", "x", "-m", "{}", "--sites", "q", "-o", "{tmp}/no/x"], "there is no directory"),
-        (["lens", "x", "-m", "{}", "--dtype", "int8"], "dtype is 'int8'"),
-        (["capture", "x", "-m", "{}", "--sites", "q", "--layers", "2-1,0", "-o", "{tmp}/x"], "a rising range"),
-        (["capture", "x", "-m", "{}", "--sites", "embed", "--layers", "1", "-o", "{tmp}/x"], "outside the layers"),
-        (["capture", "x", "-m", "{}", "--sites", "q", "-o", "{tmp}"], "it is a directory"),
-    ],
-)
-def test_mistakes_on_the_command_line_are_one_line_and_code_2(
-    directory: Path, tmp_path: Path, oculi_here, arguments, message: str
-) -> None:
-    code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)).replace("{}", str(directory)) for a in arguments))
-    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
-    assert not list(tmp_path.iterdir()) and out == ""
-
-
-def test_oculi_sites_prints_the_table(tmp_path: Path) -> None:
-    run = oculi("sites", cache=tmp_path)
-    assert run.returncode == 0 and all(f"\n{name} " in f"\n{run.stdout}" for name in SITES)

@@ -95,7 +95,7 @@ ALLOWED = {
     },
     # Llama.generate, alone, leads to what stands above the model.
     "models/llama": {"models.llama", "utils", "models.adapter", "models.continuation", "intervention.context"},
-    "models/continuation.py": {"capture", "generate", "prompts", "sampling"},
+    "models/continuation.py": {"capture", "generate", "prompts", "sampling", "utils"},
     "models/adapter.py": {
         "canonical",
         "capture",
@@ -113,6 +113,17 @@ ALLOWED = {
     "diagnostics.py": {"analysis", "canonical", "forward", "frame"},
     "training": {"training", "capture", "forward", "frame", "utils"},
     "visualize": {"visualize"},
+    "report": {
+        "report",
+        "analysis",
+        "capture",
+        "diagnostics",
+        "forward",
+        "intervention",
+        "metrics",
+        "prompts",
+        "sweep",
+    },
     "utils": {"utils"},
 }
 

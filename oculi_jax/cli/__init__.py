@@ -1,4 +1,4 @@
-"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `sweep`, `patch`, `generate`, `sites`."""
+"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `sweep`, `patch`, `generate`, `report`, `sites`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .generate import generate
 from .heads import heads
 from .lens import lens
 from .patch import patch
+from .report import report
 from .sites import sites
 from .sweep import sweep
 
@@ -26,6 +27,7 @@ app.command()(attribute)
 app.command()(sweep)
 app.command()(patch)
 app.command()(generate)
+app.command()(report)
 app.command()(sites)
 
 # What the library raises at input that it refuses; anything else is a bug and keeps its traceback.

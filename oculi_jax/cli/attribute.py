@@ -33,7 +33,6 @@ LAST = LogitConfig(layers=[0], top_k=1, positions=[-1])
 
 def attribute(
     text: Text,
-    model: Model,
     target: Annotated[
         str, typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default=False)
     ],
@@ -43,6 +42,7 @@ def attribute(
     ] = None,
     top: Annotated[int, typer.Option(help="How many heads and MLPs to show.", min=1)] = 12,
     output: Picture = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -52,7 +52,7 @@ def attribute(
     parts sum to the logit.
     """
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, text)
     goal = adapter.to_single_token(target)
     token = goal if versus is None else (goal, adapter.to_single_token(versus))
     with working("Running the model"):

@@ -20,12 +20,12 @@ from .common import Dtype, Longer, Model, Text, check_output, console, integers,
 
 def capture(
     text: Text,
-    model: Model,
     sites: Annotated[str, typer.Option(help="Site names with commas; `oculi sites` lists them.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The safetensors file to write.", show_default=False)],
     layers: Annotated[
         str | None, typer.Option(help="Layers, as 10,15 or 0-5; all where left out.", show_default=False)
     ] = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -40,14 +40,14 @@ def capture(
     if chosen is not None and not inside:
         raise ValueError(f"--layers is given, but {sites} occurs once, outside the layers.")
     specs = (*([CaptureSpec(inside, chosen)] if inside else []), *([CaptureSpec(outside)] if outside else []))
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, text)
     prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
     tokens = prompt.tokens[0, : prompt.n_tokens]
     readings = plan(specs, adapter.model.config, prompt.n_tokens)
     with working("Running the model"):
         found = jax.block_until_ready(forward(adapter.model, tokens, capture=specs, logits="none").activations)
     metadata = {
-        "model": model,
+        "model": model or "tiny-facts",
         "text": text,
         "tokens": json.dumps(tokens.tolist()),
         "layers": json.dumps(next((list(r.layers) for r in readings if r.site.layered), [])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -14,14 +15,20 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ..embedded import embedded_directory
 from ..models.llama import LlamaAttentionAdapter
 from ..models.llama.model import Llama
 from ..utils.files import write_aside
-from ..utils.tokens import load_tokenizer
+from ..utils.tokens import load_tokenizer, unknown_words
 from ..visualize.canvas import door
 
 Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
-Model = Annotated[str, typer.Option("--model", "-m", help="A directory with a Llama, or a Hub id.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="A directory with a Llama, or a Hub id.", show_default="tiny-facts, which comes with this"
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Picture = Annotated[
     Path | None, typer.Option("--output", "-o", help="Draw it to this .png, .svg or .pdf.", show_default=False)
@@ -43,14 +50,26 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def open_adapter(model: str, dtype: str) -> LlamaAttentionAdapter:
-    """Loads a model and its tokenizer."""
+def open_adapter(model: str | None, dtype: str, *texts: str | None) -> LlamaAttentionAdapter:
+    """Loads a model, the embedded one for None, and its tokenizer; says which words of the texts it does not know."""
     keep_programs()
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # it warns where torch is missing, which is not needed here
-    llama = Llama.from_pretrained(model, dtype=dtype)
-    return LlamaAttentionAdapter(llama, load_tokenizer(model))
+    # transformers warns where torch is missing, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    source = embedded_directory() if model is None else model
+    adapter = LlamaAttentionAdapter(Llama.from_pretrained(source, dtype=dtype), load_tokenizer(source))
+    notes = console(error=True)
+    if model is None:
+        size = len(adapter.tokenizer) - len(adapter.tokenizer.all_special_tokens)
+        notes.print(
+            f"No --model is given: this is tiny-facts, a small Llama that comes with oculi_jax and knows {size} words."
+        )
+    for word in dict.fromkeys(word for text in texts if text for word in unknown_words(adapter.tokenizer, text)):
+        near = difflib.get_close_matches(word, (known.strip("▁") for known in adapter.tokenizer.get_vocab()), 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        notes.print(
+            f"The model has no token for {word!r} and reads it as {adapter.tokenizer.unk_token!r}.{hint}", markup=False
+        )
+    return adapter
 
 
 def check_output(path: Path, *suffixes: str) -> Path:

@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text as TextCell
 
 from ..models.adapter import LlamaAttentionAdapter
-from ..utils.tokens import str_tokens
+from ..utils.tokens import continuation, str_tokens
 from .common import Dtype, Longer, Model, Picture, Text, check_picture, console, open_adapter, save_picture, working
 from .interventions import parse, usage
 
 
 def generate(
     text: Text,
-    model: Model,
     intervene: Annotated[
         list[str] | None,
         typer.Option("--intervene", "-i", help=f"May be given several times. {usage()}.", show_default=False),
@@ -32,13 +31,14 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws; both texts draw alike.", min=0, max=2**32 - 1)] = 0,
     output: Picture = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
     """Continues a text, plain and, with --intervene, under interventions, side by side."""
     picture = check_picture(output)
     chosen = [parse(line) for line in intervene or []]
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, text)
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, allow_longer=allow_longer)
     if temperature > 0:
         options["key"] = jax.random.key(seed)
@@ -49,11 +49,11 @@ def generate(
     table = Table(box=None, pad_edge=False, expand=True, padding=(0, 2))
     for name in found:
         table.add_column(TextCell(name), ratio=1, overflow="fold")
-    table.add_row(*(TextCell(text).append("".join(tokens), style="bold") for tokens, _ in found.values()))
+    table.add_row(*(TextCell(text).append(added, style="bold") for _, _, added in found.values()))
     out = console()
     out.print(table)
     if chosen:
-        (plain, _), (changed, _) = found.values()
+        (plain, *_), (changed, *_) = found.values()
         same = next((i for i, pair in enumerate(zip(plain, changed, strict=False)) if pair[0] != pair[1]), None)
         if same is not None:
             out.print(f"The texts part at new token {same}: {plain[same]!r}, {changed[same]!r}.", markup=False)
@@ -65,8 +65,8 @@ def generate(
 
 def _continue(
     adapter: LlamaAttentionAdapter, text: str, n: int, interventions: Any, options: dict[str, Any]
-) -> tuple[list[str], np.ndarray]:
-    """The new tokens' texts, up to the end token, and the probability that the model gave each."""
+) -> tuple[list[str], np.ndarray, str]:
+    """The new tokens' texts, up to the end token, the probability that the model gave each, and what they add to the text."""
     model = adapter.model
     prompt = adapter.tokenizer.encode(text)
     ids, seen = adapter.generate(prompt, n, interventions, capture="final_norm", **options)
@@ -77,15 +77,16 @@ def _continue(
     # A token is chosen by the state of the one before it.
     states = np.asarray(seen["final_norm"])[len(prompt) - 1 :][: len(new)]
     chances = np.asarray(jax.nn.softmax(model.logits(jax.numpy.asarray(states)), axis=-1))
-    return str_tokens(adapter.tokenizer, new) if len(new) else [], chances[np.arange(len(new)), new]
+    tokens = str_tokens(adapter.tokenizer, new) if len(new) else []
+    return tokens, chances[np.arange(len(new)), new], continuation(adapter.tokenizer, text, new)
 
 
-def _draw(found: dict[str, tuple[list[str], np.ndarray]]) -> Any:
+def _draw(found: dict[str, tuple[list[str], np.ndarray, str]]) -> Any:
     from ..visualize import attribution_bars, panels
 
-    width = max(6.0, 0.28 * max(len(tokens) for tokens, _ in found.values()))
+    width = max(6.0, 0.28 * max(len(tokens) for tokens, *_ in found.values()))
     figure, axes = panels(len(found), 1, min(width, 16.0), 3.0 * len(found))
-    for ax, (name, (tokens, chances)) in zip(axes, found.items(), strict=True):
+    for ax, (name, (tokens, chances, _)) in zip(axes, found.items(), strict=True):
         if tokens:
             attribution_bars(chances, labels=tokens, ax=ax, label="probability of the token", title=name)
             ax.set_ylim(0, 1)

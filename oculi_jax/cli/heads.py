@@ -16,7 +16,6 @@ PATTERNS_ALONE = CaptureConfig(capture_queries=False, capture_keys=False, captur
 
 
 def heads(
-    model: Model,
     text: Annotated[
         str | None,
         typer.Option(help="Classify on this prompt rather than on repeated random tokens.", show_default=False),
@@ -24,6 +23,7 @@ def heads(
     top: Annotated[int, typer.Option(help="How many heads to name for each pattern.", min=1)] = 6,
     seed: Annotated[int, typer.Option(help="Of the random tokens.", min=0, max=2**32 - 1)] = 0,
     output: Picture = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -33,7 +33,7 @@ def heads(
     Scores are attention, means over eight sequences with their standard errors; with --text, of that prompt alone.
     """
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, text)
     config = adapter.model.config
     with working("Running the model"):
         if text is None:

@@ -28,11 +28,11 @@ from .common import (
 
 def lens(
     text: Text,
-    model: Model,
     top_k: Annotated[
         int, typer.Option("--top-k", "-k", help="How many tokens to show at each layer.", min=1, max=20)
     ] = 3,
     output: Picture = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -41,7 +41,7 @@ def lens(
     The logit lens: final norm and unembedding applied to the residual stream after each layer.
     """
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, text)
     analysis = LogitLensAnalysis(adapter.tokenizer)
     with working("Running the model"):
         capture = adapter.capture_logits(text, LogitConfig(top_k=top_k, positions=[-1]), allow_longer=allow_longer)

@@ -25,7 +25,6 @@ def patch(
     corrupted: Annotated[
         str, typer.Argument(help="The same prompt but for some tokens, which change the answer.", show_default=False)
     ],
-    model: Model,
     target: Target,
     against: Against = None,
     site: Annotated[str, typer.Option(help="What is patched; `oculi sites` lists them.")] = "resid_pre",
@@ -42,6 +41,7 @@ def patch(
     ] = "denoising",
     top: Annotated[int, typer.Option(help="How many places to show.", min=1)] = 12,
     output: Picture = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -60,7 +60,7 @@ def patch(
         raise ValueError(
             "A picture has two axes, and --by layer,head,position makes three: leave out --output or one of them."
         )
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, clean, corrupted)
     metric, name = measure(adapter, target, against)
     ids = [token_ids(adapter, text, allow_longer) for text in (clean, corrupted)]
     texts = [adapter.str_tokens(tokens) for tokens in ids]

@@ -31,11 +31,11 @@ from .effects import Against, Target, bar, counting, heading, legible, measure, 
 
 def sweep(
     text: Text,
-    model: Model,
     target: Target,
     against: Against = None,
     top: Annotated[int, typer.Option(help="How many heads to show in each direction.", min=1)] = 10,
     output: Picture = None,
+    model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
@@ -44,7 +44,7 @@ def sweep(
     The metric is the log-probability of the target after the prompt; with --against, the difference of two logits.
     """
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype)
+    adapter = open_adapter(model, dtype, text)
     metric, name = measure(adapter, target, against)
     tokens = token_ids(adapter, text, allow_longer)
     heads = HeadAblation.grid(adapter.model.config)

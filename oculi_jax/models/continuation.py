@@ -14,6 +14,7 @@ from ..capture.spec import plan
 from ..generate import check_count, check_stops, write
 from ..prompts import prepare
 from ..sampling import sampler
+from ..utils.tokens import continuation
 
 
 class Continued(NamedTuple):
@@ -49,15 +50,9 @@ def continue_texts(
     done = _continue(model, tokenizer, texts, max_new_tokens, interventions, **options)
     prompts = [texts] if isinstance(texts, str) else list(texts)
 
-    def continuation(prompt: str, new: np.ndarray) -> str:
-        # What decoding the whole gives beyond decoding the prompt: some tokenizers drop the first space of a text.
-        before = list(tokenizer.encode(prompt))
-        whole = tokenizer.decode([*before, *new.tolist()], skip_special_tokens=True)
-        return prompt + whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
-
     each = prompts * (len(done.new) // len(prompts))
     rows = zip(each, done.new, done.alive, strict=True)
-    found: Any = [continuation(prompt, new[alive]) for prompt, new, alive in rows]
+    found: Any = [prompt + continuation(tokenizer, prompt, new[alive]) for prompt, new, alive in rows]
     activations = done.activations
     if not done.variants and isinstance(texts, str):
         found, activations = found[0], jax.tree.map(lambda x: x[0], activations)

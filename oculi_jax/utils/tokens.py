@@ -39,7 +39,22 @@ def to_single_token(tokenizer: Any, text: str) -> int:
         if text and not text.startswith(" ") and len(tokenizer.encode(" " + text, add_special_tokens=False)) == 1:
             hint = f" {' ' + text!r}, with a space before it, is one."
         raise ValueError(f"{text!r} is not one token but {len(ids)}: {pieces}.{hint}")
+    if unknown_words(tokenizer, text):
+        raise ValueError(
+            f"{text!r} is not in the vocabulary of the model, which would read it as {tokenizer.unk_token!r}."
+        )
     return int(ids[0])
+
+
+def unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """The parts of a text for which the tokenizer has no token but its unknown one, in order."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if unknown is None or unknown not in ids or not getattr(tokenizer, "is_fast", False):
+        return []
+    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    words = [text[start:stop].strip() for i, (start, stop) in zip(ids, spans, strict=True) if i == unknown]
+    return [word for word in words if word and word != tokenizer.unk_token]
 
 
 def str_tokens(tokenizer: Any, text_or_ids: Any) -> list[str]:
@@ -51,6 +66,13 @@ def str_tokens(tokenizer: Any, text_or_ids: Any) -> list[str]:
     if ids.ndim != 1:
         raise ValueError(f"str_tokens takes one text or ids [T], and was given an array {list(ids.shape)}.")
     return [tokenizer.decode([int(i)]) for i in ids]
+
+
+def continuation(tokenizer: Any, prompt: str, new: Any) -> str:
+    """What new ids `[T]` add to a prompt: decoding all beyond decoding the prompt, as some tokenizers drop a text's first space."""
+    before = list(tokenizer.encode(prompt))
+    whole = tokenizer.decode([*before, *np.asarray(new).tolist()], skip_special_tokens=True)
+    return whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
 
 
 def first_difference(tokenizer: Any, one: str | Sequence[int], other: str | Sequence[int]) -> int | None:

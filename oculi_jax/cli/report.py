@@ -1,0 +1,58 @@
+"""`oculi report`: a prompt's insides as one HTML page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..report import report as make_report
+from ..utils.files import write_aside
+from .common import Dtype, Model, Text, check_output, console, open_adapter
+from .effects import counting
+
+
+def report(
+    text: Text,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the page goes: a name in .html.", show_default=False)
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(help="The answer to explain, one token.", show_default="the likeliest next token"),
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Heads whose patterns the page holds: L17H3,L18H6.",
+            show_default="all; of a large model the strongest",
+        ),
+    ] = None,
+    model: Model = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.
+
+    The page loads nothing from anywhere, so it can be sent to others as it is.
+    """
+    path = check_output(output, ".html", ".htm")
+    chosen = pairs(heads)
+    adapter = open_adapter(model, dtype, text, target)
+    with counting("Running the model") as progress:
+        page = make_report(adapter, text, target=target, heads=chosen, progress=progress)
+    with write_aside(path) as aside:
+        aside.write_text(page, encoding="utf-8", newline="\n")
+    console().print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser.", markup=False)
+
+
+def pairs(text: str | None) -> list[tuple[int, int]] | None:
+    """`"L17H3,L18H6"` → (layer, head) pairs; None stays None."""
+    if text is None:
+        return None
+    found = [re.fullmatch(r"\s*L([0-9]{1,6})H([0-9]{1,6})\s*", part, re.IGNORECASE) for part in text.split(",")]
+    named = [(int(match[1]), int(match[2])) for match in found if match]
+    if len(named) < len(found):
+        raise ValueError(f"--heads is {text!r}; write a layer and a head of each, with commas: L17H3,L18H6.")
+    return named

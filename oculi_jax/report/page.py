@@ -1,0 +1,154 @@
+"""What was measured → one HTML page that needs nothing else: no network, no fonts, no libraries."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .measure import Measured, measure
+from .visible import visible_prompt, visible_token
+
+if TYPE_CHECKING:
+    from ..models.adapter import LlamaAttentionAdapter
+
+# Score → its label, and what it is the mean of; `oculi_jax.analysis.circuits` defines them.
+SCORES = {
+    "previous_token": ("previous token", "attention to the token before"),
+    "induction": ("induction", "attention to what followed earlier occurrences of the current token"),
+    "duplicate_token": ("duplicate token", "attention to earlier occurrences of the current token"),
+    "bos": ("first token", "attention to the first token"),
+    "recent": ("recent", "attention to the 4 tokens before"),
+    "local": ("local", "attention to the 4 tokens before and to itself"),
+    "uniform": ("uniform", "entropy of the attention over the largest possible"),
+}
+
+
+def report(
+    adapter: LlamaAttentionAdapter,
+    text: str,
+    *,
+    target: str | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+    progress: Callable[[int, int], None] | bool | None = None,
+) -> str:
+    """A prompt's insides as one self-contained HTML page. Host function.
+
+    What the model says next; the logit lens at every layer and token; attention patterns; head scores on repeated random
+    tokens (`head_scores`); what each head's absence does to the target's lead over the likeliest other token (`sweep` of
+    `HeadAblation`); and direct logit attribution of the target (`AttributionMethods`).
+
+    Args:
+        adapter: a model with its tokenizer.
+        text: the prompt.
+        target: a text of one token, whose logit is attributed and whose lead over the likeliest other ablations are judged by; None
+            for the likeliest next token.
+        heads: (layer, head) pairs whose patterns the page holds; None for all of them where they take a few MB, else the
+            strongest by ablation and by scores.
+        progress: as in `sweep`, of the ablations.
+
+    Returns:
+        The page's text. Texts of the prompt are data in it, never markup, and it may load nothing and run nothing but its
+        own script, by a content security policy.
+
+    Raises:
+        ValueError, TypeError: a prompt, target or head that cannot be; a prompt too long for a page (512 tokens, or 20,000
+            cells of the lens); inside an `InterventionContext`.
+    """
+    return page(measure(adapter, text, target=target, heads=heads, progress=progress))
+
+
+def page(measured: Measured) -> str:
+    """The HTML of what was measured."""
+    here = files("oculi_jax.report")
+    template, style, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    # "<" alone could end the element that holds the data; what else JSON escapes leaves nothing but ASCII.
+    data = json.dumps(_data(measured), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return Template(template).substitute(
+        style=style, style_hash=_hash(style), script=script, script_hash=_hash(script), data=data
+    )
+
+
+def _hash(text: str) -> str:
+    """How a content security policy names an inline element: nothing but this very text is run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _data(m: Measured) -> dict[str, Any]:
+    """What the script reads."""
+    words = {i: visible_token(text) for i, text in m.words.items()}
+    order = {i: place for place, i in enumerate(words)}
+    sizes = m.sizes
+    return {
+        "prompt": visible_prompt(m.prompt),
+        "model": {
+            "name": m.name,
+            "parameters": m.parameters,
+            "dtype": m.dtype,
+            "layers": sizes["L"],
+            "heads": sizes["H"],
+            "kvHeads": sizes["K"],
+            "width": sizes["E"],
+            "mlp": sizes["F"],
+            "vocabulary": sizes["V"],
+        },
+        "words": list(words.values()),
+        "tokens": [order[i] for i in m.tokens.tolist()],
+        "next": {"words": [order[i] for i in m.next_ids.tolist()], "probabilities": _numbers(m.next_probabilities)},
+        "target": {
+            "word": order[m.target],
+            "chosen": m.chosen,
+            "logProbability": _numbers(m.target_log_probability),
+            "logit": _numbers(m.target_logit),
+        },
+        "rival": {"word": order[m.rival], "logit": _numbers(m.rival_logit)},
+        "lens": {
+            "words": np.vectorize(order.__getitem__, otypes=[int])(m.lens_ids).tolist(),
+            "probabilities": _numbers(m.lens_probabilities),
+            "target": _numbers(m.lens_target),
+        },
+        "attention": {"heads": m.heads, "selection": m.selection, "weights": _packed(m.patterns)},
+        "scores": {
+            "sequences": m.n_sequences,
+            "repeat": m.repeat,
+            "kinds": [
+                {
+                    "name": name,
+                    "label": label,
+                    "meaning": meaning,
+                    "values": _numbers(m.scores[name]),
+                    "errors": _numbers(m.errors[name]),
+                }
+                for name, (label, meaning) in SCORES.items()
+            ],
+        },
+        "ablation": _numbers(m.effects),
+        "attribution": {
+            "embedding": _numbers(m.embedding),
+            "attention": _numbers(m.attention),
+            "mlp": _numbers(m.mlp),
+            "other": _numbers(m.other),
+            "heads": _numbers(m.by_head),
+            "bias": _numbers(m.bias),
+            "error": _numbers(m.completeness_error),
+        },
+    }
+
+
+def _numbers(values: Any) -> Any:
+    """Python floats of five digits, nested as the array is."""
+    array = np.asarray(values, np.float64)
+    return np.array([float(f"{x:.5g}") for x in array.ravel()]).reshape(array.shape).tolist()
+
+
+def _packed(patterns: np.ndarray) -> str:
+    """Rows 0 … t of every head's triangle as unsigned 16-bit integers, 65535 for a weight of 1; little-endian, base64."""
+    rows, columns = np.tril_indices(patterns.shape[-1])
+    scaled = np.rint(np.clip(patterns[:, rows, columns], 0.0, 1.0) * 65535.0)
+    return base64.b64encode(scaled.astype("<u2").tobytes()).decode()
