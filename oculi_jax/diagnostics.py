@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
 from .analysis.inputs import check_integer
 from .canonical import canonical
-from .forward import check_model, forward
+from .forward import find_model, forward, program, run
 from .frame import Frame
 from .pytrees import register_dataclass
 
@@ -111,8 +111,13 @@ def head_scores(
     Raises:
         ValueError: a length that the vocabulary or the model's context cannot hold; fewer than 2 sequences.
     """
-    tokens = repeated_tokens(check_model(model), seed, n_sequences, length)
-    return _run(model, tokens, canonical(interventions, Frame(model.config, model.dtype, tokens.shape[1], None)))
+    model = find_model(model)
+    tokens = repeated_tokens(model.config, seed, n_sequences, length)
+    interventions = canonical(interventions, Frame(model.config, model.dtype, tokens.shape[1], None))
+    if program(model, run) is run:
+        return _run(model, tokens, interventions)
+    rows = [_scores(model, row, interventions, jax.jit(pattern_scores)) for row in tokens]  # torch runs this one
+    return _summary({name: jnp.stack([row[name] for row in rows]) for name in rows[0]}, tokens)
 
 
 def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
@@ -140,11 +145,16 @@ def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: in
 
 @jax.jit
 def _run(model: Llama, tokens: Int[Array, "N T"], interventions: tuple[Any, ...]) -> HeadScores:
-    def scores(row: Int[Array, "T"]) -> dict[str, Array]:
-        out = forward(model, row, interventions, capture="pattern", logits="none")
-        return pattern_scores(out.activations["pattern"], row)
+    return _summary(jax.lax.map(lambda row: _scores(model, row, interventions, pattern_scores), tokens), tokens)
 
-    each = jax.lax.map(scores, tokens)
+
+def _scores(model: Any, row: Int[Array, "T"], interventions: tuple[Any, ...], scores: Any) -> dict[str, Array]:
+    """The scores of one sequence, each `[L, H]`."""
+    return scores(forward(model, row, interventions, capture="pattern", logits="none").activations["pattern"], row)
+
+
+@partial(jax.jit, inline=True)
+def _summary(each: dict[str, Array], tokens: Int[Array, "N T"]) -> HeadScores:
     mean = {name: jnp.mean(value, axis=0) for name, value in each.items()}
     chance = {name: jnp.mean(value) for name, value in jax.lax.map(even_scores, tokens).items()}
     root = tokens.shape[0] ** 0.5

@@ -88,7 +88,7 @@ def apply_edit(
             mask, value = jax.tree.map(lambda leaf: leaf[layer] if jnp.ndim(leaf) else leaf, (mask, value))
         else:
             here = layer == edit.layer
-            if leaves := _cuttable(edit):  # a whole run's capture: this layer's row, shared by all variants of a sweep
+            if leaves := cuttable(edit):  # a whole run's capture: this layer's row, shared by all variants of a sweep
                 n_axes = len(owner_site(edit).axes)
                 rows = [leaf[layer] if jnp.ndim(leaf) > n_axes else leaf for leaf in leaves]
                 value = jax.tree.unflatten(jax.tree.structure(value), rows)
@@ -109,6 +109,9 @@ def apply_edit(
             x_in = jnp.where(real, x_in, jnp.ones_like(x_in))
         if here is not None:
             value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
+        if hasattr(edit.fn, "site_shaped"):
+            x_in = x_in.astype(jnp.float32)
+            value = jax.tree.map(lambda leaf: _broadcast(leaf.astype(jnp.float32), x), value)
         new = edit.fn(x_in, value)
         if jnp.shape(new) != x.shape:
             raise ValueError(
@@ -138,7 +141,10 @@ def _only_if(here: Array, leaf: Any) -> Array:
 
 
 def site_shaped(fn: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
-    """Marks a function of `apply` edits whose value broadcasts to the site's axes, so that it can be cut to some tokens."""
+    """Marks a function of `apply` edits whose value broadcasts to the site's axes, so that it can be cut to some tokens.
+
+    It is given float32 arrays of one shape, of JAX or of torch, and does with them what both do alike.
+    """
     fn.site_shaped = True  # type: ignore[attr-defined]
     return fn
 
@@ -155,10 +161,10 @@ def limit(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
     inside = jnp.arange(sizes["T"]) < n_covered
     covered = jnp.ones((1,) * n_axes, bool)
     n_layers = 0
-    for leaf in map(jnp.asarray, _cuttable(edit)):
-        for axis in _token_axes(edit, leaf, sizes["T"], "TS"):
+    for leaf in map(jnp.asarray, cuttable(edit)):
+        for axis in token_axes(edit, leaf, sizes["T"], "TS"):
             covered = covered & inside.reshape(*(1,) * (n_axes + axis), -1, *(1,) * (-axis - 1))
-            n_layers = leaf.shape[0] if _is_dense(edit) else 0
+            n_layers = leaf.shape[0] if is_dense(edit) else 0
     if covered.size == 1:
         return edit
     mask = jnp.asarray(edit.mask)
@@ -174,27 +180,27 @@ def rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) 
 
     def cut(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
-        for axis in _token_axes(edit, leaf, sizes["T"], "T"):
+        for axis in token_axes(edit, leaf, sizes["T"], "T"):
             leaf = jax.lax.dynamic_slice_in_dim(leaf, start, n_rows, leaf.ndim + axis)
         return leaf
 
-    value = jax.tree.map(cut, edit.value) if _cuttable(edit) else edit.value
+    value = jax.tree.map(cut, edit.value) if cuttable(edit) else edit.value
     return dataclasses.replace(edit, mask=cut(edit.mask), value=value)
 
 
-def _cuttable(edit: Edit) -> list[Any]:
+def cuttable(edit: Edit) -> list[Any]:
     """The leaves of the edit's value that have the site's axes; none where they are a function's own business."""
     return jax.tree.leaves(edit.value) if edit.op != "apply" or hasattr(edit.fn, "site_shaped") else []
 
 
-def _is_dense(edit: Edit) -> bool:
+def is_dense(edit: Edit) -> bool:
     """Whether the edit acts at every layer, so that its arrays lead with `L`."""
     return owner_site(edit).layered and edit.layer is None
 
 
-def _token_axes(edit: Edit, leaf: Array, length: int, letters: str) -> list[int]:
+def token_axes(edit: Edit, leaf: Any, length: int, letters: str) -> list[int]:
     """Which axes, counted from the end, are token axes of the edit's site and `length` long; an axis of one broadcasts."""
     axes = owner_site(edit).axes
-    rank = leaf.ndim - _is_dense(edit)
+    rank = leaf.ndim - is_dense(edit)
     found = [i - len(axes) for i, letter in enumerate(axes) if letter in letters]
     return [axis for axis in found if length > 1 and rank >= -axis and leaf.shape[axis] == length]

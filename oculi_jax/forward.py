@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -69,7 +70,7 @@ def forward(
     so other layers, heads, positions and strengths run the same program. For a batch, `vmap` it over `tokens`.
 
     Args:
-        model: a `Llama`.
+        model: a `Llama`, or a Hugging Face `LlamaForCausalLM`, which torch runs where it lies.
         tokens: ids `[T]`, integers.
         interventions: one intervention or a list of them, applied in order (see `oculi_jax.intervention`).
         capture: site names, a `CaptureSpec`, or a tuple of those.
@@ -86,18 +87,47 @@ def forward(
     """
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
-    config = check_model(model)
+    model = find_model(model)
+    config = model.config
     tokens = check_tokens(tokens, config.vocab_size)
     mask = check_mask(mask, tokens.shape[0])
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
     edits = canonical(interventions, frame)
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
     readings = plan(capture, config, n_real)
-    return run(model, tokens, mask, edits, readings, logits, bool(remat))
+    return program(model, run)(model, tokens, mask, edits, readings, logits, bool(remat))
+
+
+def find_model(model: Any) -> Any:
+    """A model as the programs of its backend take it: a `Llama`, or a `TorchLlama`, also of a Hugging Face module.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+        from .backends.torch import TorchLlama
+
+        return TorchLlama.of(model)
+    if not hasattr(type(model), "backend"):
+        check_model(model)
+    return model
+
+
+def program(model: Any, own: Any) -> Any:
+    """`own`, a JAX program of this library; or what has its name and signature in the model's backend, for a model of another."""
+    backend = getattr(type(model), "backend", None)
+    return own if backend is None else getattr(import_module(backend), own.__name__)
 
 
 def check_model(model: Any) -> LlamaConfig:
-    """The config of a model; TypeError for what is none."""
+    """The config of a JAX model; TypeError for what is none."""
+    if hasattr(type(model), "backend") or any(
+        kind.__module__.startswith("transformers.") for kind in type(model).__mro__
+    ):
+        raise TypeError(
+            "This differentiates or reads the model as a JAX pytree, and was given one that torch runs: load it with "
+            "Llama.from_pretrained(directory)."
+        )
     if isinstance(model, type) or not hasattr(model, "config") or not hasattr(model, "embed_tokens"):
         what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
         raise TypeError(f"The model is {what}; give a Llama, as Llama.from_pretrained(source) makes.")

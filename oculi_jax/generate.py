@@ -17,7 +17,7 @@ from . import variants
 from .canonical import family, listed, sweep_axes
 from .capture.spec import Reading, integers, plan
 from .edits import rows
-from .forward import Taps, check_mask, check_model, check_tokens, lower, run
+from .forward import Taps, check_mask, check_tokens, find_model, lower, program, run
 from .frame import Frame, listing, on_device
 from .sampling import Sampler, sampler
 
@@ -79,7 +79,8 @@ def generate(
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
     """
-    config = check_model(model)
+    model = find_model(model)
+    config = model.config
     tokens = check_tokens(tokens, config.vocab_size)
     n_tokens, n_new = tokens.shape[0], check_count(max_new_tokens)
     mask = check_mask(mask, n_tokens)
@@ -147,7 +148,7 @@ def write(
         keys = jax.random.split(one, n_rows) if n is None and n_rows > 1 else jnp.broadcast_to(one, n_rows)
     shortest = n_slots if on_device(real) else int(slots.sum(axis=1).min())
     readings = plan(capture, config, shortest)
-    found, alive, activations = _decode(
+    found, alive, activations = program(model, decode)(
         model, tokens, real, np.int32(n_covered), stacked, leads, options, keys, stops, n_new, readings
     )
     return Written(found, alive, activations, n is not None)
@@ -200,7 +201,7 @@ def check_stops(stop_tokens: Any, config: Any) -> Int[np.ndarray, "N"]:
 
 
 @partial(jax.jit, static_argnums=(5, 9, 10), inline=True)
-def _decode(
+def decode(
     model: Llama,
     tokens: Int[Array, "B T"],
     real: Bool[Array, "B T"],
@@ -231,11 +232,6 @@ def _decode(
 
         return variants.along_rows(one, interventions, leads)
 
-    def choose(step: Any, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
-        if keys is None:
-            return jax.vmap(lambda row: options.choose(row, None))(logits)
-        return jax.vmap(lambda row, key: options.choose(row, jax.random.fold_in(key, step)))(logits, keys)
-
     def put(whole: Array, step: Any, new: Array, done: Array) -> tuple[Array, Array]:
         new = jnp.where(done, config.pad_id, new)
         whole = jax.lax.dynamic_update_slice_in_dim(whole, new[:, None], n_tokens + step, 1)
@@ -247,7 +243,7 @@ def _decode(
     with jax.named_scope("prefill"):
         logits, cache = advance(0)(tokens, slots if cached else jnp.pad(real, [(0, 0), (0, n_new)]))
         cache = tuple(jnp.pad(x, [(0, 0)] * 3 + [(0, n_new), (0, 0)]) for x in cache) if cached else ()
-    whole, done = put(whole, 0, choose(0, logits), jnp.zeros(n_rows, bool))
+    whole, done = put(whole, 0, choose(options, keys, 0, logits), jnp.zeros(n_rows, bool))
 
     def unfinished(state: Any) -> Array:
         step, *_, done = state
@@ -262,7 +258,7 @@ def _decode(
             cache = tuple(jax.lax.dynamic_update_slice_in_dim(x, y, slot, 3) for x, y in zip(cache, added, strict=True))
         else:
             logits, _ = advance(0)(whole, slots & (jnp.arange(n_slots) <= slot)[None, :])
-        whole, done = put(whole, step, choose(step, logits), done)
+        whole, done = put(whole, step, choose(options, keys, step, logits), done)
         return step + 1, whole, cache, done
 
     with jax.named_scope("decode"):
@@ -278,6 +274,14 @@ def _decode(
 
     written = jnp.concatenate([real, alive], axis=1)
     return out, alive, variants.along_rows(reread, interventions, leads)(whole, written)
+
+
+@partial(jax.jit, inline=True)
+def choose(options: Sampler, keys: Array | None, step: Any, logits: Float[Array, "B V"]) -> Int[Array, "B"]:
+    """The next token of each row, from its key at this step."""
+    if keys is None:
+        return jax.vmap(lambda row: options.choose(row, None))(logits)
+    return jax.vmap(lambda row, key: options.choose(row, jax.random.fold_in(key, step)))(logits, keys)
 
 
 def _among(ids: Int[Array, "..."], stops: Int[Array, "M"]) -> Bool[Array, "..."]:

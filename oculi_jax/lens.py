@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from .forward import check_model, check_tokens
+from .forward import check_tokens, find_model, program
 from .frame import as_array, listing, on_device
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
     Raises:
         ValueError, TypeError: a shape, dtype, k or id that cannot be.
     """
-    config = check_model(model)
+    model = find_model(model)
+    config = model.config
     resid = as_array(resid)
     if resid.ndim == 0 or resid.shape[-1] != config.hidden_size:
         raise ValueError(
@@ -49,11 +50,12 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
         raise ValueError(f"top_k is {top_k!r}, and must be an integer from 1 to {config.vocab_size}.")
     if tokens is not None:
         tokens = check_tokens(tokens if on_device(tokens) else np.atleast_1d(tokens), config.vocab_size)
-    return _lens(model, resid.astype(model.dtype), None if top_k is None else int(top_k), tokens)
+    return program(model, run_lens)(model, resid.astype(model.dtype), None if top_k is None else int(top_k), tokens)
 
 
 @partial(jax.jit, static_argnums=(2,), inline=True)
-def _lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -> Any:
+def run_lens(model: Llama, resid: Array, top_k: int | None, tokens: Array | None) -> Any:
+    """The program behind `lens`."""
     lead, width = resid.shape[:-1], resid.shape[-1]
     n_tokens = lead[-1] if lead else 1
     rows = resid.reshape(math.prod(lead[:-1]), n_tokens, width)

@@ -38,7 +38,14 @@ def bucket(n_tokens: int) -> int:
 
 
 def prepare(
-    prompt: Any, tokenizer: Any, config: LlamaConfig, *, attention_mask: Any, allow_longer: bool, n_new: int = 0
+    prompt: Any,
+    tokenizer: Any,
+    config: LlamaConfig,
+    *,
+    attention_mask: Any,
+    allow_longer: bool,
+    n_new: int = 0,
+    exact: bool = False,
 ) -> Prompts:
     """Reads a prompt or a batch of prompts.
 
@@ -50,13 +57,14 @@ def prepare(
         attention_mask: `[T]` or `[B, T]`, 1 or True at real tokens; only with ids.
         allow_longer: go beyond the length that the model was made for.
         n_new: how many tokens will be generated, which count towards that length.
+        exact: no padding beyond the longest prompt, where nothing is compiled for a length.
     """
     rows, mask = _rows(prompt, tokenizer, attention_mask)
     lengths = [len(row) for row in rows]
     n_tokens = max(lengths, default=0)
     if not rows or min(lengths) == 0:
         raise ValueError("The prompt is empty: at least one token is needed.")
-    tokens = np.zeros((len(rows), bucket(n_tokens)), np.int32)
+    tokens = np.zeros((len(rows), n_tokens if exact else bucket(n_tokens)), np.int32)
     real = np.zeros(tokens.shape, bool)
     for i, row in enumerate(rows):
         wrong = np.flatnonzero((row < 0) | (row >= config.vocab_size))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -16,12 +14,13 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import variants
-from .forward import check_model
+from .forward import Output, find_model, program
 from .frame import Frame, on_device
 from .metrics import Metric
 from .planner import Cost, Group, SweepPlan, make_plan
 from .replay import Rows, looks_ahead, run_base, run_group, run_reach
 from .sweep_inputs import check_metric, check_prompts
+from .utils.devices import memory
 from .utils.progress import progress as progress_bar
 
 if TYPE_CHECKING:
@@ -149,7 +148,7 @@ def sweep_prompts(
     found = None if prepared.traced else _execute(prepared, _plan(prepared, batch_size, reuse), progress)
     traced = found is None
     if traced:
-        found = run_group(
+        found = program(prepared.model, run_group)(
             prepared.model, prepared.tokens, prepared.mask, prepared.rows, prepared.metric, prepared.metric_by_prompt,
             size=prepared.size, n_rows=prepared.tokens.shape[1], mesh=prepared.mesh,
         )  # fmt: skip
@@ -162,7 +161,8 @@ def sweep_prompts(
 def _prepare(
     model: Any, tokens: Any, mask: Any, interventions: Sequence[Any], metric: Any, mesh: Mesh | None
 ) -> _Prepared:
-    config = check_model(model)
+    model = find_model(model)
+    config = model.config
     metric, leads = check_metric(metric, config.vocab_size, tokens, mask)
     n_tokens, dtype = tokens.shape[1], model.dtype
     masks = [None] * len(tokens) if mask is None else mask
@@ -199,6 +199,10 @@ def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
         raise TypeError(
             f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
         )
+    if program(model, run_group) is not run_group:
+        if mesh is not None:
+            raise ValueError("A mesh is of JAX's devices, and this model is run by torch on its own: leave mesh out.")
+        return None
     sharding = getattr(model.embed[...], "sharding", None)
     own: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
     mesh = own if mesh is None else mesh
@@ -224,9 +228,9 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
     if isinstance(metric, Metric):
         n_read = len(metric.positions)
         n_ids = n_ids if metric.ids is None else metric.ids.shape[-1]
-    device = next(iter(model.embed[...].devices()))
+    platform, free = _room(model)
     n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
-    cost = Cost(config, n_tokens, n_read * n_ids, model.dtype.itemsize, device.platform, n_devices)
+    cost = Cost(config, n_tokens, n_read * n_ids, model.dtype.itemsize, platform, n_devices)
     first_layers = first_tokens = None
     if reuse and prepared.size > 1:
         reached = run_reach(prepared.varying, prepared.tokens, prepared.mask, prepared.size, config)
@@ -234,36 +238,36 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
         if looks_ahead(prepared.rows, prepared.tokens, prepared.mask, prepared.size, config):
             first_tokens = np.minimum(first_tokens, 0)
     size = None if batch_size == "auto" else int(batch_size)
-    return make_plan(cost, prepared.axes, n_prompts, first_layers, first_tokens, size, _free_bytes(device) // 2)
+    return make_plan(cost, prepared.axes, n_prompts, first_layers, first_tokens, size, free // 2)
 
 
 def _check_value(prepared: _Prepared) -> None:
     """TypeError for a function that returns no array, before anything runs."""
     if isinstance(prepared.metric, Metric):
         return
+    logits = jax.ShapeDtypeStruct((prepared.tokens.shape[1], prepared.model.config.vocab_size), np.float32)
+    mask = None if prepared.mask is None else prepared.mask[0]
     value = jax.eval_shape(
-        partial(run_group, size=prepared.size, n_rows=prepared.tokens.shape[1], metric_by_prompt=prepared.metric_by_prompt),
-        prepared.model, prepared.tokens, prepared.mask, prepared.rows, prepared.metric,
-    )  # fmt: skip
+        lambda metric, logits, mask: metric(Output(logits, {}, jnp.zeros(0, jnp.int32), mask)),
+        prepared.metric,
+        logits,
+        mask,
+    )
     if not jax.tree.leaves(value):
         raise TypeError(
             "The metric returns no array: what it returns of an Output is what a sweep gives for each variant."
         )
 
 
-def _free_bytes(device: Any) -> int:
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    try:  # Linux counts what it could give back; elsewhere what is free must do
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return 4 << 30
+def _room(model: Any) -> tuple[str, int]:
+    """The platform that a model runs on, and how many bytes are free there."""
+    if program(model, run_group) is not run_group:
+        platform, device = model.device.type, model.device
+    else:
+        device = next(iter(model.embed[...].devices()))
+        platform = device.platform
+    free = memory(device)[1]
+    return platform, 4 << 30 if free is None else free
 
 
 def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
@@ -296,10 +300,10 @@ def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
             base = None
             if plan.reuse:
                 keep_keys = any(group.n_rows < plan.n_tokens for group in plan.groups)
-                base = run_base(chunk.model, chunk.tokens, chunk.mask, chunk.shared, keep_keys)
+                base = program(model, run_base)(chunk.model, chunk.tokens, chunk.mask, chunk.shared, keep_keys)
             for group in plan.groups:
                 rows = _of_variants(chunk.rows, group, prepared.mesh)
-                out = run_group(
+                out = program(model, run_group)(
                     chunk.model, chunk.tokens, chunk.mask, rows, chunk.metric, chunk.metric_by_prompt,
                     base, np.int32(group.start) if plan.reuse else 0,
                     size=group.size, n_rows=group.n_rows, mesh=prepared.mesh,
@@ -325,12 +329,13 @@ def _take(x: Any, places: np.ndarray, size: int, axis: int) -> Any:
 def _of_prompts(prepared: _Prepared, prompts: np.ndarray, size: int) -> _Prepared:
     """The part of a sweep that is about some prompts."""
 
-    # What all variants share goes to the device, or to those of the mesh, once and not with every call.
+    # What all variants share goes to the device, or to those of the mesh, once and not with every call; torch has its own.
+    on_host = program(prepared.model, run_group) is not run_group
     everywhere = None if prepared.mesh is None else NamedSharding(prepared.mesh, PartitionSpec())
 
     def take(x: Any, by_prompt: bool = True, by_variant: bool = False) -> Any:
         x = _take(x, prompts, size, 0) if by_prompt else x
-        return x if by_variant else jax.device_put(x, everywhere)
+        return x if by_variant or on_host else jax.device_put(x, everywhere)
 
     def rows(given: Rows) -> Rows:
         return replace(given, leaves=list(map(take, given.leaves, given.by_prompt, given.by_variant)))

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .forward import check_mask, check_model, check_tokens
+from .forward import check_mask, check_tokens, find_model
 from .frame import as_array, listing, on_device
 from .metrics import Metric
 
 
 def check_prompts(model: Any, tokens: Any, mask: Any) -> tuple[Any, Any, bool]:
     """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
-    config = check_model(model)
+    config = find_model(model).config
     given = tokens if isinstance(tokens, str) else as_array(tokens)
     if isinstance(given, str) or given.ndim != 2:
         tokens = check_tokens(tokens, config.vocab_size)[None]

@@ -108,7 +108,7 @@ def test_top_k_never_holds_the_whole_vocabulary() -> None:
     from oculi_jax.capture.spec import plan
 
     wanted = (("logits", plan(config.specs(), model.config, 16)),)
-    lowered = adapter._captured.lower(model, prompt(16), np.ones(16, bool), (), None, None, (), wanted, 3, "float32")
+    lowered = adapter.captured.lower(model, prompt(16), np.ones(16, bool), (), None, None, (), wanted, 3, "float32")
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 8 * 16 * 4096 * 4 / 2
 
@@ -211,7 +211,7 @@ def test_configs_that_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="takes an oculi_jax Llama"):
+    with pytest.raises(TypeError, match="give a Llama, as Llama.from_pretrained"):
         LlamaAttentionAdapter(object())
 
 

@@ -15,8 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # The pages of one document are run in one namespace.
+MAC = "mac.md"
 CARD = "../weights/tiny-facts/README.md"
-DOCUMENTS = (("guide.md", "troubleshooting.md"), ("causal.md",), ("batch-jobs.md",), (CARD,))
+DOCUMENTS = (("guide.md", "troubleshooting.md"), ("causal.md",), ("batch-jobs.md",), (MAC,), (CARD,))
+MARKS = {CARD: [], MAC: [pytest.mark.real, pytest.mark.torch]}
 
 CHAPTERS = (
     "Preface", "Chapter 1: Getting started", "Chapter 2: Attention", "Chapter 3: The residual stream",
@@ -104,7 +106,7 @@ def anchors(text: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(document, marks=() if CARD in document else pytest.mark.real) for document in DOCUMENTS],
+    [pytest.param(document, marks=MARKS.get(document[0], [pytest.mark.real])) for document in DOCUMENTS],
     ids=lambda document: document[0],
 )
 def test_every_block_runs(

@@ -356,6 +356,8 @@ def _row(unembed: Any, token: Any) -> Float[Array, "E"]:
         raise TypeError(f"token is {token!r}, and an id is needed (adapter.to_single_token(text)), or a pair of them.")
     if not isinstance(token, jax.Array) and not 0 <= int(seen) < unembed.shape[0]:
         raise ValueError(f"token is {token}, and the vocabulary has ids 0 to {unembed.shape[0] - 1}.")
+    if hasattr(unembed, "detach"):  # torch's, perhaps on a device and with a gradient
+        return jnp.asarray(unembed[int(seen)].detach().cpu().float().numpy())
     ids = jnp.asarray(seen)
     # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's row.
     rows = jnp.asarray(unembed).at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from .. import variants
 from ..canonical import listed, sweep_axes
 from ..capture.spec import Reading
-from ..forward import check_model, run
+from ..forward import find_model, program, run
 from ..frame import Frame, listing
 from ..intervention import ActivationPatch
 from ..metrics import Metric
@@ -157,7 +157,8 @@ def patch_sites(
         background: interventions that both runs are under.
         positions: which tokens are patched, where `by` has no positions; None for all.
     """
-    config = check_model(model)
+    model = find_model(model)
+    config = model.config
     if direction not in ("denoising", "noising"):
         raise ValueError(f"direction is {direction!r}, and must be 'denoising' (clean into corrupted) or 'noising'.")
     by = (by,) if isinstance(by, str) else tuple(by)
@@ -165,13 +166,14 @@ def patch_sites(
     clean, mask, single = check_prompts(model, clean, mask)
     n_prompts, n_tokens = clean.shape
     metric, _ = check_metric(metric, config.vocab_size, clean, mask)
-    table = model.embed[...]
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(
             f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
         )
-    if mesh is not None and not isinstance(table, Tracer) and not isinstance(table.sharding, NamedSharding):
-        model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+    if mesh is not None and program(model, observe) is observe:
+        table = model.embed[...]
+        if not isinstance(table, Tracer) and not isinstance(table.sharding, NamedSharding):
+            model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
 
     plain = _Runs(clean, mask, [background] * n_prompts, metric)
     if isinstance(corrupted, Noise):
@@ -272,7 +274,8 @@ class _Runs:
         masks = [None] * len(self.tokens) if self.mask is None else self.mask
         frames = [Frame(model.config, model.dtype, self.tokens.shape[1], row) for row in masks]
         stacked, leads, _ = variants.stack(self.interventions, frames)
-        return _observe(model, self.tokens, self.mask, stacked, self.metric, leads, readings)
+        values, seen = program(model, observe)(model, self.tokens, self.mask, stacked, self.metric, leads, readings)
+        return check_number(values), seen
 
 
 def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, ...], single: bool) -> _Runs:
@@ -312,7 +315,7 @@ def _metric_axes(metric: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=(5, 6), inline=True)
-def _observe(
+def observe(
     model: Llama,
     tokens: Int[Array, "N T"],
     mask: Bool[Array, "N T"] | None,
@@ -330,11 +333,16 @@ def _observe(
     seen = variants.along_rows(one, interventions, leads)(tokens, mask)
     judge = jax.vmap(lambda x, real, metric: measure(model, x, real, metric), in_axes=(0, 0, _metric_axes(metric)))
     values = judge(seen["final_norm"], mask, metric)
+    # Apart, not as one array: each is the value of its own prompt's patch.
+    return values, tuple({r.site.name: seen[r.site.name][row] for r in readings} for row in range(len(tokens)))
+
+
+def check_number(values: Any) -> Array:
+    """A metric's values `[N]`, one number for each row; ValueError for anything else."""
     if not isinstance(values, jax.Array) or values.ndim != 1:
         got = ", ".join(listing(x.shape[1:]) for x in jax.tree.leaves(values)) or "nothing"
         raise ValueError(f"Patching needs a metric that returns one number, an array of shape []; this returns {got}.")
-    # Apart, not as one array: each is the value of its own prompt's patch.
-    return values, tuple({r.site.name: seen[r.site.name][row] for r in readings} for row in range(len(tokens)))
+    return values
 
 
 def _patch(site: Site, by: tuple[str, ...], value: Array, positions: Any, sizes: dict[str, int]) -> ActivationPatch:

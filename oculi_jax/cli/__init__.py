@@ -1,4 +1,4 @@
-"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `sweep`, `patch`, `generate`, `report`, `sites`."""
+"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `sweep`, `patch`, `generate`, `report`, `sites`, `doctor`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from .attribute import attribute
 from .capture import capture
+from .doctor import doctor
 from .generate import generate
 from .heads import heads
 from .lens import lens
@@ -29,6 +30,7 @@ app.command()(patch)
 app.command()(generate)
 app.command()(report)
 app.command()(sites)
+app.command()(doctor)
 
 # What the library raises at input that it refuses; anything else is a bug and keeps its traceback.
 REFUSALS = (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError, ModuleNotFoundError)

@@ -13,7 +13,8 @@ class InterventionContext:
     """Interventions that everything an adapter captures or generates is under, inside a `with` block.
 
     Nested blocks add up, outer ones first. Leaving the block restores, by an exception too; other threads and tasks do
-    not see it. `generate` of the adapter's own model is under it; `oculi_jax.forward` and `oculi_jax.generate`, being
+    not see it. `generate` of the adapter's own model is under it, as is a Hugging Face model's, whose forward is its own again
+    when the last block is left; `oculi_jax.forward` and `oculi_jax.generate`, being
     pure, never are.
 
     Args:
@@ -36,8 +37,13 @@ class InterventionContext:
                 what = f"the class {item.__name__}" if isinstance(item, type) else f"a {type(item).__name__}"
                 raise TypeError(f"interventions[{number}] is {what}, not an intervention.")
         self.adapter, self.interventions = adapter, tuple(interventions)
+        self._modules: list[Any] = []
 
     def __enter__(self) -> InterventionContext:
+        if hasattr(self.adapter.model, "intervened"):  # a torch module, whose own generate is under it too
+            module = self.adapter.model.intervened()
+            module.__enter__()
+            self._modules.append(module)
         _ACTIVE.set((*_ACTIVE.get(), self))
         return self
 
@@ -47,11 +53,19 @@ class InterventionContext:
         if not mine:
             raise ValueError("This InterventionContext is left where it was not entered.")
         _ACTIVE.set((*entries[: mine[-1]], *entries[mine[-1] + 1 :]))  # blocks of generators may close in another order
+        if self._modules:
+            self._modules.pop().__exit__(None, None, None)
 
 
 def active(adapter: Any) -> tuple[Any, ...]:
     """The interventions that an adapter is under here."""
     return tuple(item for entry in _ACTIVE.get() if entry.adapter is adapter for item in entry.interventions)
+
+
+def active_in(module: Any) -> tuple[Any, ...]:
+    """The interventions that a Hugging Face module's forward is under here."""
+    mine = (entry for entry in _ACTIVE.get() if getattr(entry.adapter.model, "hf", None) is module)
+    return tuple(item for entry in mine for item in entry.interventions)
 
 
 def active_on(model: Any) -> tuple[Any, ...]:

@@ -67,11 +67,12 @@ class HeadAblation:
     @classmethod
     def grid(cls, config: LlamaConfig, replacement: Any = 0.0) -> HeadAblation:
         """Every head of a model, for `sweep`: axes `[L, H]`. A capture's mean `[L, H, 1, D]` replaces each by its own."""
-        if not hasattr(config, "sizes"):
+        if not hasattr(config, "num_hidden_layers") or not hasattr(config, "num_attention_heads"):
             raise TypeError(
                 f"HeadAblation.grid takes a model's config, and was given a {type(config).__name__}: model.config."
             )
-        return cls(np.arange(config.sizes["L"])[:, None], np.arange(config.sizes["H"])[None, :], replacement)
+        layers, heads = np.arange(config.num_hidden_layers), np.arange(config.num_attention_heads)
+        return cls(layers[:, None], heads[None, :], replacement)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         value = _with_head(self.replacement, "z")
@@ -81,8 +82,7 @@ class HeadAblation:
 @site_shaped
 def _blend(z: Array, value: tuple[Array, Array]) -> Array:
     keep, replacement = value
-    keep = jnp.broadcast_to(keep, z.shape).astype(jnp.float32)
-    return keep * z.astype(jnp.float32) + (1.0 - keep) * jnp.broadcast_to(replacement, z.shape).astype(jnp.float32)
+    return keep * z + (1.0 - keep) * replacement
 
 
 @pytree
@@ -223,11 +223,11 @@ class Steer:
 
 @site_shaped
 def _project_out(x: Array, direction: Array) -> Array:
-    wide = x.astype(jnp.float32)
-    d = jnp.broadcast_to(direction.astype(jnp.float32), x.shape)
-    length = jnp.sum(d * d, axis=-1, keepdims=True)
-    along = jnp.sum(wide * d, axis=-1, keepdims=True) / jnp.where(length == 0.0, 1.0, length)
-    return wide - along * d
+    length = (direction * direction).sum(axis=-1, keepdims=True)
+    along = (x * direction).sum(axis=-1, keepdims=True) / length.clip(
+        min=1e-37
+    )  # a direction of zeros takes nothing away
+    return x - along * direction
 
 
 @pytree

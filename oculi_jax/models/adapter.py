@@ -17,7 +17,7 @@ from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, Res
 from ..capture.parts import Wanted, merged, select, trim
 from ..capture.spec import check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
-from ..forward import run
+from ..forward import find_model, program, run
 from ..frame import Frame, listing
 from ..intervention.context import active
 from ..lens import lens_layers
@@ -40,15 +40,16 @@ class LlamaAttentionAdapter:
     JAX or torch, with `attention_mask` where they are padded. One prompt gives the guide's shapes, several a leading `B`.
     Lengths are padded inside so that near ones share a compiled program; results never show it. Inside an
     `InterventionContext` of this adapter, every method is under its interventions.
+
+    The model is a `Llama`, or a Hugging Face `LlamaForCausalLM`, which stays where and as it is and is run by torch.
     """
 
-    def __init__(self, model: Llama, tokenizer: Any = None):
-        if not isinstance(model, Llama):
-            raise TypeError(
-                f"LlamaAttentionAdapter takes an oculi_jax Llama, and was given a {type(model).__name__}; "
-                "load the checkpoint with Llama.from_pretrained(directory)."
-            )
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any = None):
+        self.model, self.tokenizer = find_model(model), tokenizer
+        if hasattr(type(self.model), "backend"):
+            from ..doctor import warn_once
+
+            warn_once(self.model.device)
 
     def __repr__(self) -> str:
         return f"LlamaAttentionAdapter({self.model!r})"
@@ -197,7 +198,12 @@ class LlamaAttentionAdapter:
             )
         model = self.model
         batch = prompts.prepare(
-            prompt, self.tokenizer, model.config, attention_mask=attention_mask, allow_longer=allow_longer
+            prompt,
+            self.tokenizer,
+            model.config,
+            attention_mask=attention_mask,
+            allow_longer=allow_longer,
+            exact=program(model, captured) is not captured,
         )
         for name, config in configs.items():
             if not isinstance(config, _CONFIGS[name]):
@@ -230,7 +236,7 @@ class LlamaAttentionAdapter:
             if not hasattr(tuned_lens, "translate"):
                 raise TypeError(f"tuned_lens is a {type(tuned_lens).__name__}, and a TunedLens is needed.")
             tuned_lens.check(model.config)
-        values = _captured(
+        values = program(model, captured)(
             model, tokens, mask, stacked, ids, tuned_lens, leads,
             tuple(wanted.items()), lens.top_k, lens.dtype,
         )  # fmt: skip
@@ -245,7 +251,7 @@ class LlamaAttentionAdapter:
 
 
 @partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def _captured(
+def captured(
     model: Llama,
     tokens: Array,
     mask: Array,
@@ -296,7 +302,7 @@ def _structure(
             )  # fmt: skip
         case ResidualConfig():
             arrays = {field: values[site] for field, site in config.fields().items()}
-            weight = model.norm.weight[...]
+            weight = model.final_weight
             if prompt["tokens"].ndim == 2:  # one for each prompt, so that jax.vmap maps over all that a batch holds
                 weight = jnp.broadcast_to(weight, (len(prompt["tokens"]), *weight.shape))
             return ResidualCapture(**arrays, **common, final_weight=weight, model_layers=sizes["L"])

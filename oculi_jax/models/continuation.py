@@ -11,7 +11,8 @@ from jax import Array
 from jax.core import Tracer
 
 from ..capture.spec import plan
-from ..generate import check_count, check_stops, write
+from ..forward import program
+from ..generate import check_count, check_stops, decode, write
 from ..prompts import prepare
 from ..sampling import sampler
 from ..utils.tokens import continuation
@@ -101,7 +102,10 @@ def _continue(
     """Arguments as in `oculi_jax.generate`, and prompts as an adapter takes them."""
     config = model.config
     n_new = check_count(max_new_tokens)
-    batch = prepare(prompt, tokenizer, config, attention_mask=attention_mask, allow_longer=allow_longer, n_new=n_new)
+    exact = program(model, decode) is not decode
+    batch = prepare(
+        prompt, tokenizer, config, attention_mask=attention_mask, allow_longer=allow_longer, n_new=n_new, exact=exact
+    )
     tokens, real, n_tokens = batch.tokens, batch.mask, batch.n_tokens
     if attention_mask is None:
         # Texts or lists of unequal length: with the padding first, new tokens follow their prompts at once.

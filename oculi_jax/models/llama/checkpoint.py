@@ -45,15 +45,25 @@ class Stored:
 def load(
     source: str | os.PathLike[str],
     *,
+    backend: str = "jax",
     dtype: Any,
     device: Any,
     mesh: jax.sharding.Mesh | None,
     revision: str | None,
     local_files_only: bool,
     ignore_fields: tuple[str, ...],
-) -> Llama:
+) -> Any:
     """See `Llama.from_pretrained`."""
-    place = _placement(device, mesh)
+    if backend not in ("jax", "torch"):
+        raise ValueError(f"backend is {backend!r}, and must be 'jax' or 'torch'.")
+    if backend == "torch":
+        from ...backends.torch import TorchLlama, devices
+
+        if mesh is not None:
+            raise ValueError("A mesh is of JAX's devices: with backend='torch' give a device.")
+        torch_device, place = devices.find_device(device), None
+    else:
+        place = _placement(device, mesh)
     directory = _find(source, revision, local_files_only)
     config = LlamaConfig.from_pretrained(directory, ignore_fields=ignore_fields)
     table = parameter_table(config)
@@ -61,19 +71,22 @@ def load(
     _check(directory, config, table, stored)
     target = _target_dtype(dtype, config, stored, table)
 
-    params: dict[str, Array] = {}
+    params: dict[str, Any] = {}
     total = sum(int(np.prod(row.shape)) * target.itemsize for row in table)
     with progress(f"Loading {directory.name}", total, in_bytes=True) as advance:
         # The largest first: while a parameter is copied to its device it exists twice.
         for row in sorted(table, key=lambda row: -int(np.prod(row.shape))):
-            sharding = place(row)
 
             def read(index: Any, row: Parameter = row) -> np.ndarray:
                 return _read(row, index, stored, target, advance)
 
-            params[row.name] = jax.make_array_from_callback(row.shape, sharding, read)
+            if place is None:
+                params[row.name] = read(tuple(slice(None) for _ in row.shape))
+                continue
+            params[row.name] = jax.make_array_from_callback(row.shape, place(row), read)
             params[row.name].block_until_ready()
-    return Llama(dataclasses.replace(config, dtype=target.name), params)
+    config = dataclasses.replace(config, dtype=target.name)
+    return Llama(config, params) if place is not None else TorchLlama.from_arrays(config, params, torch_device)
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:

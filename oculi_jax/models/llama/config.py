@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import operator
 import os
 from collections.abc import Iterable, Mapping
@@ -76,6 +77,8 @@ _INERT: dict[str, Any] = {
         ANY,
     ),
 }  # fmt: skip
+# What this library knows of a config; a Hugging Face model that is loaded already reads nothing else of its own.
+KNOWN_FIELDS = frozenset((*_USED, *_INERT, "original_max_position_embeddings"))
 _INERT_ROPE = {"partial_rotary_factor": (1, None), "finetuned": ANY}
 
 
@@ -133,6 +136,13 @@ class LlamaConfig:
             "L": self.num_hidden_layers, "E": self.hidden_size, "H": self.num_attention_heads,
             "K": self.num_key_value_heads, "D": self.head_dim, "F": self.intermediate_size, "V": self.vocab_size,
         }  # fmt: skip
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, the embedding counted once where it is tied."""
+        from .parameters import parameter_table
+
+        return sum(math.prod(row.shape) for row in parameter_table(self))
 
     @property
     def pad_id(self) -> int:

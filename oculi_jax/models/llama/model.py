@@ -228,18 +228,21 @@ class Llama(nnx.Module):
         local_files_only: bool = False,
         *,
         ignore_fields: tuple[str, ...] = (),
-    ) -> Llama:
-        """Loads a Llama from a directory or a Hugging Face Hub id. torch is not needed.
+        backend: str = "jax",
+    ) -> Any:
+        """Loads a Llama from a directory or a Hugging Face Hub id. torch is not needed, but for the backend of that name.
 
         Args:
             source: a directory with `config.json` and safetensors files (one, or shards with an index), or a Hub id.
             dtype: `"auto"` (the config's, else that of the file), or float32, bfloat16 or float16 as a string or dtype.
-            device: a `jax.Device` or a platform name (`"cpu"`, `"gpu"`, `"tpu"`); JAX's default where None.
+            device: a `jax.Device` or a platform name (`"cpu"`, `"gpu"`, `"tpu"`); JAX's default where None. With torch, one of
+                its devices (`"cpu"`, `"cuda"`, `"mps"`); for None the GPU where it has one, else the CPU.
             mesh: a mesh with axes `("data", "model")`, both Auto: parameters are sharded over `model`, and each device
                 reads only its slice. Not together with `device`.
             revision: branch, tag or commit on the Hub.
             local_files_only: never look at the network.
             ignore_fields: config fields to load without, although this library does not implement them.
+            backend: `"jax"`; or `"torch"`, for a `TorchLlama`, which every function takes as it takes a `Llama`.
 
         Raises:
             OSError: something is not there or cannot be read. ValueError: it is there and is not a Llama that can be
@@ -248,7 +251,7 @@ class Llama(nnx.Module):
         from .checkpoint import load
 
         return load(
-            source, dtype=dtype, device=device, mesh=mesh, revision=revision, local_files_only=local_files_only,
+            source, backend=backend, dtype=dtype, device=device, mesh=mesh, revision=revision, local_files_only=local_files_only,
             ignore_fields=ignore_fields,
         )  # fmt: skip
 
@@ -288,6 +291,11 @@ class Llama(nnx.Module):
         return Unembedding(self.embed[...] if self.unembed is None else self.unembed[...])
 
     @property
+    def final_weight(self) -> Array:
+        """The final norm's weight `[E]`."""
+        return self.norm.weight[...]
+
+    @property
     def dtype(self) -> np.dtype:
         """The dtype of the parameters and of the residual stream."""
         return np.dtype(self.embed[...].dtype)
@@ -301,7 +309,7 @@ class Llama(nnx.Module):
     @property
     def n_params(self) -> int:
         """Number of parameters, the embedding counted once where it is tied."""
-        return sum(int(np.size(leaf)) for leaf in jax.tree.leaves(self))
+        return self.config.n_params
 
     def embed_tokens(self, tokens: Int[Array, "T"], tap: Tap) -> Float[Array, "T E"]:
         # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.

@@ -1,0 +1,80 @@
+"""`oculi doctor`: whether what this machine's devices compute can be trusted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .. import doctor as checks
+from ..embedded import embedded_directory
+from ..utils.devices import get_device_info
+from .common import Dtype, Model, console, keep_programs, working
+
+
+def doctor(
+    model: Model = None,
+    dtype: Dtype = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Only this one: gpu, tpu, cuda, mps or cpu.", show_default="all that are here")
+    ] = None,
+) -> None:
+    """Whether what this machine's devices compute can be trusted: each site of one prompt beside the CPU's float32.
+
+    In float32 and in the model's dtype. Exits with 1 where something is wrong.
+    """
+    keep_programs()
+    here = checks.devices()
+    names = sorted({name for _, name in here})
+    wanted = [(backend, name) for backend, name in here if device in (None, name)]
+    if device is not None and not wanted:
+        raise ValueError(
+            f"device is {device!r}, and to compare with JAX's CPU there is {', '.join(names) or 'none'} here."
+        )
+    out = console()
+    info = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in get_device_info().items():
+        shown = f"{value / 1e9:.1f} GB" if name.endswith("_bytes") and value is not None else str(value)
+        info.add_row(name.removesuffix("_bytes").replace("_", " "), shown)
+    out.print(info)
+    if not wanted:
+        out.print(
+            "JAX has the CPU alone here, and torch is not installed: there is nothing to compare. The CPU is what the tests "
+            "compare with Hugging Face's own Llama."
+        )
+        return
+    source = embedded_directory() if model is None else model
+    by_kind: dict[tuple[str, ...], checks.Finding] = {}
+    for kind in ("float32", dtype):
+        for backend, name in wanted:
+            if (backend, name, kind) not in by_kind:
+                with working(f"Running {backend} on {name} in {kind}"):
+                    one = checks.examine(source, backend, name, kind)
+                by_kind[backend, name, one.dtype] = one
+    found = list(by_kind.values())
+    table = Table(box=None, pad_edge=False)
+    table.add_column("site")
+    for one in found:
+        table.add_column(f"{one.backend} {one.device}\n{one.dtype}", justify="right")
+    for site in found[0].allowed:
+        cells = [_cell(one, site) for one in found]
+        table.add_row(site, *cells)
+    out.print(
+        "\nError of a row over its largest value, and the layer where it is largest; ✗ where that is too much. In float32 of the "
+        "worst row, in half precision the mean of rows, which is compared with the CPU's own:"
+    )
+    out.print(table)
+    out.print()
+    for one in found:
+        out.print(one.sentence, markup=False)
+    if any(one.verdict in ("wrong", "failed") for one in found):
+        raise typer.Exit(1)
+
+
+def _cell(one: checks.Finding, site: str) -> str:
+    if site not in one.errors:
+        return "—"
+    errors = one.errors[site]
+    layer = f" L{errors.argmax()}" if len(errors) > 1 else ""
+    return f"{errors.max():.1e}{layer}{' ✗' if errors.max() > one.allowed[site] else ''}"

@@ -1,0 +1,125 @@
+"""Random configs, prompts, captures and interventions: both backends compute the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oculi_jax import SITES, CaptureSpec, forward, generate
+from oculi_jax.intervention import (
+    Ablation,
+    ActivationPatch,
+    AttentionKnockout,
+    DirectionAblation,
+    Edit,
+    HeadAblation,
+    HeadMask,
+    KScaler,
+    QScaler,
+    SpectraScaler,
+    Steer,
+)
+from oculi_jax.models.llama import Llama
+from oculi_jax.models.llama.activations import ACTIVATIONS
+
+from .test_parity_torch import ROPES, make
+from .tolerances import LOGITS, ROW, row_error
+
+pytestmark = pytest.mark.torch
+
+
+def config(rng: np.random.Generator) -> dict[str, Any]:
+    kv_heads, groups = rng.integers(1, 4), rng.integers(1, 4)
+    found = dict(
+        vocab_size=61, hidden_size=int(kv_heads * groups * 2 * rng.integers(1, 4)), intermediate_size=int(rng.integers(3, 40)),
+        num_hidden_layers=int(rng.integers(1, 5)), num_attention_heads=int(kv_heads * groups),
+        num_key_value_heads=int(kv_heads), head_dim=6, rope_parameters=ROPES[rng.choice(list(ROPES))],
+        hidden_act=str(rng.choice(list(ACTIVATIONS))), tie_word_embeddings=bool(rng.random() < 0.5),
+        attention_bias=bool(rng.random() < 0.5), mlp_bias=bool(rng.random() < 0.5), eos_token_id=None,
+    )  # fmt: skip
+    return found
+
+
+def value(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
+    """Broadcasts to `shape`: some leading axes left out, some axes of one."""
+    kept = shape[rng.integers(0, len(shape)) :]
+    return rng.normal(size=[1 if rng.random() < 0.3 else size for size in kept]).astype(np.float32)
+
+
+def intervention(rng: np.random.Generator, c: Any, n_tokens: int, n_real: int) -> Any:
+    sizes = {**c.sizes, "T": n_tokens, "S": n_tokens}
+    layer, head, kv_head = (int(rng.integers(sizes[letter])) for letter in "LHK")
+    name = str(rng.choice([name for name in SITES if name != "allowed"]))
+    site = SITES[name]
+    at = layer if site.layered else None
+    shape = [sizes[letter] for letter in site.axes]
+    positions = [None, int(rng.integers(n_real)), rng.integers(0, n_real, 2).tolist()][rng.integers(3)]
+    places = int(rng.integers(n_real)), rng.integers(0, n_real, 2).tolist()
+    dense = (sizes["L"], *shape) if site.layered else tuple(shape)
+    return [
+        lambda: HeadAblation(layer, head, value(rng, [n_tokens, sizes["D"]])),
+        lambda: HeadMask(rng.random((sizes["L"], sizes["H"]))),
+        lambda: QScaler(layer, head, float(rng.normal())),
+        lambda: KScaler(layer, kv_head, float(rng.normal())),
+        lambda: SpectraScaler(layer, head, float(rng.random() * 3 + 0.1)),
+        lambda: ActivationPatch(name, at, value(rng, shape), positions=positions),
+        lambda: ActivationPatch("z", layer, rng.normal(size=(sizes["L"], sizes["H"], n_tokens, 6)), head, positions),
+        lambda: Steer(at, value(rng, shape), float(rng.normal()), name, positions),
+        lambda: DirectionAblation("resid_mid", layer, rng.normal(size=sizes["E"]), positions),
+        lambda: AttentionKnockout(layer, head, *places),
+        lambda: Ablation(name, at),
+        lambda: Ablation("act", layer, int(rng.integers(sizes["F"]))),
+        lambda: Edit(name, str(rng.choice(["set", "add", "scale"])), None, rng.random(dense) < 0.5, rng.normal(size=dense)),
+    ][rng.integers(13)]()  # fmt: skip
+
+
+def specs(rng: np.random.Generator, c: Any, n_real: int) -> tuple[CaptureSpec, ...]:
+    chosen = []
+    for name, site in SITES.items():
+        layers = None
+        if site.layered and rng.random() < 0.5:
+            layers = rng.permutation(c.num_hidden_layers)[: rng.integers(1, c.num_hidden_layers + 1)].tolist()
+        positions = rng.integers(-n_real, n_real, 2).tolist() if rng.random() < 0.3 else None
+        if rng.random() < 0.7:
+            chosen.append(CaptureSpec(name, layers, positions))
+    return tuple(chosen)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_both_backends_agree(tmp_path: Any, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    hf = make(tmp_path, **config(rng))
+    model = Llama.from_pretrained(tmp_path)
+    n_tokens = int(rng.integers(1, 40))
+    tokens, mask = rng.integers(0, 61, n_tokens), None
+    if rng.random() < 0.5:
+        mask = rng.random(n_tokens) < 0.8
+        mask[rng.integers(n_tokens)] = True
+    n_real = n_tokens if mask is None else int(mask.sum())
+    several = [intervention(rng, model.config, n_tokens, n_real) for _ in range(rng.integers(0, 4))]
+    capture = specs(rng, model.config, n_real)
+    ours, want = (forward(m, tokens, several, capture=capture, mask=mask) for m in (hf, model))
+
+    assert ours.applied.tolist() == want.applied.tolist(), several
+    assert set(ours.activations) == set(want.activations)
+    real = np.ones(n_tokens, bool) if mask is None else mask
+    for name, theirs in want.activations.items():
+        mine = ours.activations[name]
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, name
+        if next(spec for spec in capture if spec.sites == name).positions is None:
+            error = row_error(name, mine, theirs, real)
+        else:
+            size = np.abs(np.asarray(theirs, np.float32)).max(-1, keepdims=True)
+            gap = np.abs(np.asarray(mine, np.float32) - np.asarray(theirs, np.float32))
+            error = (
+                float((gap / np.where(size == 0, 1, size)).max()) if name != "scores" else float(gap.max() / size.max())
+            )
+        assert error <= ROW, (name, error, several)
+    gap = np.abs(np.asarray(ours.logits) - np.asarray(want.logits))[real].max()
+    assert gap <= max(LOGITS, ROW * np.abs(np.asarray(want.logits)).max()), several
+    if mask is None:
+        lasting = [item for item in several if not isinstance(item, Edit)]
+        found = [generate(m, tokens, 4, lasting, allow_longer=True).tolist() for m in (hf, model)]
+        assert found[0] == found[1], several

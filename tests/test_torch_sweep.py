@@ -1,0 +1,172 @@
+"""`sweep` and activation patching of a torch model: each variant what `forward` gives, each figure what JAX gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oculi_jax import forward, plan, sweep
+from oculi_jax.causal import CausalTracer, activation_patching
+from oculi_jax.causal.noise import Noise
+from oculi_jax.intervention import ActivationPatch, AttentionKnockout, Edit, HeadAblation, KScaler, Steer
+from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, rank
+from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
+
+from .test_parity_torch import make
+from .tolerances import ROUTES
+
+pytestmark = pytest.mark.torch
+
+TOKENS = np.random.default_rng(1).integers(0, 61, (3, 13))
+MASK = np.array([[True] * 13, [False] * 3 + [True] * 10, [True] * 9 + [False] * 4])
+RNG = np.random.default_rng(2)
+RUN = RNG.normal(size=(3, 4, 13, 6)).astype(np.float32)
+FAMILIES: dict[str, Any] = {
+    "heads": [HeadAblation(np.arange(3)[:, None], np.arange(4)[None])],
+    "heads beside a patch of a whole run": [
+        ActivationPatch("z", np.arange(3)[:, None], RUN, head=np.arange(4)[None]),
+        Steer(0, RNG.normal(size=24), 0.3),
+    ],
+    "positions": [ActivationPatch("resid_pre", np.arange(3)[:, None], RNG.normal(size=(3, 13, 24)), positions=np.arange(9)[None])],
+    "late positions": [Steer(1, RNG.normal(size=24), np.linspace(0, 2, 4), positions=[-1, -2])],
+    "values": [Steer(2, RNG.normal(size=(5, 1, 24)), np.ones(5), "mlp_out")],
+    "edges": [AttentionKnockout(np.array([0, 2]), 1, -1, [0, 1]), KScaler(1, 0, np.array([0.5, 2.0]))],
+    "embeddings": [Steer(None, RNG.normal(size=24), np.arange(3.0), "embed", positions=2)],
+    "final norm": [Edit("final_norm", "scale", None, True, 2.0), HeadAblation(2, np.arange(4))],
+}  # fmt: skip
+METRICS = {
+    "difference": logit_difference(3, 5),
+    "a pair for each prompt": logit_difference(np.array([3, 4, 5]), 7),
+    "probability": log_probability(3, position=-2),
+    "rank": rank(4),
+    "of one's own": lambda out: jnp.max(out.logits[5]),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama]:
+    directory = tmp_path_factory.mktemp("pair")
+    hf = make(directory, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+    return hf, Llama.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sweep_is_what_it_is_in_jax(pair: tuple[Any, Llama], name: str, masked: bool) -> None:
+    mask = MASK if masked else None
+    ours, want = (sweep(model, TOKENS, FAMILIES[name], METRICS["difference"], mask=mask) for model in pair)
+    assert ours.shape == want.shape and isinstance(ours, jax.Array)
+    assert np.abs(np.asarray(ours) - np.asarray(want)).max() <= ROUTES
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_kind_of_metric(pair: tuple[Any, Llama], name: str) -> None:
+    family = FAMILIES["heads"]
+    ours, want = (sweep(model, TOKENS, family, METRICS[name], mask=MASK) for model in pair)
+    assert ours.shape == want.shape == (3, 3, 4) and ours.dtype == want.dtype
+    assert np.abs(np.asarray(ours) - np.asarray(want)).max() <= ROUTES
+
+
+def test_a_row_is_the_single_run_however_it_is_grouped(pair: tuple[Any, Llama]) -> None:
+    hf = pair[0]
+    metric = logit_difference(3, 5)
+    want = [[float(metric(forward(hf, TOKENS[0], HeadAblation(i, j)))) for j in range(4)] for i in range(3)]
+    for options in ({}, {"reuse": False}, {"batch_size": 5}, {"batch_size": 1}):
+        found = sweep(hf, TOKENS[0], HeadAblation.grid(hf.config), metric, **options)
+        assert np.abs(np.asarray(found) - want).max() <= ROUTES
+    assert plan(hf, TOKENS[0], HeadAblation.grid(hf.config), metric).reuse is not None
+
+
+def test_what_precedes_the_first_edit_is_run_once(pair: tuple[Any, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
+    from oculi_jax.backends.torch import network
+
+    ran: list[tuple[int, int, int]] = []
+    block = network._block
+
+    def counted(w: Any, resid: Any, layout: Any, tap: Any, *rest: Any) -> Any:
+        ran.append((tap.layer, *resid.shape[:2]))
+        return block(w, resid, layout, tap, *rest)
+
+    monkeypatch.setattr(network, "_block", counted)
+    last = FAMILIES["late positions"][0]
+    family = Steer(2, last.vector, np.linspace(0, 2, 40), positions=-1)
+    found = sweep(pair[0], TOKENS[0], family, logit_difference(3, 5))
+    assert {entry[0] for entry in ran if entry[1] > 1} == {2}
+    assert all(n_tokens < 13 for _, n_rows, n_tokens in ran if n_rows > 1)
+    want = sweep(pair[1], TOKENS[0], family, logit_difference(3, 5))
+    assert np.abs(np.asarray(found) - np.asarray(want)).max() <= ROUTES
+
+
+def test_a_function_of_ones_own_is_called_row_by_row(pair: tuple[Any, Llama]) -> None:
+    import torch
+
+    def clipped(x: Any, value: Any) -> Any:
+        return torch.clamp(x, -value, value)
+
+    def jaxs(x: Any, value: Any) -> Any:
+        return jnp.clip(x, -value, value)
+
+    layers = np.array([0, 2, 1])
+    ours, want = (
+        sweep(
+            model,
+            TOKENS,
+            Edit("resid_mid", "apply", layers, True, np.float32(0.5), fn),
+            logit_difference(3, 5),
+            mask=MASK,
+        )
+        for model, fn in zip(pair, (clipped, jaxs), strict=True)
+    )
+    assert np.abs(np.asarray(ours) - np.asarray(want)).max() <= ROUTES
+
+
+@pytest.mark.parametrize(
+    ("site", "by"), [("z", ("layer", "head")), ("resid_pre", ("layer", "position")), ("embed", "position")]
+)
+def test_activation_patching(pair: tuple[Any, Llama], site: str, by: Any) -> None:
+    clean, corrupted = TOKENS[:2], TOKENS[:2].copy()
+    corrupted[:, 4] = (corrupted[:, 4] + 1) % 61
+    for direction in ("denoising", "noising"):
+        ours, want = (
+            activation_patching(model, clean, corrupted, METRICS["difference"], site, by, direction=direction)
+            for model in pair
+        )
+        for name in ("patched", "clean", "corrupted"):
+            assert np.abs(np.asarray(getattr(ours, name)) - np.asarray(getattr(want, name))).max() <= ROUTES
+
+
+def test_causal_tracing_with_noise(pair: tuple[Any, Llama]) -> None:
+    noise = Noise([1, 2], samples=2, key=jax.random.key(0))
+    ours, want = (
+        CausalTracer(LlamaAttentionAdapter(model))
+        .trace(TOKENS[0], noise, logit_difference(3, 5), sites=("mlp_out",))
+        .patched
+        for model in pair
+    )
+    assert np.abs(np.asarray(ours) - np.asarray(want)).max() <= ROUTES
+
+
+def test_what_cannot_be_swept_is_said(pair: tuple[Any, Llama]) -> None:
+    hf, metric = pair[0], logit_difference(3, 5)
+    with pytest.raises(ValueError, match="A mesh is of JAX's devices"):
+        sweep(hf, TOKENS[0], HeadAblation.grid(hf.config), metric, mesh=jax.make_mesh((1,), ("data",)))
+    with pytest.raises(TypeError, match="no jit, vmap or grad"):
+        jax.jit(lambda a: sweep(hf, TOKENS[0], KScaler(0, 0, a), metric))(np.ones(3, np.float32))
+    with pytest.raises(TypeError, match="returns no array"):
+        sweep(hf, TOKENS[0], HeadAblation.grid(hf.config), lambda out: None)
+    assert kl_divergence(forward(hf, TOKENS[0]))(forward(hf, TOKENS[0])) == 0
+
+
+@pytest.mark.real
+def test_the_heads_of_smollm2(directory: Path, hf: Any, adapter: Any) -> None:
+    ids = np.array(adapter.tokenizer.encode("When Mary and John went to the store, John gave a drink to"))
+    metric = logit_difference(adapter.to_single_token(" Mary"), adapter.to_single_token(" John"))
+    ours, want = (sweep(model, ids, HeadAblation.grid(hf.config), metric) for model in (hf, adapter.model))
+    assert (
+        np.abs(np.asarray(ours) - np.asarray(want)).max() <= 2 * 2e-4
+    )  # a difference of two logits, contract section 7
