@@ -89,6 +89,17 @@ def test_dtype_and_device_are_chosen_by_name() -> None:
         Llama.from_pretrained(WEIGHTS / "tiny-gqa", device="mps")
 
 
+@pytest.mark.torch
+def test_dtypes_of_torch_are_taken() -> None:
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = Llama.from_pretrained(WEIGHTS / "tiny-gqa", dtype=dtype)
+        assert model.dtype.name == str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=r"dtype is torch.int8; it can be 'auto', 'float32'"):
+        Llama.from_pretrained(WEIGHTS / "tiny-gqa", dtype=torch.int8)
+
+
 def test_a_tied_head_is_the_embedding() -> None:
     tied, untied = tiny_llama(tie_word_embeddings=True), tiny_llama()
     assert tied.lm_head.weight is tied.embed[...] or np.shares_memory(tied.lm_head.weight, tied.embed[...])

@@ -109,7 +109,7 @@ def test_what_is_sound_passes() -> None:
             and found.sentence.startswith(f"cpu (torch) in {dtype}")
             and "trusted" in found.sentence
         )
-        assert set(found.errors) == set(found.allowed) and "logits" in found.errors
+        assert set(found.errors) == set(found.excess) and "logits" in found.errors
 
 
 @pytest.mark.torch
@@ -127,10 +127,33 @@ def test_what_is_broken_is_named_where_it_begins(monkeypatch: pytest.MonkeyPatch
     found = doctor.examine(dtype=dtype)
     assert len(calls) == 8 and found.verdict == "wrong" and "first at gate_act of layer 2" in found.sentence
     assert found.errors["gate_act"][2] == pytest.approx(0.5, abs=0.01)
-    assert max(found.errors["up"][:3]) <= found.allowed["up"]
+    assert max(found.excess["up"][:3]) <= 1
 
     monkeypatch.setattr(network, "_rotate", lambda x, layout: x * float("nan"))
     assert "first at q of layer 0, with values that are not finite" in doctor.examine(dtype=dtype).sentence
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_single_row_that_is_wrong_is_found_in_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    from oculi_jax.backends.torch import network
+
+    own, calls = network._rotate, []
+
+    def broken(x: Any, layout: Any) -> Any:
+        out = own(x, layout).clone()
+        calls.append(out.shape)
+        if len(calls) == 3:  # q and k of each layer: q of layer 1, one head at one token
+            out[0, 2, 5] *= 1.4
+        return out
+
+    monkeypatch.setattr(network, "_rotate", broken)
+    found = doctor.examine(dtype=dtype)
+    assert (
+        len(calls) == 16
+        and found.verdict == "wrong"
+        and "first at q of layer 1, with an error of 4e-01" in found.sentence
+    )
 
 
 @pytest.mark.torch

@@ -326,6 +326,15 @@ def test_mistakes_are_one_line_and_code_2(loaded, tmp_path: Path, oculi_here, ar
     assert not list(tmp_path.iterdir()) and out == ""
 
 
+def test_a_prompt_that_is_too_long_is_refused_in_the_words_of_the_command(loaded, tmp_path: Path, oculi_here) -> None:
+    command = ("report", "The " * 130, "-o", str(tmp_path / "x.html"))
+    code, _, err = oculi_here(*command)
+    assert code == 2 and "made for at most 128" in err and "or give --allow-longer" in err and "allow_longer" not in err
+    code, _, err = oculi_here(*command, "--allow-longer")
+    assert code == 0, err
+    assert len(content((tmp_path / "x.html").read_text(encoding="utf-8"))["tokens"]) == 131
+
+
 # ---------------------------------------------------------------- the browser
 
 
@@ -350,6 +359,7 @@ def files(facts, html, hostile, tmp_path_factory) -> dict[str, Path]:
         "plain": html,
         "hostile": hostile,
         "single": report(facts, ""),
+        "sure": re.sub(r'"logProbability":[^,}]+', '"logProbability":-2.13e-05', html),
     }
     for name, text in pages.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -515,6 +525,13 @@ def test_cells_say_their_numbers(visit, facts, data, ids) -> None:
     want = [parts["embedding"], *np.stack([parts["attention"], parts["mlp"]], axis=1).ravel()]
     np.testing.assert_allclose([float(x) for x in numbers], want, atol=SHOWN)
     assert f"miss the logit {data['target']['logit']:+.3f}" in page.inner_text("#parts-sum")
+
+
+@pytest.mark.browser
+def test_a_log_probability_of_almost_nothing_is_not_shown_as_nothing(visit, data) -> None:
+    assert "(log-probability −0.00002 nats)" in visit("sure").inner_text("#target-line")
+    value = data["target"]["logProbability"]
+    assert value < -5e-4 and f"(log-probability −{-value:.3f} nats)" in visit().inner_text("#target-line")
 
 
 STOPS = ["theme", "lens-grid", "head-before", "head-select", "head-after", "picker", "chips", "score-select", "scores-grid",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -328,8 +329,11 @@ def test_a_copy_made_inside_a_context_is_a_module_of_its_own(pair: tuple[Any, Ll
     hf, ids = pair[0], torch.tensor(IDS)[None]
     plain = hf(ids).logits
     with InterventionContext(LlamaAttentionAdapter(hf), STRONG[0]):
-        twin = copy.deepcopy(hf)
+        twin, file = copy.deepcopy(hf), io.BytesIO()
+        torch.save(hf, file)
         assert torch.equal(twin(ids).logits, plain) and not torch.equal(hf(ids).logits, plain)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(ids).logits, plain)
     with torch.no_grad():
         twin.lm_head.weight.zero_()
     assert twin(ids).logits.abs().max() == 0 and torch.equal(hf(ids).logits, plain)

@@ -55,7 +55,8 @@ def main() -> None:
         app()
     except REFUSALS as error:
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"oculi: {message}", file=sys.stderr)
+        option = message.replace("pass allow_longer=True", "give --allow-longer")
+        print(f"oculi: {option}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

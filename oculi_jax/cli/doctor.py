@@ -57,12 +57,12 @@ def doctor(
     table.add_column("site")
     for one in found:
         table.add_column(f"{one.backend} {one.device}\n{one.dtype}", justify="right")
-    for site in found[0].allowed:
+    for site in next((one.errors for one in found if one.errors), ()):
         cells = [_cell(one, site) for one in found]
         table.add_row(site, *cells)
     out.print(
-        "\nError of a row over its largest value, and the layer where it is largest; ✗ where that is too much. In float32 of the "
-        "worst row, in half precision the mean of rows, which is compared with the CPU's own:"
+        "\nError of the worst row over its largest value, and the layer where it is largest; ✗ where a row, or in half precision "
+        "the mean of rows, is further off than the CPU's own arithmetic explains:"
     )
     out.print(table)
     out.print()
@@ -75,6 +75,7 @@ def doctor(
 def _cell(one: checks.Finding, site: str) -> str:
     if site not in one.errors:
         return "—"
-    errors = one.errors[site]
-    layer = f" L{errors.argmax()}" if len(errors) > 1 else ""
-    return f"{errors.max():.1e}{layer}{' ✗' if errors.max() > one.allowed[site] else ''}"
+    errors, excess = one.errors[site], one.excess[site]
+    off = excess.max() > 1
+    layer = int((excess if off else errors).argmax())
+    return f"{errors[layer]:.1e}{f' L{layer}' if len(errors) > 1 else ''}{' ✗' if off else ''}"

@@ -10,7 +10,7 @@ import typer
 
 from ..report import report as make_report
 from ..utils.files import write_aside
-from .common import Dtype, Model, Text, check_output, console, open_adapter
+from .common import Dtype, Longer, Model, Text, check_output, console, open_adapter
 from .effects import counting
 
 
@@ -32,6 +32,7 @@ def report(
     ] = None,
     model: Model = None,
     dtype: Dtype = "auto",
+    allow_longer: Longer = False,
 ) -> None:
     """A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.
 
@@ -41,7 +42,7 @@ def report(
     chosen = pairs(heads)
     adapter = open_adapter(model, dtype, text, target)
     with counting("Running the model") as progress:
-        page = make_report(adapter, text, target=target, heads=chosen, progress=progress)
+        page = make_report(adapter, text, target=target, heads=chosen, progress=progress, allow_longer=allow_longer)
     with write_aside(path) as aside:
         aside.write_text(page, encoding="utf-8", newline="\n")
     console().print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser.", markup=False)

@@ -106,6 +106,7 @@ def measure(
     target: str | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
+    allow_longer: bool = False,
 ) -> Measured:
     """Runs everything that a report shows. Arguments and errors as in `report`."""
     if not isinstance(text, str):
@@ -116,7 +117,7 @@ def measure(
         )
     model, config = adapter.model, adapter.model.config
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
-    prompt = prepare(text, adapter.tokenizer, config, attention_mask=None, allow_longer=False)
+    prompt = prepare(text, adapter.tokenizer, config, attention_mask=None, allow_longer=allow_longer)
     tokens = prompt.tokens[0, : prompt.n_tokens]
     _check_sizes(len(tokens), n_layers)
     if heads is not None:
@@ -129,8 +130,9 @@ def measure(
         raise ValueError("The model's logits are not finite on this prompt: there is nothing to show.")
     goal = int(np.argmax(logits)) if wanted is None else wanted
     top = min(TOP, config.vocab_size)
+    lens_config = LogitConfig(top_k=top, tokens=[goal])
     full = adapter.capture_full(
-        text, attention=HEADS_ALONE, mlp=OUTPUT_ALONE, logits=LogitConfig(top_k=top, tokens=[goal])
+        text, attention=HEADS_ALONE, mlp=OUTPUT_ALONE, logits=lens_config, allow_longer=allow_longer
     )
     lens = full.logits
     lens_ids = np.asarray(lens.top_k_indices)

@@ -25,6 +25,8 @@ function token(word) {
 const quoted = (word) => `“${words[word]}”`;
 const minus = (text) => text.replaceAll("-", "−");
 const fixed = (value, digits = 3) => minus(value.toFixed(digits));
+/** What would round to zero, with one digit that is none. */
+const small = (value) => Math.abs(value) < 5e-4 ? minus(String(Number(value.toPrecision(1)))) : fixed(value);
 /** With its sign, and none where it rounds to zero. */
 function signed(value, digits = 3) {
   const text = value.toFixed(digits);
@@ -167,7 +169,7 @@ function drawHeader() {
   byId("prompt").textContent = data.prompt;
   byId("target-line").append(
     "Target: ", token(target.word), target.chosen ? "" : ", the likeliest next token",
-    `. Its probability is ${fixed(Math.exp(target.logProbability))} (log-probability ${fixed(target.logProbability)} nats), its logit ${fixed(target.logit)}.`);
+    `. Its probability is ${fixed(Math.exp(target.logProbability))} (log-probability ${small(target.logProbability)} nats), its logit ${fixed(target.logit)}.`);
   byId("next").append(...data.next.words.map((word, k) => ranked([token(word)], data.next.probabilities[k])));
 }
 

@@ -37,6 +37,7 @@ def report(
     target: str | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
+    allow_longer: bool = False,
 ) -> str:
     """A prompt's insides as one self-contained HTML page. Host function.
 
@@ -52,6 +53,7 @@ def report(
         heads: (layer, head) pairs whose patterns the page holds; None for all of them where they take a few MB, else the
             strongest by ablation and by scores.
         progress: as in `sweep`, of the ablations.
+        allow_longer: go beyond the length that the model was made for.
 
     Returns:
         The page's text. Texts of the prompt are data in it, never markup, and it may load nothing and run nothing but its
@@ -61,7 +63,7 @@ def report(
         ValueError, TypeError: a prompt, target or head that cannot be; a prompt too long for a page (512 tokens, or 20,000
             cells of the lens); inside an `InterventionContext`.
     """
-    return page(measure(adapter, text, target=target, heads=heads, progress=progress))
+    return page(measure(adapter, text, target=target, heads=heads, progress=progress, allow_longer=allow_longer))
 
 
 def page(measured: Measured) -> str:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -64,9 +63,9 @@ class _Forward:
         interventions = active_in(self._model.hf)
         return _run(self._model, interventions, *args, **kwargs) if interventions else self._own(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """Of a module that is copied: its own, since a copy is in no context."""
-        return MethodType(type(self._model.hf).forward, memo[id(self._model.hf)])
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a module that is copied or saved: its own, since a copy is in no context."""
+        return getattr, (self._model.hf, "forward")
 
 
 def _run(

@@ -285,7 +285,8 @@ def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], ta
     if isinstance(dtype, str) and dtype == "auto":
         dtype = config.dtype or _FLOATS[stored[table[0].tensors()[0]].dtype]
     try:
-        target = jnp.dtype(dtype)
+        # torch's print as torch.float16; torch itself may not be installed.
+        target = jnp.dtype(str(dtype)[6:] if str(dtype).startswith("torch.") else dtype)
     except TypeError:
         target = None
     if target is None or target.name not in _FLOATS.values():
