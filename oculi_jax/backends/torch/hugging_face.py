@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +18,7 @@ from ...frame import Frame, listing
 from ...intervention.context import active_in
 from ...replay import Rows
 from ..rows import along
-from .model import TorchLlama
+from .model import TorchLlama, llama_class
 from .network import blocks, embed, lay_out
 from .taps import Taps, n_interventions, prepare
 
@@ -105,7 +105,7 @@ def _run(
             f"The interventions of this context have axes {listing(axes)}; the adapter's generate decodes variants side by side."
         )
     w, config = model.weights(), model.config
-    library = vars(sys.modules[_class(model.hf).__module__])
+    library = vars(sys.modules[llama_class(model.hf).__module__])
     if cache is None and (use_cache or (use_cache is None and model.hf.config.use_cache)):
         cache = library["DynamicCache"](config=model.hf.config)
     first = 0 if cache is None else cache.get_seq_length()
@@ -145,6 +145,22 @@ def _run(
     return out.to_tuple() if return_dict is False else out
 
 
+class _Kept(NamedTuple):
+    """What is kept with a cache: the edits of its rows, and what they were made for.
+
+    Attributes:
+        n_slots: how many tokens they have room for. n_covered: how many of them arrays cover.
+        real: bool `[n, S]`, True at the slots that hold a token.
+    """
+
+    interventions: tuple[Any, ...]
+    n_slots: int
+    n_covered: int
+    edits: list[Any]
+    rows: Rows
+    real: np.ndarray
+
+
 def _edits(
     model: TorchLlama, interventions: tuple[Any, ...], real: np.ndarray, first: int, cache: Any
 ) -> tuple[list[Any], Rows]:
@@ -153,20 +169,16 @@ def _edits(
     Arrays cover what was there when the cache was empty, the prompt.
     """
     n_rows, n_keys = real.shape
-    kept = getattr(cache, "_oculi_edits", None)
-    if first and kept is not None:
-        same_rows = np.array_equal(kept[5], real[:, : kept[5].shape[1]])
-        if same_rows and kept[0] == interventions and n_keys <= kept[1]:
-            return kept[3], kept[4]
-    n_covered, n_slots = kept[2] if first and kept is not None else n_keys, n_keys + _ROOM
+    kept: _Kept | None = getattr(cache, "_oculi_edits", None) if first else None
+    if kept is not None:
+        same_rows = np.array_equal(kept.real, real[:, : kept.real.shape[1]])
+        if same_rows and kept.interventions == interventions and n_keys <= kept.n_slots:
+            return kept.edits, kept.rows
+    n_covered, n_slots = n_keys if kept is None else kept.n_covered, n_keys + _ROOM
     slots = np.concatenate([real, np.ones((n_rows, _ROOM), bool)], axis=1)
     frames = [Frame(model.config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
     rows = along(*variants.stack([interventions] * n_rows, frames)[:2])
     edits = prepare(model.weights(), rows, n_rows, 1, n_slots, n_covered)
     if cache is not None:
-        cache._oculi_edits = (interventions, n_slots, n_covered, edits, rows, real)
+        cache._oculi_edits = _Kept(interventions, n_slots, n_covered, edits, rows, real)
     return edits, rows
-
-
-def _class(hf: Any) -> type:
-    return next(kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM")

@@ -39,14 +39,12 @@ class TorchLlama:
     @classmethod
     def of(cls, hf: Any) -> TorchLlama:
         """Of a Hugging Face `LlamaForCausalLM`; TypeError for another class, ValueError for weights that cannot be read."""
-        if not any(kind.__name__ == "LlamaForCausalLM" for kind in type(hf).__mro__):
+        kind = llama_class(hf)
+        if kind is None:
             raise TypeError(
                 f"The model is a {type(hf).__name__}, and of transformers' classes LlamaForCausalLM is needed."
             )
-        if (
-            type(hf).forward
-            is not next(kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM").forward
-        ):
+        if type(hf).forward is not kind.forward:
             raise TypeError(
                 f"The model is a {type(hf).__name__} with a forward of its own, which would not be run; a plain LlamaForCausalLM "
                 "is needed."
@@ -154,6 +152,11 @@ class TorchLlama:
     def __repr__(self) -> str:
         sizes = ", ".join(f"{letter}={self.config.sizes[letter]}" for letter in "LHKDEFV")
         return f"TorchLlama({self.n_params / 1e6:.1f}M parameters, {self.dtype}, {self.device}, {sizes})"
+
+
+def llama_class(hf: Any) -> Any:
+    """The class of transformers that a module is of, found without importing transformers; None where it is of another."""
+    return next((kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM"), None)
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:
