@@ -28,7 +28,8 @@ from .utils.devices import find_device, has_torch
 ROUNDING, ROUGH = 1e-4, 1e-2
 # Half precision may be so many times as far from float32 as the CPU's own is: in the mean of rows, as that is at the worst layer;
 # and, since a fault of one row hides in a mean, in the worst row of each layer. Sums in another order round differently: two sound
-# backends on one CPU differed by 3 times in the mean and by 5 times in single rows of a layer (SmolLM2, four prompts).
+# backends on one CPU differed by 3 times in a layer's mean and by 5 times in its worst row, where that was more than four
+# roundings (SmolLM2, four prompts).
 _TIMES, _TIMES_ROW = 5.0, 10.0
 # Tokens of the prompt where the model has so many: more than one of a GPU's tiles of 16.
 _LENGTH = 24
