@@ -10,6 +10,7 @@ ROW = 3e-5  # contract, section 7: a row's largest error over its largest value,
 LOGITS = 2e-4  # contract, section 7: absolute
 ROUNDING = 1e-5  # one operation more or less, in float32, on values up to some tens
 ROUTES = 1e-4  # two routes to one number that sum in different orders (a sweep's row, a sharded run)
+MARGIN = 1e-3  # how far apart what is ranked must be: two routes err by LOGITS each, and as much again
 GRADIENT = 4e-3  # relative, of a central difference in float32: rounding over the step, and its curvature
 
 
