@@ -19,7 +19,9 @@ def assert_leads(values: Any, k: int = 1, margin: float = MARGIN, axis: int = -1
     """The `k` largest along the axis are in no doubt, nor is their order: each leads the next by more than the margin."""
     top = -np.sort(-np.moveaxis(np.asarray(values, np.float64), axis, -1), axis=-1)[..., : k + 1]
     gap = (top[..., :-1] - top[..., 1:]).min()
-    assert gap > margin, f"two of the {k + 1} largest are {gap:.1e} apart, which rounding may swap; the margin is {margin:.0e}"
+    assert gap > margin, (
+        f"two of the {k + 1} largest are {gap:.1e} apart, which rounding may swap; the margin is {margin:.0e}"
+    )
 
 
 def assert_apart(values: Any, margin: float = MARGIN, axis: int = -1) -> None:
@@ -30,4 +32,6 @@ def assert_apart(values: Any, margin: float = MARGIN, axis: int = -1) -> None:
 def assert_clear(values: Any, threshold: Any, margin: float = MARGIN) -> None:
     """No value lies within the margin of the threshold, so that on which side it falls is in no doubt."""
     gap = np.abs(np.asarray(values, np.float64) - threshold).min()
-    assert gap > margin, f"a value lies {gap:.1e} from a threshold, which rounding may cross; the margin is {margin:.0e}"
+    assert gap > margin, (
+        f"a value lies {gap:.1e} from a threshold, which rounding may cross; the margin is {margin:.0e}"
+    )

@@ -25,7 +25,7 @@ from oculi_jax.models.llama import Llama
 from oculi_jax.models.llama.activations import ACTIVATIONS
 
 from .test_parity_torch import ROPES, make
-from .tolerances import LOGITS, ROW, row_error
+from .tolerances import LOGITS, ROW, over, real_tokens, row_size
 
 pytestmark = pytest.mark.torch
 
@@ -101,6 +101,7 @@ def test_both_backends_agree(tmp_path: Any, seed: int) -> None:
     several = [intervention(rng, model.config, n_tokens, n_real) for _ in range(rng.integers(0, 4))]
     capture = specs(rng, model.config, n_real)
     ours, want = (forward(m, tokens, several, capture=capture, mask=mask) for m in (hf, model))
+    whole = forward(hf, tokens, several, capture=tuple(SITES), mask=mask).activations  # what rows are measured by
 
     assert ours.applied.tolist() == want.applied.tolist(), several
     assert set(ours.activations) == set(want.activations)
@@ -108,14 +109,17 @@ def test_both_backends_agree(tmp_path: Any, seed: int) -> None:
     for name, theirs in want.activations.items():
         mine = ours.activations[name]
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape, name
-        if next(spec for spec in capture if spec.sites == name).positions is None:
-            error = row_error(name, mine, theirs, real)
+        spec = next(spec for spec in capture if spec.sites == name)
+        size = row_size(name, whole, real)
+        size = size if spec.layers is None else size[list(spec.layers)]
+        if spec.positions is None:
+            gap = np.abs(real_tokens(name, mine, real) - real_tokens(name, theirs, real))
         else:
-            size = np.abs(np.asarray(theirs, np.float32)).max(-1, keepdims=True)
-            gap = np.abs(np.asarray(mine, np.float32) - np.asarray(theirs, np.float32))
-            error = (
-                float((gap / np.where(size == 0, 1, size)).max()) if name != "scores" else float(gap.max() / size.max())
-            )
+            gap = np.abs(np.asarray(mine, np.float64) - np.asarray(theirs, np.float64))
+            of_rows = name != "scores" and SITES[name].axes[-1] != "T"
+            size = size[..., list(spec.positions)] if of_rows else size
+            size = np.maximum(size, np.abs(np.asarray(theirs, np.float64)).max(over(name)))
+        error = float((gap.max(over(name)) / np.where(size == 0, 1, size)).max())
         assert error <= ROW, (name, error, several)
     gap = np.abs(np.asarray(ours.logits) - np.asarray(want.logits))[real].max()
     assert gap <= max(LOGITS, ROW * np.abs(np.asarray(want.logits)).max()), several
