@@ -20,6 +20,7 @@ from oculi_jax.edits import Edit
 from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler, Steer
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 
+from .margins import assert_leads
 from .prompts import FRANCE, IOI
 from .tiny import prompt, tiny_llama
 from .tolerances import GRADIENT, LOGITS, ROUNDING, ROUTES
@@ -199,7 +200,8 @@ def test_what_no_head_made_is_the_heads_error() -> None:
     parts = captures(model, prompt(), Edit("attn_out", "add", 1, value=VECTOR))
     results = all_four(model, parts)
     want = -VECTOR @ gain_of(model, parts[1], -1)
-    np.testing.assert_allclose(results["head_attribution"].completeness_error, want, rtol=ROUTES)
+    # A small number, left over of a sum of large ones, whose rounding is theirs.
+    np.testing.assert_allclose(results["head_attribution"].completeness_error, want, rtol=ROUTES, atol=ROUNDING)
     for method in ("direct_logit_attribution", "component_attribution", "neuron_attribution"):
         assert abs(float(results[method].completeness_error)) < ROUTES
 
@@ -479,6 +481,7 @@ def test_attribution_agrees_with_hooks_on_hugging_face(adapter: LlamaAttentionAd
         np.testing.assert_allclose(result.details["embedding"], float(seen["embedding", 0] @ gain), atol=LOGITS)
         assert abs(float(result.completeness_error)) <= 1e-3 * abs(logit)
         assert np.abs(result.details["edits"]).max() < LOGITS and abs(float(result.details["norm_edit"])) < LOGITS
+    assert_leads(np.abs(want_heads).ravel())
     top = AttributionMethods.top_attributions(results["head_attribution"], 1)[0]
     assert (top["layer"], top["head"]) == {"answer": (23, 4), "difference": (23, 3)}[case]
 
@@ -496,8 +499,12 @@ def test_the_guides_attribution_runs(trained: LlamaAttentionAdapter) -> None:
 
 def test_a_result_prints_in_one_line() -> None:
     residual = captures(tiny_llama(), prompt())[1]
-    shown = repr(AttributionMethods.direct_logit_attribution(residual, tiny_llama().lm_head.weight, 3))
-    assert re.fullmatch(
-        r"Result\(direct_logit_attribution: values \[3\]; completeness_error -?\d\.\de-\d\d; details embedding, edits, norm_edit, logit\)",
-        shown,
+    result = AttributionMethods.direct_logit_attribution(residual, tiny_llama().lm_head.weight, 3)
+    # The error is rounding, on some processors none at all: `0.0e+00`.
+    shown = re.fullmatch(
+        r"Result\(direct_logit_attribution: values \[3\]; completeness_error (-?\d\.\de[+-]\d{2,}); details embedding, edits, norm_edit, logit\)",
+        repr(result),
     )
+    assert shown
+    error = float(result.completeness_error)
+    assert abs(float(shown[1]) - error) <= 0.051 * 10.0 ** int(shown[1].split("e")[1])

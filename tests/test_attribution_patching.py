@@ -21,6 +21,7 @@ from oculi_jax.metrics import log_probability, logit_difference, rank
 from oculi_jax.models.llama import Llama
 from oculi_jax.sites import SITES
 
+from .margins import assert_clear, assert_leads
 from .tiny import prompt, tiny_llama
 from .tolerances import GRADIENT, ROUNDING, ROUTES
 
@@ -262,12 +263,14 @@ def check_against_loops(found: Verification, exact: np.ndarray, rounding: float,
     np.testing.assert_allclose(
         found.rank_correlation, scipy.stats.spearmanr(estimate, [e["exact"] for e in entries]).statistic, atol=ROUNDING
     )
+    assert_clear([x for e, x in zip(entries, exact, strict=True) if abs(e["estimate"]) > rounding], 0, 2 * ROUTES)
     wrong = [
         e
         for e, x in zip(entries, exact, strict=True)
         if e["estimate"] * x < 0 and min(abs(e["estimate"]), abs(x)) > rounding
     ]
     assert found.sign_errors == wrong
+    assert_leads(np.sort(np.abs(exact))[-n_top - 1 :][:2])
     bound = np.sort(np.abs(exact))[-n_top]
     assert {place(e) for e in found.missed} == {
         place(e) for e, x in zip(entries, exact, strict=True) if abs(x) >= bound and not e["top"]
@@ -379,6 +382,7 @@ def test_on_the_real_model_it_finds_the_heads_that_patching_finds(adapter):
     found = attribution_patching(adapter.model, clean, corrupted, metric)
     heads = np.asarray(found.values["z"]).sum(-1) / float(found.clean - found.corrupted)
     # Exact z patching recovers about 0.58 at L23H3 and 0.27 at L29H1, and L24H4 and L29H0 work against it.
+    assert_leads(np.sort(np.abs(heads), axis=None)[-5:-3])
     order = np.argsort(-np.abs(heads), axis=None)[:4]
     assert {divmod(int(i), 9) for i in order} == {(23, 3), (29, 1), (24, 4), (29, 0)}
     assert heads[23, 3] > 0.5 and heads[29, 1] > 0.2 and heads[24, 4] < 0 and heads[29, 0] < 0

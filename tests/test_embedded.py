@@ -18,6 +18,7 @@ from oculi_jax import SITES, embedded_model, forward
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.embedded import embedded_directory
 
+from .margins import assert_clear, assert_leads
 from .prompts import FRANCE
 from .test_guide import difference
 from .tolerances import assert_parity, parity
@@ -66,7 +67,9 @@ def test_hugging_face_loads_it_and_agrees(embedded) -> None:
     assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens), mask))
     mary = embedded[1].encode("Mary", add_special_tokens=False)[0]
     with torch.no_grad():
-        assert int(hf(torch.tensor(tokens[None])).logits[0, -1].argmax()) == mary
+        last = hf(torch.tensor(tokens[None])).logits[0, -1]
+    assert_leads(last)
+    assert int(last.argmax()) == mary
 
 
 def test_the_cards_scores_are_met() -> None:
@@ -100,6 +103,7 @@ def test_scores_are_counted_from_the_models_own_probabilities(scripts, embedded)
         names = [tokenizer.convert_ids_to_tokens(int(k)).lstrip("▁") for k in range(len(logits))]
         year = question.prompt[-1].isdigit()
         answers = [k for k, name in enumerate(names) if name in question.answers and (not year or not tokenizer.convert_ids_to_tokens(k).startswith("▁"))]  # fmt: skip
+        assert_clear(logits[answers].max(), np.delete(logits, answers).max())
         exact = np.exp(logits - logits.max())
         assert abs(exact[answers].sum() / exact.sum() - chances[i]) < 1e-4
         assert best[i] == (int(logits.argmax()) in answers)
@@ -205,7 +209,7 @@ def test_an_install_brings_it(kind: str, tmp_path: Path) -> None:
     code = f"import hatchling.build as b; print(b.build_{kind}({str(tmp_path)!r}))"
     made = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split()[-1]
+    ).stdout.splitlines()[-1]
     site = unpacked(tmp_path / made, tmp_path / "site")
     code = f"""
 import site, sys
@@ -216,12 +220,12 @@ import oculi_jax
 model, tokenizer = oculi_jax.embedded_model()
 from oculi_jax.embedded import embedded_directory
 logits = oculi_jax.forward(model, tokenizer.encode({FRANCE!r}), logits="last").logits
-print(oculi_jax.__file__, embedded_directory(), tokenizer.decode([int(logits.argmax())]))
+print(oculi_jax.__file__, embedded_directory(), tokenizer.decode([int(logits.argmax())]), sep="\\n")
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     home = site if kind == "wheel" else ROOT
     place = site / "oculi_jax" / "tiny_facts" if kind == "wheel" else DIRECTORY
-    assert run.stdout.split() == [str(home / "oculi_jax" / "__init__.py"), str(place), "Paris"]
+    assert run.stdout.splitlines() == [str(home / "oculi_jax" / "__init__.py"), str(place), "Paris"]
 
 
 def test_the_command_line_begins_with_it(oculi_here) -> None:

@@ -27,6 +27,7 @@ from oculi_jax.metrics import (
     rank,
 )
 
+from .margins import assert_clear
 from .tiny import prompt, tiny_llama
 from .tolerances import GRADIENT, ROUNDING, ROUTES
 
@@ -151,6 +152,8 @@ def test_the_last_logits_are_enough_for_the_last_position() -> None:
     padded, real = np.concatenate([tokens, [0, 0]]), np.arange(LENGTH + 2) < LENGTH
     whole = forward(model, tokens)
     want = values(each(), whole)
+    row = np.asarray(whole.logits[-1])
+    assert_clear(np.delete(row, 7), row[7])  # for the rank
     for last in (forward(model, tokens, logits="last"), forward(model, padded, logits="last", mask=real)):
         jax.tree.map(partial(np.testing.assert_allclose, atol=ROUTES), values(each(), last), want)
         np.testing.assert_allclose(kl_divergence(last).baseline, whole.logits[-1], atol=ROUTES)
