@@ -19,13 +19,15 @@ from oculi_jax.intervention import ActivationPatch, HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.visualize import sweep_heatmap
 
+from .margins import assert_clear, assert_leads
 from .prompts import IOI
 from .tiny import tiny_llama
 from .tolerances import ROUTES
 
 CLEAN, CORRUPTED = "the cat saw the dog so the cat", "the cat saw the cow so the cat"
 MODEL = cache(tiny_llama)
-PRINTED = 5e-4  # half of the last of three decimals
+PRINTED = 5e-4  # half of the last of three decimals; what is smaller gets no row
+HOOKS = 2e-3  # of a printed difference of logits, from one of Hugging Face's
 # Where the numbers of a place's name are.
 NUMBERS = {"layer": r"L(\d+)", "head": r"[HK](\d+)", "position": r"^(\d+)"}
 
@@ -75,6 +77,7 @@ def test_a_sweep_is_one_run_after_another(tiny, against: bool) -> None:
     lines, figure = tiny("sweep", CLEAN, *given)
     plain = metric(CLEAN, against=against)
     change = np.array([[metric(CLEAN, HeadAblation(n, h), against) - plain for h in range(4)] for n in range(3)])
+    assert_clear(np.abs(change), PRINTED)  # so all twelve have a row
     name = "logit of ' cow' − logit of ' dog'" if against else "log-probability of ' cow'"
     head, value = lines[0].rsplit(": ", 1)
     assert head == f"{name} after {CLEAN!r}" and abs(float(value) - plain) < PRINTED + ROUTES
@@ -126,8 +129,9 @@ def test_patching_is_one_run_after_another(tiny, options: tuple[str, ...], site:
     start, end = (corrupted, clean) if denoising else (clean, corrupted)
     effects = (patched - start) / (end - start)
 
-    assert re.fullmatch(rf"clean +{re.escape(f'{clean:+.3f}')} .*{CLEAN}'", lines[0]), lines[0]
-    assert re.fullmatch(rf"corrupted +{re.escape(f'{corrupted:+.3f}')} .*{CORRUPTED}'", lines[1]), lines[1]
+    for line, kind, number, text in ((lines[0], "clean", clean, CLEAN), (lines[1], "corrupted", corrupted, CORRUPTED)):
+        said = re.fullmatch(rf"{kind} +([+-]\d+\.\d{{3}}) .*{text}'", line)
+        assert said and abs(float(said[1]) - number) < PRINTED + ROUTES, line
     assert "logit of ' cow' − logit of ' dog'" in lines[2]
     assert ("clean values go into the corrupted run" in lines[3]) == denoising
     ax = figure.axes[0]
@@ -157,10 +161,14 @@ def test_patching_is_one_run_after_another(tiny, options: tuple[str, ...], site:
         assert abs(number - patched[place]) < PRINTED + ROUTES and abs(effect - effects[place]) < PRINTED + ROUTES, name
     if by == ("layer", "position"):  # a row for each token, at its strongest layer
         strong = np.abs(effects).max(axis=0)
+        for threshold in (PRINTED, 2 * PRINTED):
+            assert_clear(strong, threshold, 2 * ROUTES)
+        assert_leads(strong)
         assert len(rows) == (strong > 2 * PRINTED).sum()
         assert max(rows, key=lambda name: abs(rows[name][1])).startswith(f"{strong.argmax()} ")
         assert any(name.startswith(f"4 ' {pair[0]}'→' {pair[1]}' L") for name in rows)
     else:
+        assert_clear(np.abs(effects), PRINTED, 2 * ROUTES)
         assert len(rows) == (np.abs(effects) > PRINTED).sum()
         assert ("K" in "".join(rows)) == (site == "v")
 
@@ -238,9 +246,10 @@ def test_oculi_sweep_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Pa
     assert code == 0 and "tiny-facts" in err, err
     plain, each, _ = hf_differences(hf_trained, embedded[1], text)
     said = re.search(rf"after {re.escape(repr(text))}: (\S+)", out)
-    assert plain > 1 and said and abs(float(said[1]) - plain) < 2e-3 and "of 24 (4 layers × 6)" in out
+    assert plain > 1 and said and abs(float(said[1]) - plain) < HOOKS and "of 24 (4 layers × 6)" in out
     for head, (change, *_) in numbers(out).items():
-        assert abs(change - (each[head] - plain)) < 2e-3, head
+        assert abs(change - (each[head] - plain)) < HOOKS, head
+    assert_leads(np.ravel(plain - each), margin=2 * HOOKS)
     strongest = np.unravel_index((each - plain).argmin(), each.shape)
     assert next(iter(numbers(out))) == strongest and each[strongest] < plain - 0.5
     svg = (tmp_path / "heads.svg").read_text()
@@ -259,17 +268,21 @@ def test_oculi_patch_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Pa
     assert len(found) > 5
     for head, (patched, recovered) in found.items():
         assert (
-            abs(patched - each[head]) < 2e-3 and abs(recovered - (each[head] - corrupted) / (clean - corrupted)) < 2e-3
+            abs(patched - each[head]) < HOOKS
+            and abs(recovered - (each[head] - corrupted) / (clean - corrupted)) < HOOKS
         )
+    assert_leads(np.ravel(abs(each - corrupted)), margin=2 * HOOKS)
     assert next(iter(found)) == np.unravel_index(abs(each - corrupted).argmax(), each.shape)
     said = re.search(r"clean +(\S+) .*\ncorrupted +(\S+) ", out)
-    assert said and abs(float(said[1]) - clean) < 2e-3 and abs(float(said[2]) - corrupted) < 2e-3
+    assert said and abs(float(said[1]) - clean) < HOOKS and abs(float(said[2]) - corrupted) < HOOKS
     assert (tmp_path / "patch.png").stat().st_size > 10_000
 
     code, out, err = oculi_here("patch", *given, "--site", "resid_pre")
     assert code == 0, err
     # The giver's name carries the answer up to some layer, and the last token from there on.
     profile = {int(line.split()[0]): line for line in out.splitlines() if re.match(r"\d+ '", line)}
+    recovered = [abs(float(re.findall(r"[+-]\d+\.\d+", line)[1])) for line in profile.values()]
+    assert min(recovered[:2]) - max(recovered[2:], default=0.0) > 2 * HOOKS  # so which two lead is in no doubt
     assert set(list(profile)[:2]) == {10, 14} and "10 'Mary'→'John'" in profile[10]
     assert min(profile) >= 10  # nothing before the first token that differs
 

@@ -16,6 +16,7 @@ from oculi_jax import SITES, LogitConfig, ResidualConfig, forward
 from oculi_jax.intervention import ActivationPatch, HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
+from .margins import assert_leads
 from .prompts import FRANCE, IOI, PROMPTS
 from .tolerances import assert_parity, parity
 
@@ -42,7 +43,9 @@ def test_greedy_continuation(adapter: LlamaAttentionAdapter) -> None:
     for _ in range(9):
         tokens, mask = np.zeros(16, np.int32), np.arange(16) < len(ids)
         tokens[: len(ids)] = ids
-        ids.append(int(forward(adapter.model, tokens, logits="last", mask=mask).logits.argmax()))
+        logits = forward(adapter.model, tokens, logits="last", mask=mask).logits
+        assert_leads(logits)
+        ids.append(int(logits.argmax()))
     assert adapter.tokenizer.decode(ids[5:]).startswith(" Paris.\n\nThe answer is:")
 
 
@@ -131,6 +134,7 @@ def oculi(*arguments: str, cache: Path) -> subprocess.CompletedProcess:
 def test_oculi_lens(directory: Path, tmp_path: Path) -> None:
     run = oculi("lens", FRANCE, "--model", str(directory), cache=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "' Paris' with probability 0.773" in run.stdout
+    said = re.search(r"' Paris' with probability (\d\.\d{3})$", run.stdout, re.M)
+    assert said and abs(float(said[1]) - 0.7725) < 5e-4 + 2e-4
     assert len([line for line in run.stdout.splitlines() if line[:5].strip().isdigit()]) == 30
     assert list((tmp_path / "oculi_jax" / "xla").iterdir())

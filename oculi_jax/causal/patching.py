@@ -32,6 +32,9 @@ from .noise import Noise, position_rows
 if TYPE_CHECKING:
     from ..models.llama.model import Llama
 
+# Two metrics that differ by less than this share of the larger are one to rounding: float32's own, of two programs.
+SAME = 1e-5
+
 GRIDS = (("layer",), ("layer", "position"), ("layer", "head"), ("layer", "head", "position"), ("position",))
 
 
@@ -64,7 +67,7 @@ class PatchingResult:
         """`(patched − corrupted) / (clean − corrupted)`, shaped as `patched`: 1 as the clean run, 0 as the corrupted one.
 
         In both directions: what matters is near 1 in denoising and near 0 in noising. NaN where the two runs have the same
-        metric, since there is nothing to recover. Of several prompts, each by itself: for a set in which some pairs hardly
+        metric to rounding (1e-5 of the larger), since there is nothing to recover. Of several prompts, each by itself: for a set in which some pairs hardly
         differ, put the means of the three metrics into the formula instead.
         """
         return recovery(self.patched, self.clean, self.corrupted)
@@ -80,7 +83,8 @@ def recovery(patched: Array, clean: Array, corrupted: Array) -> Float[Array, "..
     patched, clean, corrupted = (x.astype(jnp.float32) for x in (patched, clean, corrupted))
     clean, corrupted = (x.reshape(*x.shape, *(1,) * (patched.ndim - x.ndim)) for x in (clean, corrupted))
     gap = clean - corrupted
-    return jnp.where(gap == 0, jnp.nan, (patched - corrupted) / jnp.where(gap == 0, 1.0, gap))
+    same = jnp.abs(gap) <= SAME * jnp.maximum(jnp.abs(clean), jnp.abs(corrupted))
+    return jnp.where(same, jnp.nan, (patched - corrupted) / jnp.where(same, 1.0, gap))
 
 
 def activation_patching(

@@ -98,7 +98,9 @@ def rerun(
     )
     possible = np.flatnonzero(np.concatenate([_differs(SITES[s], source[s], before[s], mask) for s in sites]))
     ranked = possible[np.argsort(-np.abs(entries.values[possible]), kind="stable")]
-    chosen = np.concatenate([ranked[:top], np.random.default_rng(seed).permutation(ranked[top:])[:sample]])
+    # The others in the order of their places, since that of their values is up to rounding: a seed is one sample everywhere.
+    others = np.random.default_rng(seed).permutation(np.sort(ranked[top:]))
+    chosen = np.concatenate([ranked[:top], others[:sample]])
     if not len(chosen):
         raise ValueError(
             "There is nothing to verify: the two runs are the same at these sites, or top and sample are 0."
