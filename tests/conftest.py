@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -26,6 +27,8 @@ from oculi_jax.embedded import embedded_directory
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 from oculi_jax.utils.tokens import load_tokenizer
 
+from . import memory
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,11 +39,33 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def programs_fit_into_a_process() -> Iterator[None]:
-    """Compiled programs hold memory maps, of which Linux gives a process 65,530; beyond them XLA's compiler crashes."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
+    if memory.is_full():
+        memory.let_go()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_a_file_go_with_it() -> Iterator[None]:
+    yield
+    memory.let_go()
+
+
+HELD: list[float | None] = []  # by the processes that ran tests, in GB
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes
+        session.config.workeroutput["held"] = memory.most_held()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    HELD.append(getattr(node, "workeroutput", {}).get("held"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    held = [f"{x:.1f}" for x in HELD or [memory.most_held()] if x is not None]
+    terminalreporter.write_line(f"Most memory that a test process held: {', '.join(held) or 'not known here'} GB.")
 
 
 @pytest.fixture(scope="session")

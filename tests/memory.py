@@ -1,0 +1,45 @@
+"""The memory of a test process: so much that two of them fit into a laptop of 8 GB."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import jax
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+# What a process may hold before it lets go of its programs: of memory, and of memory maps, of which Linux gives a process
+# 65,530, beyond which XLA's compiler crashes.
+MOST_MEMORY, MOST_MAPS = 2.0, 30_000
+PROCESS = Path("/proc/self")
+
+
+def let_go() -> None:
+    """Compiled programs, and what compiling left behind, which glibc keeps until it is told."""
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def is_full() -> bool:
+    """Whether this process holds too much; elsewhere than on Linux, letting go between files has to do."""
+    if not PROCESS.exists() or resource is None:
+        return False
+    pages = int((PROCESS / "statm").read_text().split()[1])
+    return (
+        pages * resource.getpagesize() / 1e9 > MOST_MEMORY or (PROCESS / "maps").read_bytes().count(b"\n") > MOST_MAPS
+    )
+
+
+def most_held() -> float | None:
+    """The most that this process ever held, in GB. macOS counts bytes, Linux kilobytes."""
+    if resource is None:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
