@@ -423,13 +423,13 @@ def test_values_that_rounding_sets_apart_are_ties(spearman: Any) -> None:
     assert np.isnan(spearman(np.float32(1) + np.arange(6, dtype=np.float32) * np.float32(2**-23), y))
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool, jnp.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool, jnp.bfloat16, np.float32])
 def test_values_that_a_type_tells_apart_keep_their_ranks(dtype: Any) -> None:
     """Integers are exact, and neighbours in narrow floats are far apart; infinities are the largest of all."""
     rng = np.random.default_rng(0)
     values = {
         np.int32: 2**23 + np.arange(30), np.uint8: np.arange(30), bool: np.arange(30) < 12,
-        jnp.bfloat16: 1 + np.arange(30) / 128, np.float16: 1 + np.arange(30) / 1024,
+        jnp.bfloat16: 1 + np.arange(30) / 128,
         np.float32: np.append(10.0 ** np.arange(-10, 18), [np.inf, -np.inf]),
     }[dtype]  # fmt: skip
     x, y = rng.permutation(values).astype(dtype), rng.normal(size=30).astype(np.float32)
