@@ -23,10 +23,12 @@ from oculi_jax.analysis.stratified import StratifiedView, extreme_heads, find_ex
 from oculi_jax.intervention import SpectraScaler
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
+from .margins import assert_apart, assert_clear, assert_leads
 from .tiny import prompt, tiny_llama
-from .tolerances import GRADIENT, ROUNDING, ROUTES
+from .tolerances import GRADIENT, MARGIN, ROUNDING, ROUTES
 
 N, PAD = 11, 3
+TOKENS = prompt(N, seed=53)  # without ties: no id repeats, and steps are clear (below)
 LAYERS = [2, 0]
 
 # Name → analysis of one capture; those of [L, H or K, T] first, then those of [L, H].
@@ -76,6 +78,19 @@ def near(a: Any, b: Any, tolerance: float = ROUNDING, name: str = "") -> None:
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance, err_msg=name)
 
 
+def assert_steps_are_clear(capture: AttentionCapture, of_norms: float = 2 * MARGIN) -> None:
+    """Of `ALL` two are steps: ranks of norms and of entropies after the first token, and effective spans.
+
+    `near` at ROUTES lets norms, which go up to 7, be 8e-4 apart, and the others less than half of that.
+    """
+    real = np.asarray(capture.mask)
+    norms, entropy = NormAnalysis.q_norms(capture), EntropyAnalysis.token_entropy(capture)
+    assert_apart(np.asarray(norms)[..., real][..., 1:], of_norms)
+    assert_apart(np.asarray(entropy)[..., real][..., 1:])
+    weights = -np.sort(-np.asarray(capture.patterns, np.float64)[:, :, real], axis=-1)
+    assert_clear(np.cumsum(weights, axis=-1) / weights.sum(-1, keepdims=True), 0.9)
+
+
 @pytest.fixture(scope="module")
 def tiny() -> LlamaAttentionAdapter:
     return LlamaAttentionAdapter(tiny_llama())
@@ -83,15 +98,19 @@ def tiny() -> LlamaAttentionAdapter:
 
 @pytest.fixture(scope="module")
 def plain(tiny: LlamaAttentionAdapter) -> AttentionCapture:
-    return tiny.capture(prompt(N))
+    capture = tiny.capture(TOKENS)
+    assert_steps_are_clear(capture)
+    return capture
 
 
 @pytest.fixture(scope="module", params=["left", "right"])
 def padded(tiny: LlamaAttentionAdapter, request: pytest.FixtureRequest) -> AttentionCapture:
     real = np.arange(N + PAD) >= PAD if request.param == "left" else np.arange(N + PAD) < N
     ids = np.full(N + PAD, 5, np.int32)
-    ids[real] = prompt(N)
-    return tiny.capture(ids, attention_mask=real)
+    ids[real] = TOKENS
+    capture = tiny.capture(ids, attention_mask=real)
+    assert_steps_are_clear(capture)
+    return capture
 
 
 def made(patterns: Any, **fields: Any) -> AttentionCapture:
@@ -220,7 +239,7 @@ def test_padding_on_either_side_changes_nothing(plain: AttentionCapture, padded:
 
 
 def test_a_subset_of_layers_has_the_rows_of_the_whole(tiny: LlamaAttentionAdapter, plain: AttentionCapture) -> None:
-    some, whole = everything(tiny.capture(prompt(N), CaptureConfig(layers=LAYERS))), everything(plain)
+    some, whole = everything(tiny.capture(TOKENS, CaptureConfig(layers=LAYERS))), everything(plain)
     for name, got in some.items():
         near(got, whole[name][np.array(LAYERS)], ROUNDING, name)
 
@@ -228,10 +247,11 @@ def test_a_subset_of_layers_has_the_rows_of_the_whole(tiny: LlamaAttentionAdapte
 def test_jit_and_vmap(tiny: LlamaAttentionAdapter) -> None:
     """Of a batch, one of its rows padded, each row is that prompt by itself; and compiled or not, it is the same."""
     mask = np.stack([np.ones(N, bool), np.arange(N) >= 2])
-    batch = tiny.capture(np.stack([prompt(N), prompt(N, seed=1)]), attention_mask=mask)
+    batch = tiny.capture(np.stack([TOKENS, prompt(N)]), attention_mask=mask)
     got = jax.vmap(everything)(batch)
     for row in range(2):
         one = jax.tree.map(lambda x, row=row: x[row], batch)
+        assert_steps_are_clear(one)
         for name, value in everything(one).items():
             near(got[name][row], value, ROUNDING, name)
             if row:
@@ -243,6 +263,7 @@ def test_a_bfloat16_capture_is_read_in_float32(plain: AttentionCapture) -> None:
         return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, capture)
 
     narrow = cast(plain, jnp.bfloat16)
+    assert_steps_are_clear(cast(narrow, jnp.float32), MARGIN)  # one capture on both sides: only ROUNDING
     wide = everything(cast(narrow, jnp.float32))
     for name in (*BY_TOKEN, *OF_HEADS):
         got = ALL[name](narrow)
@@ -324,17 +345,20 @@ def test_correlations_are_scipys(kind: str, axis: int) -> None:
     rng = np.random.default_rng(3)
     shape = np.array([3, 4, 5])
     shape[axis] = 2 if kind == "two" else 23
-    x = rng.normal(size=shape)
-    y = x + rng.normal(size=shape)
+    x = np.round(rng.normal(size=shape), 3)
+    y = np.round(x + rng.normal(size=shape), 3)
     if kind == "ties":
         x, y = np.round(x), np.round(y)
     if kind == "offset":
-        x = (x + 1000.0).astype(np.float32)
+        x = (np.round(x, 1) + 1000.0).astype(np.float32)
     if kind == "tiny":
         x, y = (x * 1e-30).astype(np.float32), y * 1e-25
     lines = zip(*(np.moveaxis(side, axis, -1).reshape(-1, shape[axis]) for side in (x, y)), strict=True)
     lines = [line for line in lines if np.ptp(line[0]) > 0 and np.ptp(line[1]) > 0]
     assert len(lines) == x.size // shape[axis]
+    for side in (x, y):  # scipy's ties are equal values; here what is not equal is apart by far more than rounding
+        gaps = np.diff(np.sort(np.float64(side), axis), axis=axis) / np.abs(side).max()
+        assert gaps[gaps > 0].min() > 5e-5
     pearson = [scipy.stats.pearsonr(a, b) for a, b in lines]
     spearman = [scipy.stats.spearmanr(a, b) for a, b in lines]
     for found, array, host in (
@@ -371,10 +395,94 @@ def test_norm_entropy_correlation_is_of_real_tokens(padded: AttentionCapture, me
     norms, entropy = np.asarray(NormAnalysis.q_norms(padded)), np.asarray(EntropyAnalysis.token_entropy(padded))
     got = CorrelationAnalysis.norm_entropy_correlation(padded, method, ignore_first=1)
     r, p = CorrelationAnalysis.norm_entropy_correlation_with_pvalue(padded, method, ignore_first=1)
-    test = scipy.stats.pearsonr if method == "pearson" else scipy.stats.spearmanr
+    test = scipy.stats.pearsonr if method == "pearson" else scipy.stats.spearmanr  # no ties: `padded` is clear
     for i in np.ndindex(got.shape):
         want = test(norms[i][real].astype(np.float64), entropy[i][real].astype(np.float64))
         near([got[i], r[i], p[i]], [want.statistic, want.statistic, want.pvalue])
+
+
+@pytest.mark.parametrize("spearman", [
+    CorrelationAnalysis.spearman,
+    jax.jit(CorrelationAnalysis.spearman),
+    lambda x, y: CorrelationAnalysis.spearman_with_pvalue(x, y)[0],
+], ids=["plain", "jit", "host"])  # fmt: skip
+def test_values_that_rounding_sets_apart_are_ties(spearman: Any) -> None:
+    x, y = np.array([2, 2, -1, -1, 5, 1e-20], np.float32), np.array([3, 1, 4, -1.5, 9, 2.6], np.float32)
+    x[[1, 3]] = np.nextafter(x[[1, 3]], np.float32(9))
+    assert len(np.unique(x)) == 6
+    level = [4.5, 4.5, 1.5, 1.5, 6, 3]  # by hand: 2, 2 and −1, −1
+    want = scipy.stats.spearmanr(level, y).statistic
+    for a, b in ((x, y), (-x, -y), (1e-25 * x, 1e-25 * y), (1e30 * x, y)):
+        near(spearman(a.astype(np.float32), b.astype(np.float32)), want)
+    near(spearman(-x, y), -want)
+    # 8 roundings are level and more are not, however many levels that makes: 0 = 8, 8 = 16, and 0 below 16.
+    for steps, level in (([0, 8], [1.5, 1.5]), ([0, 9], [1, 2]), ([0, 8, 16], [1.5, 2, 2.5])):
+        x = np.append(1 + np.array(steps) * np.finfo(np.float32).eps, 3).astype(np.float32)
+        level = [*level, len(x)]
+        near(spearman(x, y[: len(x)]), np.corrcoef(level, scipy.stats.rankdata(y[: len(x)]))[0, 1])
+    assert np.isnan(spearman(np.float32(1) + np.arange(6, dtype=np.float32) * np.float32(2**-23), y))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool, jnp.bfloat16, np.float32])
+def test_values_that_a_type_tells_apart_keep_their_ranks(dtype: Any) -> None:
+    """Integers are exact, and neighbours in narrow floats are far apart; infinities are the largest of all."""
+    rng = np.random.default_rng(0)
+    values = {
+        np.int32: 2**23 + np.arange(30), np.uint8: np.arange(30), bool: np.arange(30) < 12,
+        jnp.bfloat16: 1 + np.arange(30) / 128,
+        np.float32: np.append(10.0 ** np.arange(-10, 18), [np.inf, -np.inf]),
+    }[dtype]  # fmt: skip
+    x, y = rng.permutation(values).astype(dtype), rng.normal(size=30).astype(np.float32)
+    want = scipy.stats.spearmanr(x.astype(np.float64), y)
+    near(CorrelationAnalysis.spearman(x, y), want.statistic)
+    near(jax.jit(CorrelationAnalysis.spearman)(x, y), want.statistic)
+    near(CorrelationAnalysis.spearman_with_pvalue(x, y), want)
+    near(CorrelationAnalysis.spearman_with_pvalue(y, x), want)
+
+
+def test_on_the_host_float64_is_judged_at_its_own_rounding() -> None:
+    x, y = 1 + 1e-12 * np.array([3.0, 1, 4, 2, 5]), np.array([1.0, 2, 4, 3, 5])
+    near(CorrelationAnalysis.spearman_with_pvalue(x, y), scipy.stats.spearmanr(x, y))
+    x[1:3] = 1, np.nextafter(1, 2)
+    near(CorrelationAnalysis.spearman_with_pvalue(x, y)[0], scipy.stats.spearmanr([4, 1, 1, 3, 5], y).statistic)
+    assert np.isnan(CorrelationAnalysis.spearman(x, y))  # which reads both in float32
+    near(CorrelationAnalysis.spearman([2**30, 2**40, 1], [1.0, 2, 0]), 1)
+
+
+def test_ranks_do_not_hang_on_rounding() -> None:
+    """Ties of several computations of a few numbers: the three functions agree, and ranks sum as without ties."""
+    rng = np.random.default_rng(0)
+    x, y = rng.choice([-3, -0.7, 0.1, 1, 2.5], (40, 20)), rng.choice([0.3, 1, 4, 8], (40, 20))
+    want = [scipy.stats.spearmanr(*row) for row in zip(x, y, strict=True)]
+    noise = rng.integers(-3, 4, (2, 40, 20)) * 2.0**-23
+    x, y = (x * (1 + noise[0])).astype(np.float32), (y * (1 + noise[1])).astype(np.float32)
+    statistic = [one.statistic for one in want]
+    near(CorrelationAnalysis.spearman(x, y), statistic)
+    near(jax.jit(CorrelationAnalysis.spearman)(x, y), statistic)
+    near(CorrelationAnalysis.spearman_with_pvalue(x, y), [statistic, [one.pvalue for one in want]])
+
+
+def test_tokens_of_one_norm_and_rows_of_no_entropy_are_ties() -> None:
+    """One id again has one norm in layer 0 but for the rotation's rounding; nor is an entropy of 1e-7 one."""
+    q = np.array([[2, 1], [3, 0], [1, 2], [0, 1], [1.2, 1.6]])
+    turns = np.arange(5) / 3
+    cos, sin = np.cos(turns), np.sin(turns)
+    q = np.stack([q[:, 0] * cos - q[:, 1] * sin, q[:, 0] * sin + q[:, 1] * cos], axis=-1)
+    focused = np.eye(5) + 2e-9 * np.tril(np.ones((5, 5)), -1)
+    some = np.eye(5) * 0.5 + 0.5 * np.eye(5)[[0, 0, 1, 1, 2]]
+    spread = np.tril(np.ones((5, 5))) / np.arange(1, 6)[:, None]
+    spread[3:] = spread[2]
+    capture = made(np.stack([focused, some, spread])[None], queries=jnp.asarray(np.tile(q, (1, 3, 1, 1)), jnp.float32))
+    norms = [4, 5, 4, 1, 2]  # ranks but for the ties of √5, √5
+    entropies = [[1, 2, 2, 2, 2], [1, 2, 3, 3, 3]]
+    want = scipy.stats.spearmanr
+    for found in (
+        CorrelationAnalysis.norm_entropy_correlation(capture, "spearman"),
+        jax.jit(lambda c: CorrelationAnalysis.norm_entropy_correlation(c, "spearman"))(capture),
+        CorrelationAnalysis.norm_entropy_correlation_with_pvalue(capture, "spearman")[0],
+    ):
+        assert np.isnan(found[0, 0])
+        near(found[0, 1:], [want(norms, h).statistic for h in entropies])
 
 
 # Strata.
@@ -545,5 +653,6 @@ def test_entropy_is_torchs_entropy_of_hugging_faces_patterns(trained: LlamaAtten
     entropy = torch.special.entr(pattern).sum(-1)
     got = EntropyAnalysis.token_entropy(trained.capture(FRANCE))
     near(got, entropy, ROUTES)
+    assert_leads(-entropy.mean(-1).flatten(), 5)
     lowest = find_extreme_heads(got.mean(axis=-1), 5, largest=False)
     assert [x["layer"] * 6 + x["head"] for x in lowest] == entropy.mean(-1).flatten().argsort()[:5].tolist()

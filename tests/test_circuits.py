@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from oculi_jax import AttentionCapture, forward
-from oculi_jax.analysis.circuits import PATTERNS, CircuitDetection
+from oculi_jax.analysis.circuits import PATTERNS, THRESHOLDS, CircuitDetection, even_scores
 from oculi_jax.diagnostics import head_scores, repeated_tokens
 from oculi_jax.intervention import HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .induction import HEADS, INDUCTION_HEAD, PREVIOUS_TOKEN_HEAD, induction_llama, repeated
+from .margins import assert_clear, assert_leads
 from .tiny import tiny_config, tiny_llama
 from .tolerances import ROUNDING, ROUTES
 
@@ -72,6 +73,14 @@ def assert_scores(found: dict, want: dict, tolerance: float = ROUNDING) -> None:
         np.testing.assert_allclose(found[name], want[name], atol=tolerance, rtol=0, err_msg=name)
 
 
+def assert_classes_are_clear(capture: AttentionCapture) -> None:
+    """No score is near the threshold that `classify` compares it with, so that every head's class is in no doubt."""
+    scores, chance = CircuitDetection.scores(capture), even_scores(capture.tokens, capture.mask)
+    for name, threshold in THRESHOLDS.items():
+        floor = float(chance.get(name, 0.0))
+        assert_clear(scores[name], floor + threshold * (1.0 - floor))
+
+
 @pytest.mark.parametrize("n_real", [1, 2, 3, 7, 8, 10, 23])
 def test_scores_are_their_definitions_wherever_the_padding_is(n_real: int) -> None:
     """Padding before, after and between, holding ids that the prompt repeats."""
@@ -107,6 +116,7 @@ def test_a_batch_maps_row_by_row() -> None:
         lambda c: (jax.vmap(CircuitDetection.scores)(c), jax.vmap(CircuitDetection.classify)(c))
     )(batch)
     for i, row in enumerate(rows):
+        assert_classes_are_clear(row)
         assert_scores({name: value[i] for name, value in scores.items()}, CircuitDetection.scores(row))
         want_codes, want_values = CircuitDetection.classify(row)
         np.testing.assert_array_equal(codes[i], want_codes)
@@ -119,6 +129,7 @@ def test_layers_are_true_numbers() -> None:
     patterns, tokens = random_patterns(rng, 3, 4, np.ones(16, bool)), rng.integers(0, 5, 16)
     whole = capture_of(patterns, tokens)
     some = capture_of(patterns[[2, 0]], tokens, layers=(2, 0))
+    assert_classes_are_clear(whole)
     for layer in (0, 2):
         for number in range(4):
             want = CircuitDetection.classify_attention_head(whole, layer, number)
@@ -180,6 +191,7 @@ IDEAL = {
 
 def test_ideal_heads_are_classified_as_what_they_are() -> None:
     capture = capture_of(np.stack([head(target) for target in IDEAL.values()])[None], REPEATED, layers=(7,))
+    assert_classes_are_clear(capture)
     for number, name in enumerate(IDEAL):
         found = CircuitDetection.classify_attention_head(capture, 7, number)
         assert found["pattern"] == name and (found["score"] > 0.999 if name != "unknown" else found["score"] == 0), (
@@ -195,6 +207,7 @@ def test_ideal_heads_are_classified_as_what_they_are() -> None:
 def test_the_order_of_patterns_settles_what_one_prompt_confounds() -> None:
     def found(tokens, target) -> str:
         capture = capture_of(head(target, len(tokens))[None, None], tokens)
+        assert_classes_are_clear(capture)
         return CircuitDetection.classify_attention_head(capture, 0, 0)["pattern"]
 
     # A token that returns after one other: what followed it is the token before.
@@ -213,6 +226,7 @@ def test_summary_is_sorted_and_complete() -> None:
     capture = capture_of(random_patterns(rng, 3, 5, np.ones(12, bool)) ** 8, rng.integers(0, 5, 12), layers=(4, 1, 9))
     rows = np.asarray(capture.patterns)
     capture = dataclasses.replace(capture, patterns=jnp.asarray(rows / rows.sum(-1, keepdims=True)))
+    assert_classes_are_clear(capture)
     summary = CircuitDetection.summarize(capture)
     assert sorted(item[:2] for heads in summary.values() for item in heads) == [
         (a, b) for a in (1, 4, 9) for b in range(5)
@@ -232,11 +246,13 @@ def test_the_fixture_does_what_it_was_built_for() -> None:
     for seed in range(3):
         tokens = repeated(seed)
         logits = forward(MODEL, tokens).logits
+        assert_leads(logits[21:-1])
         assert (np.asarray(logits)[21:-1].argmax(-1) == tokens[22:]).mean() > 0.95
 
 
 def test_detectors_find_exactly_the_heads_of_a_known_circuit() -> None:
     capture = LlamaAttentionAdapter(MODEL).capture(repeated())
+    assert_classes_are_clear(capture)
     found = {
         PREVIOUS_TOKEN_HEAD: np.asarray(CircuitDetection.detect_previous_token_heads(capture)),
         INDUCTION_HEAD: np.asarray(CircuitDetection.detect_induction_heads(capture)),
@@ -338,6 +354,8 @@ def test_head_scores_find_the_known_circuit_again_from_any_seed() -> None:
 @pytest.mark.real
 def test_the_known_heads_of_smollm2(adapter: LlamaAttentionAdapter) -> None:
     scores = head_scores(adapter.model)
+    assert_leads(np.ravel(scores.induction), 4)
+    assert_leads(np.ravel(scores.previous_token), 2)
     assert [item[:2] for item in scores.top("induction", 4)] == [(18, 6), (17, 3), (17, 4), (17, 5)]
     assert [item[:2] for item in scores.top("previous_token", 2)] == [(16, 0), (11, 1)]
     assert scores.top("induction", 1)[0][2] > 0.8 and scores.top("previous_token", 1)[0][2] > 0.8

@@ -38,7 +38,7 @@ class AttentionAnalysis:
         Args:
             capture: an `AttentionCapture` with patterns.
             threshold: a fraction of the row's sum, above 0 and at most 1. A shortfall of 1e-6, which is rounding, counts
-                as reaching it.
+                as reaching it; where weights fall just that much short, another processor may find a key more or fewer.
 
         Returns:
             int32 `[L, H, T]`, from 1 to the number of keys; 0 on padding and where every key is knocked out.

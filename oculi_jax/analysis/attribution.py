@@ -206,7 +206,8 @@ class AttributionMethods:
             k: how many, static; all where there are fewer.
 
         Returns:
-            N = k entries with their signs, `[N]`, and where they are, int32 `[N, R]`.
+            N = k entries with their signs, `[N]`, and where they are, int32 `[N, R]`. Entries whose sizes are within rounding
+            of one another may change places, or be in and out, on another processor.
         """
         if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
             raise ValueError(f"k is {k!r}, and must be an integer of at least 1.")

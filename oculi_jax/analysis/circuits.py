@@ -115,9 +115,11 @@ class CircuitDetection:
             score ≥ chance + threshold · (1 − chance)
 
         so that on a short prompt, where any head looks at everything, few heads show anything. (For `uniform` itself
-        chance is 0.) The order: a previous-token head also scores as an induction head wherever a token returns after
-        one other, and as recent and local; an induction head rests on the first token while it has nothing to match; a
-        head that always attends to the first token scores as a duplicate-token head where that token returns.
+        chance is 0.) A score within rounding of its threshold may fall on the other side of it on another processor.
+
+        The order: a previous-token head also scores as an induction head wherever a token returns after one other, and as
+        recent and local; an induction head rests on the first token while it has nothing to match; a head that always
+        attends to the first token scores as a duplicate-token head where that token returns.
 
         Args:
             capture: with `patterns`.

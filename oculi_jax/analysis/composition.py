@@ -182,7 +182,7 @@ class CompositionAnalysis:
         Args:
             capture: with `patterns`.
             threshold: what both heads' scores must reach: mean attention to the token before, and to what followed an
-                earlier occurrence.
+                earlier occurrence. A score within rounding of it may reach it on one processor and not on another.
             model: with it the score is K-composition from the weights; without it the mean of `qk_composition`, from
                 patterns.
 

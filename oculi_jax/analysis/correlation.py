@@ -18,6 +18,8 @@ from .statistics import centred, real_tokens
 if TYPE_CHECKING:
     from ..capture.structures import AttentionCapture
 
+_ROUNDINGS = 8  # which two computations of one number may differ by; a power of two, so that 8 ε |x| is exact
+
 
 class CorrelationAnalysis:
     """Correlation coefficients, −1…1; NaN (0/0) where either side is constant, as in scipy.
@@ -46,10 +48,20 @@ class CorrelationAnalysis:
     def spearman(x: Any, y: Any, axis: int = -1) -> Float[Array, "..."]:
         """Spearman's ρ: Pearson's r of the ranks, ties sharing their mean rank.
 
-        Arguments, shapes and errors as for `pearson`. Ranks are steps, so the gradient is 0.
+        Values are ties where they differ by no more than 8 float32 roundings of the larger one, 2⁻²⁰ |x| or about one
+        part in a million: two computations of one number, compiled or not, on one processor or another, get one rank.
+        Integers are exact, and are ties only where they are equal.
+
+            rank(i) = (N + 1 + the number of values below i − the number above i) / 2
+
+        In a chain of ties the outer two may be apart, and both tie with the one between; ranks still sum to N (N + 1) / 2.
+
+        Arguments, shapes and errors as for `pearson`; NaN where one side is all ties. Ranks are steps: the gradient is 0,
+        and values that are just that far apart may tie on one processor and not on another.
         """
+        exact = _exact(x), _exact(y)
         x, y = _samples(x, y, axis)
-        return _spearman(x, y, jnp.ones(x.shape, bool))
+        return _spearman(x, y, jnp.ones(x.shape, bool), exact)
 
     @staticmethod
     def pearson_with_pvalue(x: Any, y: Any, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
@@ -80,12 +92,15 @@ class CorrelationAnalysis:
         The p-value is that of `scipy.stats.spearmanr`: t = ρ √((n − 2) / (1 − ρ²)) under Student's distribution with
         n − 2 degrees of freedom, an approximation that is good from about 10 samples; NaN for 2.
 
+        Ties are those of `spearman`, but that float64 values (a list of floats is such) are read as they are, and are ties
+        within 8 roundings of float64, 2⁻⁴⁹ |x|. All narrower floats are judged at float32's rounding.
+
         Arguments and returns as for `pearson_with_pvalue`.
         """
         from scipy import stats
 
-        x, y = _host_samples(x, y, axis)
-        x, y = (stats.rankdata(side, axis=-1) for side in (x, y))
+        types = [np.asarray(side).dtype for side in (x, y)]
+        x, y = (_host_ranks(*side) for side in zip(_host_samples(x, y, axis), types, strict=True))
         rho = CorrelationAnalysis.pearson_with_pvalue(x, y)[0]
         freedom = x.shape[-1] - 2
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -100,7 +115,9 @@ class CorrelationAnalysis:
 
         Args:
             capture: an `AttentionCapture` with queries and patterns.
-            method: `"pearson"` or `"spearman"`.
+            method: `"pearson"` or `"spearman"`. Of ranks, norms tie as in `spearman`, and entropies within as many roundings
+                of 1 + H, 2⁻²⁰ (1 + H) nats: weights that are off by a share ε move −Σ p ln p by up to ε (1 + H), however
+                small it is. So heads that attend to one key throughout have constant entropy.
             ignore_first: how many of the first tokens to leave out. The first has entropy 0 whatever its query, and
                 often an unusual norm, so `1` may change much.
 
@@ -110,7 +127,7 @@ class CorrelationAnalysis:
         Raises:
             ValueError: fewer than 2 tokens, or another method.
         """
-        correlate = _chosen(method, {"pearson": _pearson, "spearman": _spearman})
+        correlate = _chosen(method, {"pearson": _pearson, "spearman": lambda x, h, real: _spearman(x, 1.0 + h, real)})
         norms, entropy, real = _norms_and_entropy(capture, ignore_first)
         return correlate(norms, entropy, jnp.broadcast_to(real[None, None, :], norms.shape))
 
@@ -118,12 +135,12 @@ class CorrelationAnalysis:
     def norm_entropy_correlation_with_pvalue(
         capture: AttentionCapture, method: str = "pearson", ignore_first: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`norm_entropy_correlation` and its p-values, float64 `[L, H]` each. Host function."""
+        """`norm_entropy_correlation` and its p-values, float64 `[L, H]` each; ties are the same. Host function."""
         with_pvalue = _chosen(
             method,
             {
                 "pearson": CorrelationAnalysis.pearson_with_pvalue,
-                "spearman": CorrelationAnalysis.spearman_with_pvalue,
+                "spearman": lambda x, h: CorrelationAnalysis.spearman_with_pvalue(x, 1 + h),
             },
         )
         norms, entropy, real = map(np.asarray, _norms_and_entropy(capture, ignore_first))
@@ -145,14 +162,53 @@ def _pearson(x: Float[Array, "... N"], y: Float[Array, "... N"], real: Bool[Arra
     return jnp.where(x_constant | y_constant, jnp.nan, r)
 
 
-def _spearman(x: Float[Array, "... N"], y: Float[Array, "... N"], real: Bool[Array, "... N"]) -> Float[Array, "..."]:
-    def ranks(values: Array) -> Array:
-        one, other = values[..., :, None], jnp.where(real, values, jnp.inf)[..., None, :]
-        below = jnp.sum(other < one, axis=-1).astype(jnp.float32)
-        level = jnp.sum(other == one, axis=-1).astype(jnp.float32)
-        return jnp.where(jnp.isnan(values), jnp.nan, below + (level + 1.0) / 2.0)
+def _spearman(
+    x: Float[Array, "... N"],
+    y: Float[Array, "... N"],
+    real: Bool[Array, "... N"],
+    exact: tuple[bool, bool] = (False, False),
+) -> Float[Array, "..."]:
+    def ranks(values: Array, exact: bool) -> Array:
+        floor = values if exact else _floor(values, _share(np.float32))
+        below = jnp.sum((values[..., None, :] < floor[..., :, None]) & real[..., None, :], axis=-1)
+        above = jnp.sum((values[..., :, None] < floor[..., None, :]) & real[..., None, :], axis=-1)
+        n = jnp.sum(real, axis=-1, keepdims=True)
+        return jnp.where(jnp.isnan(values), jnp.nan, (n + 1 + below - above).astype(jnp.float32) / 2.0)
 
-    return _pearson(ranks(x), ranks(y), real)
+    return _pearson(ranks(x, exact[0]), ranks(y, exact[1]), real)
+
+
+def _host_ranks(values: Float[np.ndarray, "... N"], dtype: Any) -> Float[np.ndarray, "... N"]:
+    """The ranks of `spearman`, NaN in rows that hold one. Floors ascend as values do, so that counting is searching."""
+    share = _share(dtype)
+    if share == _share(np.float32):
+        values = values.astype(np.float32)  # whose floors then are those of the array function
+    ranks = np.full(values.shape, np.nan)
+    n = values.shape[-1]
+    for row in np.ndindex(values.shape[:-1]):
+        if not np.isnan(values[row]).any():
+            ascending = np.sort(values[row])
+            below = np.searchsorted(ascending, _floor(values[row], share), "left")
+            above = n - np.searchsorted(_floor(ascending, share), values[row], "right")
+            ranks[row] = (n + 1 + below - above) / 2
+    return ranks
+
+
+def _floor(values: Any, share: float) -> Any:
+    """What is smaller than this is below a value, and not level with it; infinities are level with themselves alone."""
+    return values - share * abs(values).clip(max=np.finfo(values.dtype).max)
+
+
+def _share(dtype: Any) -> float:
+    """How far apart ties may be, over their size: roundings of what a type is computed in; 0 for integers and bool."""
+    if np.dtype(dtype).kind in "iub":
+        return 0.0
+    return _ROUNDINGS * float(np.finfo(np.float64 if dtype == np.float64 else np.float32).eps)
+
+
+def _exact(values: Any) -> bool:
+    """Whether all are integers (or bool), which are not rounded."""
+    return all(_share(jnp.result_type(leaf)) == 0 for leaf in jax.tree.leaves(values))
 
 
 def _norms_and_entropy(capture: AttentionCapture, ignore_first: int) -> tuple[Array, Array, Array]:

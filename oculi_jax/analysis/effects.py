@@ -153,7 +153,8 @@ class InterventionMetrics:
             scores: `[N]`, the score of each; NaN for none.
 
         Returns:
-            `{"alpha", "score"}`; of equal scores the one whose alpha is closest to 1, which changes least.
+            `{"alpha", "score"}`; of equal scores the one whose alpha is closest to 1, which changes least. Scores that only
+            rounding sets apart are not equal, and another processor may choose another of them.
 
         Raises:
             ValueError: lengths that differ, or no score.

@@ -21,7 +21,8 @@ class LogitLensAnalysis:
 
     The lens reads the residual stream after a layer, puts the final norm before the unembedding, and with a tuned lens
     translates the stream first. Row `i` of every result is layer `capture.captured_layers[i]`. `token_position` counts real
-    tokens, negative from the last. Methods that return arrays may be jitted, mapped and differentiated.
+    tokens, negative from the last. Methods that return arrays may be jitted, mapped and differentiated. Tokens whose logits
+    are within rounding of one another may change places, and so ranks, from one processor to another.
 
     Args:
         tokenizer: of the model; None where only arrays are wanted.
@@ -69,7 +70,7 @@ class LogitLensAnalysis:
 
         Returns:
             The true number of the lowest captured layer from which on every captured layer has the likeliest token of
-            the last one.
+            the last one. A layer whose two likeliest tokens are within rounding of one another may count either way.
         """
         best = dict(zip(capture.captured_layers, _host_top(capture, token_position, 1)[1][:, 0], strict=True))
         layers = sorted(best)

@@ -113,7 +113,8 @@ def find_extreme_heads(
         layers: `capture.captured_layers`: true layer numbers of the rows; 0 to L − 1 where None.
 
     Returns:
-        A list of `{"layer", "head", "value"}`, the most extreme first.
+        A list of `{"layer", "head", "value"}`, the most extreme first; values within rounding of one another may change
+        places, or be in and out, on another processor.
 
     Raises:
         ValueError: values of another rank, k below 1, or layers that do not number the rows.
