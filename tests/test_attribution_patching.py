@@ -260,9 +260,12 @@ def check_against_loops(found: Verification, exact: np.ndarray, rounding: float,
     entries = found.entries
     near([e["exact"] for e in entries], exact)
     estimate = np.array([e["estimate"] for e in entries])
-    np.testing.assert_allclose(
-        found.rank_correlation, scipy.stats.spearmanr(estimate, [e["exact"] for e in entries]).statistic, atol=ROUNDING
-    )
+    # What only rounding sets apart is level: of each pair the larger is one place higher, or both are half a place.
+    sides = estimate, np.array([e["exact"] for e in entries])
+    ranks = [[sum((x > y + rounding) + (abs(x - y) <= rounding) / 2 for y in side) for x in side] for side in sides]
+    np.testing.assert_allclose(found.rank_correlation, scipy.stats.pearsonr(*ranks).statistic, atol=ROUNDING)
+    untied = scipy.stats.spearmanr(*sides).statistic  # some of these effects are tiny, and few places move it little
+    np.testing.assert_allclose(found.rank_correlation, untied, atol=0.01)
     assert_clear([x for e, x in zip(entries, exact, strict=True) if abs(e["estimate"]) > rounding], 0, 2 * ROUTES)
     wrong = [
         e

@@ -28,9 +28,9 @@ class Verification:
     largest, or drawn at random) for `"value"`.
 
     Attributes:
-        rank_correlation: Spearman's, of estimates and exact effects of all entries; NaN where either has no variation.
-        sign_errors: the entries whose estimate and exact effect have opposite signs, both beyond rounding (1e-5 of the larger
-            of the two runs' metrics, and at least 1e-5).
+        rank_correlation: Spearman's, of estimates and exact effects of all entries; NaN where either has no variation. Values
+            that only rounding sets apart (1e-5 of the larger of the two runs' metrics, and at least 1e-5) are ties.
+        sign_errors: the entries whose estimate and exact effect have opposite signs, both beyond that rounding.
         missed: the entries drawn at random that, by |exact effect| beyond rounding, belong to the k largest of all those rerun, k
             being how many `top` ones there are. Each stands for others that were not drawn.
         entries: all of them: the largest estimates first, then the others as drawn.
@@ -144,14 +144,12 @@ def _patches(site: str, index: dict[str, np.ndarray], value: Array, n_tokens: in
 
 
 def _compare(entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int, rounding: float) -> Verification:
-    from scipy.stats import rankdata
-
     estimate = entries.values[chosen]
     listed = [
         {**entries.place(number), "estimate": float(guess), "exact": float(effect), "top": i < n_top}
         for i, (number, guess, effect) in enumerate(zip(chosen, estimate, exact, strict=True))
     ]
-    ranks = [rankdata(x) for x in (estimate, exact)]
+    ranks = [_ranks(x, rounding) for x in (estimate, exact)]
     varies = all(np.ptp(rank) > 0 for rank in ranks)
     correlation = float(np.corrcoef(*ranks)[0, 1]) if varies else float("nan")
     clear = (np.abs(estimate) > rounding) & (np.abs(exact) > rounding)
@@ -159,3 +157,10 @@ def _compare(entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int
     largest = np.argsort(-np.abs(exact), kind="stable")[:n_top]
     missed = [i for i in largest if i >= n_top and abs(exact[i]) > rounding]
     return Verification(correlation, [listed[i] for i in wrong], [listed[i] for i in missed], listed)
+
+
+def _ranks(values: np.ndarray, rounding: float) -> np.ndarray:
+    """Ranks from 1, where values that only rounding sets apart are level; they sum to N (N + 1) / 2."""
+    below = (values[None] < values[:, None] - rounding).sum(1)
+    above = (values[None] > values[:, None] + rounding).sum(1)
+    return (len(values) + 1 + below - above) / 2
