@@ -67,8 +67,8 @@ class PatchingResult:
         """`(patched − corrupted) / (clean − corrupted)`, shaped as `patched`: 1 as the clean run, 0 as the corrupted one.
 
         In both directions: what matters is near 1 in denoising and near 0 in noising. NaN where the two runs have the same
-        metric to rounding (1e-5 of the larger), since there is nothing to recover. Of several prompts, each by itself: for a set in which some pairs hardly
-        differ, put the means of the three metrics into the formula instead.
+        metric to rounding (1e-5 of the larger), since there is nothing to recover. Of several prompts, each by itself: for a
+        set in which some pairs hardly differ, put the means of the three metrics into the formula instead.
         """
         return recovery(self.patched, self.clean, self.corrupted)
 
