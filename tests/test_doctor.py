@@ -207,6 +207,7 @@ def test_what_cannot_be_loaded_there_is_a_finding(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(TorchLlama, "from_arrays", refuse)
     found = doctor.examine()
     assert found.verdict == "failed" and "BFloat16 is not supported" in found.sentence
+    monkeypatch.setattr("oculi_jax.backends.torch.devices.there", lambda: ["cpu"])  # wherever this runs
     with pytest.raises(ValueError, match="torch has cpu here"):
         doctor.examine(device="mps")
 
@@ -242,8 +243,10 @@ def test_the_adapter_warns_once_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.torch
 def test_the_command(oculi_here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from oculi_jax.backends.torch import devices as of_torch
     from oculi_jax.backends.torch import network
 
+    monkeypatch.setattr(of_torch, "there", lambda: ["cpu"])  # wherever this runs
     code, out, err = oculi_here("doctor", "--dtype", "bfloat16", "--device", "cpu")
     assert code == 0, err
     assert "cpu (torch) in float32 agrees with the CPU to rounding at every site" in out

@@ -33,7 +33,7 @@ def imports(path: Path) -> set[str]:
         for child in ast.iter_child_nodes(node):
             visit(child)
 
-    visit(ast.parse(path.read_text()))
+    visit(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
 
@@ -169,7 +169,11 @@ def test_arrows_point_one_way(room: str) -> None:
 
 
 def test_no_file_is_long() -> None:
-    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 420}
+    long = {
+        str(path.relative_to(ROOT)): n
+        for path in FILES
+        if (n := len(path.read_text(encoding="utf-8").splitlines())) > 420
+    }
     assert not long
 
 
@@ -232,4 +236,6 @@ def test_no_two_of_our_pytrees_have_equal_structures() -> None:
     assert [[a == b for b in structures] for a in structures] == [
         [i == j for j in range(len(made))] for i in range(len(made))
     ]
-    assert [path.name for path in FILES if "tree_util.register_dataclass" in path.read_text()] == ["pytrees.py"]
+    assert [path.name for path in FILES if "tree_util.register_dataclass" in path.read_text(encoding="utf-8")] == [
+        "pytrees.py"
+    ]

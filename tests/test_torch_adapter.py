@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +28,9 @@ from oculi_jax.intervention import (
     Steer,
 )
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
+from oculi_jax.sampling import sampler
 
+from .margins import assert_apart, assert_clear, assert_leads
 from .test_parity_torch import ROPES, make
 from .tolerances import LOGITS, ROUTES
 
@@ -44,6 +47,41 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama]:
     directory = tmp_path_factory.mktemp("pair")
     hf = make(directory, head_dim=6, eos_token_id=None, pad_token_id=0, bos_token_id=None)
     return hf, Llama.from_pretrained(directory)
+
+
+def logits_of(model: Llama, captured: Any, n_prompt: int) -> np.ndarray:
+    """From `final_norm` of a finished text, the logits `[…, N, V]` that each of its new tokens was chosen by."""
+    normalised = np.asarray(captured["final_norm"], np.float64)[..., n_prompt - 1 : -1, :]
+    return normalised @ np.asarray(model.lm_head.weight, np.float64).T
+
+
+def greedy(model: Llama, ids: Any, n_new: int, interventions: Any = (), **options: Any) -> np.ndarray:
+    """JAX's greedy text, in which the likeliest token of every step is in no doubt."""
+    found, captured = generate(model, ids, n_new, interventions, capture="final_norm", **options)
+    assert_leads(logits_of(model, captured, len(ids)))
+    return np.asarray(found)
+
+
+def chance_is_clear(
+    model: Llama, text: Any, n_prompt: int, keys: Any, temperature: float = 1.3, **options: Any
+) -> None:
+    """The logits of JAX's drawn text leave no doubt which tokens the filters keep, nor which of those each key draws."""
+    filters = sampler(temperature, options.get("top_k"), options.get("top_p"), options.get("min_p"), 61)
+    _, captured = text
+    for row, key in zip(logits_of(model, captured, n_prompt).reshape(len(keys), -1, 61), keys, strict=True):
+        for step, logits in enumerate(row):
+            warm = (logits - logits.max()) / temperature
+            kept = np.isfinite(filters.filter(jnp.asarray(logits, jnp.float32)))
+            # An edge is a rank among the logits, a sum of probabilities, or a logit: nothing lies near it.
+            if kept.sum() < 61:
+                assert_apart([warm[kept].min(), warm[~kept].max()])
+            if "top_p" in options:
+                chances = -np.sort(-np.exp(warm) / np.exp(warm).sum())
+                assert_clear(np.cumsum(chances) - chances, options["top_p"])
+            if "min_p" in options:
+                assert_clear(warm, np.log(options["min_p"]))
+            gumbel = np.asarray(jax.random.gumbel(jax.random.fold_in(key, step), (61,)))
+            assert_leads((warm + gumbel)[kept])
 
 
 def same(ours: Any, want: Any, tolerance: float = ROUTES) -> None:
@@ -64,11 +102,14 @@ def test_captures_are_those_of_jax(pair: tuple[Any, Llama], context: Any) -> Non
         "capture_mlp": [None],
         "capture_logits": [
             None,
-            LogitConfig(layers=[1, 0], top_k=3, positions=[-1, 2]),
+            LogitConfig(layers=[1, 0], top_k=3, positions=[-1, 5]),
             LogitConfig(top_k=2, tokens=[5, 7]),
         ],
     }
     with InterventionContext(ours, context), InterventionContext(want, context):
+        logits = np.asarray(want.capture_logits(IDS).logits)  # which ids are the likeliest is in no doubt below
+        for top_k, of_interest in ((3, logits[:, [-1, 5]]), (2, logits), (3, logits[0, 1])):
+            assert_leads(of_interest, top_k)
         for method, several in configs.items():
             for config in several:
                 tolerance = 0.01 if config is not None and config.dtype == "float16" else ROUTES
@@ -129,37 +170,46 @@ CASES: dict[str, Any] = {
 @pytest.mark.parametrize("name", CASES)
 def test_generation_is_that_of_jax(pair: tuple[Any, Llama], name: str) -> None:
     ours, want = (generate(model, IDS, 8, CASES[name], capture=("z", "resid_post")) for model in pair)
+    greedy(pair[1], IDS, 8, CASES[name])
     assert ours[0].tolist() == want[0].tolist() and ours[0].dtype == want[0].dtype
     for site, value in want[1].items():
         assert np.abs(np.asarray(ours[1][site]) - np.asarray(value)).max() <= ROUTES
     mask = np.arange(9) >= 2
     assert (
         generate(pair[0], IDS, 6, CASES[name], mask=mask).tolist()
-        == generate(pair[1], IDS, 6, CASES[name], mask=mask).tolist()
+        == greedy(pair[1], IDS, 6, CASES[name], mask=mask).tolist()
     )
 
 
 def test_cached_decoding_is_running_anew_for_every_token(pair: tuple[Any, Llama]) -> None:
     text = IDS.tolist()
     for _ in range(8):
-        text.append(int(np.argmax(forward(pair[0], text, STRONG[:2]).logits[-1])))
+        logits = forward(pair[0], text, STRONG[:2]).logits[-1]
+        assert_leads(logits)
+        text.append(int(np.argmax(logits)))
     assert generate(pair[0], IDS, 8, STRONG[:2]).tolist() == text[9:]
 
 
 def test_chance_is_the_keys_alone(pair: tuple[Any, Llama]) -> None:
-    key = jax.random.key(3)
+    key = jax.random.key(4)
     for options in ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1, "top_k": 20}):
-        found = [generate(model, IDS, 8, temperature=1.3, key=key, **options).tolist() for model in pair]
-        assert found[0] == found[1]
-    rows = [LlamaAttentionAdapter(model).generate(ROWS, 5, temperature=1.0, key=key) for model in pair]
-    assert np.array_equal(*rows)
+        ours = generate(pair[0], IDS, 8, temperature=1.3, key=key, **options)
+        want = generate(pair[1], IDS, 8, temperature=1.3, key=key, capture="final_norm", **options)
+        chance_is_clear(pair[1], want, 9, [key], **options)
+        assert ours.tolist() == want[0].tolist()
+    options = dict(temperature=1.0, key=key)
+    want = LlamaAttentionAdapter(pair[1]).generate(ROWS, 5, capture="final_norm", **options)
+    chance_is_clear(pair[1], want, 9, jax.random.split(key, 2), temperature=1.0)
+    assert np.array_equal(LlamaAttentionAdapter(pair[0]).generate(ROWS, 5, **options), want[0])
 
 
 def test_variants_stops_and_batches(pair: tuple[Any, Llama]) -> None:
     family = SpectraScaler(1, np.arange(4), np.array([1.0, 5.0, 0.1, 3.0]))
-    assert np.array_equal(*(generate(model, IDS, 6, family) for model in pair))
-    plain = generate(pair[1], IDS, 6).tolist()
+    assert np.array_equal(generate(pair[0], IDS, 6, family), greedy(pair[1], IDS, 6, family))
+    plain = greedy(pair[1], IDS, 6).tolist()
     assert np.array_equal(*(generate(model, IDS, 6, stop_tokens=plain[2]) for model in pair))
+    sure = LlamaAttentionAdapter(pair[1]).generate(ROWS, 5, STRONG[:1], capture="final_norm")
+    assert_leads(logits_of(pair[1], sure[1], 9))
     for options in ({}, {"capture": "resid_post"}):
         ours, want = (LlamaAttentionAdapter(model).generate(ROWS, 5, STRONG[:1], **options) for model in pair)
         if options:
@@ -174,7 +224,8 @@ def test_generation_past_the_original_context(tmp_path: Path, rope: str) -> None
     hf = make(tmp_path, head_dim=6, rope_parameters=ROPES[rope], eos_token_id=None)
     ids = np.random.default_rng(0).integers(0, 61, 13)
     ours, want = (
-        generate(m, ids, 24, HeadAblation(0, 1), allow_longer=True) for m in (hf, Llama.from_pretrained(tmp_path))
+        run(m, ids, 24, HeadAblation(0, 1), allow_longer=True)
+        for run, m in ((generate, hf), (greedy, Llama.from_pretrained(tmp_path)))
     )
     assert ours.tolist() == want.tolist()
 
@@ -189,7 +240,7 @@ def test_the_modules_own_generate_is_intervened_inside_a_context(pair: tuple[Any
     before = hf.generate(torch.tensor(IDS)[None], **options)
     with InterventionContext(adapter, CASES[name]):
         found = hf.generate(torch.tensor(IDS)[None], **options)
-    assert found[0].tolist() == [*IDS.tolist(), *generate(model, IDS, 8, CASES[name]).tolist()]
+    assert found[0].tolist() == [*IDS.tolist(), *greedy(model, IDS, 8, CASES[name]).tolist()]
     assert torch.equal(hf.generate(torch.tensor(IDS)[None], **options), before)
 
 
@@ -202,7 +253,7 @@ def test_an_array_covers_the_prompt_however_often_room_is_made(pair: tuple[Any, 
     for name in ("a run", "scores of a run", "several"):
         with InterventionContext(LlamaAttentionAdapter(pair[0]), later := _without_late_positions(CASES[name])):
             found = pair[0].generate(torch.tensor(IDS)[None], max_new_tokens=8, do_sample=False)
-        assert found[0, 9:].tolist() == generate(pair[1], IDS, 8, later).tolist()
+        assert found[0, 9:].tolist() == greedy(pair[1], IDS, 8, later).tolist()
 
 
 def _without_late_positions(interventions: Any) -> Any:
@@ -219,7 +270,8 @@ def test_batches_beams_and_scores_of_the_modules_own_generate(pair: tuple[Any, L
     width = len(ROWS[0])
     ids = torch.tensor([[0] * (width - len(row)) + row for row in ROWS])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ROWS])
-    want = LlamaAttentionAdapter(model).generate(ROWS, 5, STRONG[:2])
+    want, captured = LlamaAttentionAdapter(model).generate(ROWS, 5, STRONG[:2], capture="final_norm")
+    assert_leads(logits_of(model, captured, width))
     with InterventionContext(adapter, STRONG[:1]), InterventionContext(adapter, STRONG[1:2]):
         found = hf.generate(
             ids,
@@ -378,6 +430,7 @@ def test_a_checkpoint_is_loaded_for_torch_without_transformers(tmp_path: Path, d
     model = Llama.from_pretrained(tmp_path, backend="torch", device="cpu")
     assert model.dtype == dtype and model.device == torch.device("cpu") and "TorchLlama(" in repr(model)
     mine, theirs = (forward(m, IDS, HeadAblation(0, 1), capture="resid_post") for m in (model, hf))
+    # Bit for bit: the same kernels on the same numbers, which may lie elsewhere in memory (at steps of 16 bytes).
     assert np.array_equal(mine.logits, theirs.logits)
     assert np.array_equal(np.asarray(mine.activations["resid_post"]), np.asarray(theirs.activations["resid_post"]))
     assert model.n_params == Llama.from_pretrained(tmp_path).n_params
