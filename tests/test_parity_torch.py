@@ -3,6 +3,7 @@
 import itertools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -141,10 +142,18 @@ def test_half_precision_is_near_the_float32_computation_of_the_same_weights(tmp_
 
     hf = make(tmp_path, dtype)
     exact = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    # Of two such roundings either may be the worse by chance, up to twice; on this prompt theirs is, by 1.2 to 2 times.
-    tokens = np.random.default_rng(2).integers(0, 61, 24)
+    model = Llama.from_pretrained(tmp_path)
+    # Of one prompt either side may be the worse by chance, up to twice: six are judged together.
+    tokens = np.random.default_rng(1).integers(0, 61, (6, 24))
     with torch.no_grad():
-        want, theirs = (m(torch.tensor(tokens)[None]).logits[0].float().numpy() for m in (exact, hf))
-    ours = np.asarray(forward(Llama.from_pretrained(tmp_path), tokens).logits)
+        want, theirs = (m(torch.tensor(tokens)).logits.float().numpy() for m in (exact, hf))
+    ours = np.asarray(jax.vmap(lambda row: forward(model, row).logits)(tokens))
     assert ours.dtype == np.float32
-    assert np.abs(ours - want).max() <= 1.5 * np.abs(theirs - want).max()
+    assert_no_further(ours, theirs, want)
+
+
+def assert_no_further(ours: np.ndarray, theirs: np.ndarray, want: np.ndarray) -> None:
+    """That ours are as near to what is wanted as theirs: at the worst, with room for chance, and on the whole."""
+    ours, theirs = np.abs(ours - want), np.abs(theirs - want)
+    assert ours.max() <= 1.5 * theirs.max()
+    assert np.sqrt((ours**2).mean()) <= 1.1 * np.sqrt((theirs**2).mean())
