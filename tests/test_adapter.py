@@ -28,6 +28,7 @@ from oculi_jax import (
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.prompts import bucket
 
+from .margins import assert_leads
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING
@@ -95,6 +96,7 @@ def test_logit_capture_is_the_lens(positions: list[int] | None) -> None:
     some = ADAPTER.capture_logits(prompt(), LogitConfig(layers=[2, 0], top_k=4, positions=positions, tokens=[5, 60]))
     assert some.logits is None and some.captured_layers == (2, 0)
     near(some.top_k_logits, np.sort(logits[[2, 0]], -1)[..., ::-1][..., :4])
+    assert_leads(logits[[2, 0]], 4)
     np.testing.assert_array_equal(some.top_k_indices, np.argsort(-logits[[2, 0]], -1)[..., :4])
     near(some.probabilities, chances[[2, 0]][..., [5, 60]])
     near(some.normalized @ some.unembedding.T, logits[[2, 0]])

@@ -21,7 +21,7 @@ from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .test_adapter import Letters
 from .test_forward_laws import near
-from .test_generate import CASES, IDS, MODEL, PLAIN, VECTOR, E, N, T, slow
+from .test_generate import CASES, IDS, MODEL, PLAIN, VECTOR, E, N, T, assert_drawn, slow
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING, ROUTES
 
@@ -75,6 +75,7 @@ def test_rows_of_a_batch_draw_apart_and_each_as_alone() -> None:
     rows = adapter.generate([IDS.tolist()] * 2, N, key=jax.random.key(1), **options)
     assert (rows[0] != rows[1]).any()
     for row, key in zip(rows, jax.random.split(jax.random.key(1)), strict=True):
+        assert_drawn(row[T:], key, 3.0)
         np.testing.assert_array_equal(row[T:], generate(MODEL, IDS, N, key=key, **options))
 
 
@@ -82,6 +83,9 @@ def test_text_in_text_out() -> None:
     adapter = LlamaAttentionAdapter(MODEL, _Letters())
     text = adapter.generate("hello", 6)
     new = generate(MODEL, adapter.tokenizer.encode("hello"), 6)
+    for given in ("hello", "you"):  # the runs that are compared here round differently
+        ids = adapter.tokenizer.encode(given)
+        np.testing.assert_array_equal(generate(MODEL, ids, 6), slow((), ids=ids, n=6))
     assert text == "hello" + adapter.tokenizer.decode(list(map(int, new)))
     assert adapter.generate(["hello", "you"], 6) == [text, adapter.generate("you", 6)]
     variants = adapter.generate("hello", 6, SpectraScaler(2, 0, np.array([1.0, 5.0])))

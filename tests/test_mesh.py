@@ -19,6 +19,7 @@ from oculi_jax.models.llama import checkpoint as checkpoint_module
 from oculi_jax.models.llama.checkpoint import named_parameters
 from oculi_jax.models.llama.parameters import parameter_table
 
+from .margins import assert_leads
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
 
@@ -114,6 +115,9 @@ def test_a_sharded_model_writes_what_one_device_writes(sharded, saved: Path) -> 
     whole, tokens = Llama.from_pretrained(saved), prompt(9)
     alphas = SpectraScaler(1, 3, np.array([0.3, 1.0, 6.0], np.float32))
     want = generate(whole, tokens, 8, alphas)
+    for alpha, row in zip(alphas.alpha, want, strict=True):
+        text = [*map(int, tokens), *map(int, row)]
+        assert_leads(forward(whole, text, SpectraScaler(1, 3, alpha)).logits[len(tokens) - 1 : -1])
     np.testing.assert_array_equal(generate(sharded[1], tokens, 8, alphas), want)
     assert len({tuple(map(int, row)) for row in want}) > 1
 

@@ -29,6 +29,7 @@ from oculi_jax.intervention import (
 from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, probability
 from oculi_jax.planner import Cost, make_plan
 
+from .margins import assert_leads
 from .tiny import prompt, tiny_config, tiny_llama
 from .tolerances import GRADIENT, LOGITS, ROUTES
 
@@ -199,6 +200,7 @@ def test_any_function_of_an_output_is_a_metric_and_a_result_may_be_a_tree() -> N
     assert found["all"].shape == (L, H, T, 61) and found["top"].dtype == jnp.int32
     single = forward(MODEL, IDS, HeadAblation(1, 2))
     near(found["all"][1, 2], single.logits, LOGITS)
+    assert_leads(single.logits[-1])
     assert found["top"][1, 2] == jnp.argmax(single.logits[-1])
     padded = sweep(MODEL, np.pad(IDS, (0, 2)), HeadAblation(1, np.arange(H)), lambda out: jnp.sum(out.mask),
                    mask=np.arange(T + 2) < T)  # fmt: skip
