@@ -33,6 +33,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs in pytest's cache, so that what one process or run compiled is compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     assert jax.device_count() == 8
 
