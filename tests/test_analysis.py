@@ -166,6 +166,7 @@ def loops(capture: AttentionCapture) -> dict[str, np.ndarray]:
     return out
 
 
+@pytest.mark.numerical
 def test_analyses_are_their_definitions(plain: AttentionCapture) -> None:
     want = loops(plain)
     assert set(want) == {*BY_TOKEN, *OF_HEADS}
@@ -225,6 +226,7 @@ def test_nan_is_not_hidden() -> None:
 # What changes nothing: padding, the layers captured, jit, vmap, the dtype's width.
 
 
+@pytest.mark.numerical
 def test_padding_on_either_side_changes_nothing(plain: AttentionCapture, padded: AttentionCapture) -> None:
     want, real = everything(plain), np.asarray(padded.mask)
     # Nor does what stands there: patterns are zero on padding, unless somebody made them otherwise.
@@ -244,6 +246,7 @@ def test_a_subset_of_layers_has_the_rows_of_the_whole(tiny: LlamaAttentionAdapte
         near(got, whole[name][np.array(LAYERS)], ROUNDING, name)
 
 
+@pytest.mark.numerical
 def test_jit_and_vmap(tiny: LlamaAttentionAdapter) -> None:
     """Of a batch, one of its rows padded, each row is that prompt by itself; and compiled or not, it is the same."""
     mask = np.stack([np.ones(N, bool), np.arange(N) >= 2])
@@ -338,6 +341,7 @@ def test_delta_entropy_is_of_each_captures_own_tokens(tiny: LlamaAttentionAdapte
 # Correlation.
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     "kind, axis", [("normal", 0), ("normal", 1), ("ties", -1), ("offset", -1), ("tiny", -1), ("two", -1)]
 )
@@ -449,6 +453,7 @@ def test_on_the_host_float64_is_judged_at_its_own_rounding() -> None:
     near(CorrelationAnalysis.spearman([2**30, 2**40, 1], [1.0, 2, 0]), 1)
 
 
+@pytest.mark.numerical
 def test_ranks_do_not_hang_on_rounding() -> None:
     """Ties of several computations of a few numbers: the three functions agree, and ranks sum as without ties."""
     rng = np.random.default_rng(0)

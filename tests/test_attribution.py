@@ -93,6 +93,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("position", [-1, 4])
 def test_parts_are_what_loops_say_and_sum_to_the_logit(variant: str, position: int) -> None:
@@ -497,6 +498,7 @@ def test_the_guides_attribution_runs(trained: LlamaAttentionAdapter) -> None:
     assert len(lines) == 4
 
 
+@pytest.mark.numerical
 def test_a_result_prints_in_one_line() -> None:
     residual = captures(tiny_llama(), prompt())[1]
     result = AttributionMethods.direct_logit_attribution(residual, tiny_llama().lm_head.weight, 3)

@@ -280,6 +280,7 @@ def check_against_loops(found: Verification, exact: np.ndarray, rounding: float,
     }
 
 
+@pytest.mark.numerical
 def test_verification_is_what_loops_of_single_patches_find():
     """Of all entries where the prompts differ; the model is far from linear, so that there are wrong signs and missed ones."""
     found = attribution_patching(MODEL, CLEAN, CORRUPTED, log_probability(3))
@@ -395,6 +396,7 @@ def test_on_the_real_model_it_finds_the_heads_that_patching_finds(adapter):
     assert not verified.missed and not verified.sign_errors
 
 
+@pytest.mark.numerical
 @pytest.mark.torch
 def test_gradients_are_those_of_torch(trained, hf_trained):
     """Every head at every token of the embedded model, d (logit difference) / dz by torch's autograd."""

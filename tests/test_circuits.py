@@ -204,6 +204,7 @@ def test_ideal_heads_are_classified_as_what_they_are() -> None:
     }
 
 
+@pytest.mark.numerical
 def test_the_order_of_patterns_settles_what_one_prompt_confounds() -> None:
     def found(tokens, target) -> str:
         capture = capture_of(head(target, len(tokens))[None, None], tokens)

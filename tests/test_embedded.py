@@ -53,6 +53,7 @@ def test_its_tokens_are_words(embedded) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("1732", add_special_tokens=False)) == ["▁17", "32"]
 
 
+@pytest.mark.numerical
 @pytest.mark.torch
 def test_hugging_face_loads_it_and_agrees(embedded) -> None:
     import torch

@@ -32,6 +32,7 @@ def model(request: pytest.FixtureRequest) -> Llama:
     return tiny_llama(**KINDS[request.param])
 
 
+@pytest.mark.numerical
 def test_the_stream_is_the_sum_of_its_parts(model: Llama) -> None:
     a = forward(model, prompt(), capture=ALL).activations
     near(a["embed"] + a["attn_out"].sum(0) + a["mlp_out"].sum(0), a["resid_post"][-1])
@@ -40,6 +41,7 @@ def test_the_stream_is_the_sum_of_its_parts(model: Llama) -> None:
     near(a["resid_pre"][0], a["embed"], 0)
 
 
+@pytest.mark.numerical
 def test_heads_sum_to_the_attention_output(model: Llama) -> None:
     a = forward(model, prompt(), capture=("z", "attn_out", "pattern", "v")).activations
     o = model.layers.attn.o
@@ -57,6 +59,7 @@ def test_heads_sum_to_the_attention_output(model: Llama) -> None:
         near(values[:, h], a["v"][:, model.config.kv_head(h)], 0)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("left", [True, False])
 def test_padding_on_either_side_changes_nothing_at_the_real_tokens(model: Llama, left: bool) -> None:
     tokens, n = prompt(), 4
@@ -120,6 +123,7 @@ def test_captures_do_not_allocate_or_run_layers_that_nobody_wants() -> None:
     assert lengths == {3}
 
 
+@pytest.mark.numerical
 def test_the_lens_of_the_last_residual_is_the_models_own_logits(model: Llama) -> None:
     out = forward(model, prompt(), capture="resid_post")
     resid = out.activations["resid_post"]
@@ -132,6 +136,7 @@ def test_the_lens_of_the_last_residual_is_the_models_own_logits(model: Llama) ->
     near(lens(model, resid[0, 0]), lens(model, resid)[0, 0])
 
 
+@pytest.mark.numerical
 def test_transformations_agree_with_plain_calls() -> None:
     model = tiny_llama()
     batch = np.stack([prompt(seed=i) for i in range(3)])

@@ -105,6 +105,7 @@ CASES: dict[str, tuple[Any, ...]] = {
 PLAIN = slow(())
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", CASES)
 def test_decoding_with_the_cache_is_running_everything_anew(name: str) -> None:
     given, full = CASES[name][0], CASES[name][-1]
@@ -113,6 +114,7 @@ def test_decoding_with_the_cache_is_running_everything_anew(name: str) -> None:
     assert name == "none" or want != PLAIN  # the intervention matters, so leaving it out would show
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("rope", ["llama3", "dynamic", "longrope"])
 def test_every_kind_of_attention_and_of_rotation(rope: str) -> None:
     """Past the original context too, where two types turn every key anew; and what comes never hangs on how much may come."""
@@ -148,6 +150,7 @@ def test_an_array_along_a_prompt_of_one_token_leaves_the_new_ones_alone() -> Non
     )
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("side", ["left", "right", "both"])
 def test_padding_changes_nothing(side: str) -> None:
     before, after = {"left": (3, 0), "right": (0, 4), "both": (2, 1)}[side]
@@ -307,6 +310,7 @@ def test_what_cannot_be_generated_is_said(arguments: dict, message: str) -> None
 # ---- a real model, against Hugging Face
 
 
+@pytest.mark.numerical
 @pytest.mark.real
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", ["plain", "head", "spectra", "steer"])

@@ -147,6 +147,7 @@ def test_padding_changes_nothing(left: bool) -> None:
             assert value == -1 if name == "rank" else np.isnan(value), name
 
 
+@pytest.mark.numerical
 def test_the_last_logits_are_enough_for_the_last_position() -> None:
     model, tokens = tiny_llama(), prompt()
     padded, real = np.concatenate([tokens, [0, 0]]), np.arange(LENGTH + 2) < LENGTH

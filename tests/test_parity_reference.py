@@ -14,6 +14,7 @@ from .tolerances import assert_parity, parity
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", ["tiny-gqa", "tiny-mqa"])
 def test_every_site_agrees_with_hugging_face(name: str) -> None:
     model = Llama.from_pretrained(WEIGHTS / name, dtype="float32")

@@ -71,6 +71,7 @@ def check(hf, model: Llama, n_tokens: int, n_padding: int = 0) -> None:
     assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens, mask if n_padding else None), mask))
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("n_tokens", [12, 50])
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotary_types_within_and_past_their_context(tmp_path: Path, rope: str, n_tokens: int) -> None:
@@ -78,6 +79,7 @@ def test_rotary_types_within_and_past_their_context(tmp_path: Path, rope: str, n
     check(hf, Llama.from_pretrained(tmp_path), n_tokens, n_padding=3 if rope in ("dynamic", "longrope") else 0)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "tied"),
     [(4, 4, None, True), (4, 2, 10, False), (6, 3, 4, True), (4, 1, 8, False)],
@@ -89,12 +91,14 @@ def test_heads_and_ties(tmp_path: Path, heads: int, kv_heads: int, head_dim: int
     check(hf, Llama.from_pretrained(tmp_path), 20, n_padding=4)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(("attention", "mlp"), list(itertools.product([False, True], repeat=2)))
 def test_biases(tmp_path: Path, attention: bool, mlp: bool) -> None:
     hf = make(tmp_path, attention_bias=attention, mlp_bias=mlp, rms_norm_eps=0.3)
     check(hf, Llama.from_pretrained(tmp_path), 9)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_activations(tmp_path: Path, act: str) -> None:
     hf = make(tmp_path, hidden_act=act)

@@ -93,6 +93,7 @@ def test_the_stream_carries_the_difference_from_where_the_prompts_differ(model: 
     close(embed.patched, places.patched[0])
 
 
+@pytest.mark.numerical
 def test_patching_a_run_with_itself_changes_nothing_and_has_no_recovery(model: Llama) -> None:
     found = activation_patching(model, CLEAN, CLEAN, METRIC, "z", ("layer", "head", "position"))
     close(found.patched, np.full((3, 4, T), found.clean))
@@ -103,6 +104,7 @@ def test_patching_a_run_with_itself_changes_nothing_and_has_no_recovery(model: L
         assert np.isnan(replace(found, corrupted=found.clean * end).recovery).all() == nothing
 
 
+@pytest.mark.numerical
 def test_heads_of_keys_are_key_value_heads(model: Llama) -> None:
     found = activation_patching(model, CLEAN, CORRUPTED, rank(41), "v", ("layer", "head"))
     value = capture(model, "v", CLEAN)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.real
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.numerical
 def test_known_answers(adapter: LlamaAttentionAdapter) -> None:
     """Figures that Hugging Face gives for these weights."""
     model, ids = adapter.model, adapter.tokenizer.encode(FRANCE)
@@ -38,6 +39,7 @@ def test_known_answers(adapter: LlamaAttentionAdapter) -> None:
         assert abs(float(logits[mary] - logits[john]) - difference) < 2e-3
 
 
+@pytest.mark.numerical
 def test_greedy_continuation(adapter: LlamaAttentionAdapter) -> None:
     ids = adapter.tokenizer.encode(FRANCE)
     for _ in range(9):
@@ -67,6 +69,7 @@ def test_the_guides_shapes(adapter: LlamaAttentionAdapter) -> None:
     assert full.mlp.post_activation.shape == (30, 5, 1536) and full.logits.top_k_indices.shape == (30, 5, 10)
 
 
+@pytest.mark.numerical
 @pytest.mark.torch
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf, number: int) -> None:
@@ -80,6 +83,7 @@ def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf,
     assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens, mask if padding else None), mask))
 
 
+@pytest.mark.numerical
 @pytest.mark.torch
 def test_head_ablations_agree_with_hooks_on_hugging_face(adapter: LlamaAttentionAdapter, hf) -> None:
     import torch

@@ -45,6 +45,7 @@ def left_over(chances: np.ndarray, top_k: int | None, top_p: float | None, min_p
     return keep
 
 
+@pytest.mark.numerical
 def test_filters_leave_the_tokens_that_their_papers_say() -> None:
     logits = some_logits(0)
     for temperature, top_k, top_p, min_p in ((0.7, 5, None, None), (1.0, None, 0.8, None), (2.0, None, None, 0.2),
@@ -55,6 +56,7 @@ def test_filters_leave_the_tokens_that_their_papers_say() -> None:
         np.testing.assert_array_equal(np.isfinite(options.filter(jnp.asarray(logits))), keep)
 
 
+@pytest.mark.numerical
 @pytest.mark.torch
 def test_filters_agree_with_hugging_face() -> None:
     import torch
@@ -71,6 +73,7 @@ def test_filters_agree_with_hugging_face() -> None:
         np.testing.assert_allclose(ours, scores[0].numpy() - scores.max().item(), rtol=1e-5)  # ours begin at 0
 
 
+@pytest.mark.numerical
 def test_draws_follow_the_softmax_and_their_key() -> None:
     chances = np.asarray(jax.nn.softmax(forward(MODEL, IDS, logits="last").logits / 2.0))
     options = {"temperature": 2.0, "stop_tokens": ()}

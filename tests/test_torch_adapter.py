@@ -167,6 +167,7 @@ CASES: dict[str, Any] = {
 }
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", CASES)
 def test_generation_is_that_of_jax(pair: tuple[Any, Llama], name: str) -> None:
     ours, want = (generate(model, IDS, 8, CASES[name], capture=("z", "resid_post")) for model in pair)

@@ -48,12 +48,14 @@ def check(hf: Any, n_tokens: int, mask: np.ndarray | None = None) -> None:
     assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens, mask), real))
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("n_tokens", [12, 50])
 @pytest.mark.parametrize("rope", ROPES)
 def test_rotary_types_within_and_past_their_context(tmp_path: Path, rope: str, n_tokens: int) -> None:
     check(make(tmp_path, head_dim=6, rope_parameters=ROPES[rope]), n_tokens, np.arange(n_tokens) >= 3)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "tied"),
     [(4, 4, None, True), (4, 2, 10, False), (6, 3, 4, True), (4, 1, 8, False)],
@@ -66,6 +68,7 @@ def test_heads_and_ties(tmp_path: Path, heads: int, kv_heads: int, head_dim: int
     check(hf, 20, np.arange(20) < 16)
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(("attention", "mlp"), list(itertools.product([False, True], repeat=2)))
 def test_biases(tmp_path: Path, attention: bool, mlp: bool) -> None:
     check(make(tmp_path, attention_bias=attention, mlp_bias=mlp, rms_norm_eps=0.3), 9)
@@ -334,6 +337,7 @@ def test_what_cannot_be_run_is_said(pair: tuple[Any, Llama], tmp_path: Path) -> 
     assert Llama.from_pretrained(tmp_path, backend="torch", device=jax.devices("cpu")[0]).device == torch.device("cpu")
 
 
+@pytest.mark.numerical
 @pytest.mark.real
 def test_smollm2_at_every_site(directory: Path, hf: Any, adapter: Any) -> None:
     from .prompts import PROMPTS
@@ -373,6 +377,7 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
         assert ours.applied.tolist() == want.applied.tolist()
 
 
+@pytest.mark.numerical
 @pytest.mark.real
 def test_both_backends_are_as_near_to_float64_as_the_contract_asks_under_an_intervention(hf: Any, adapter: Any) -> None:
     """Without layer 3's MLP, which Hugging Face's own code in float64 does by a hook; the two are 4.2e-5 apart there."""

@@ -65,6 +65,7 @@ def test_a_sweep_is_what_it_is_in_jax(pair: tuple[Any, Llama], name: str, masked
     assert np.abs(np.asarray(ours) - np.asarray(want)).max() <= ROUTES
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("name", METRICS)
 def test_every_kind_of_metric(pair: tuple[Any, Llama], name: str) -> None:
     family = FAMILIES["heads"]
@@ -130,6 +131,7 @@ def test_a_function_of_ones_own_is_called_row_by_row(pair: tuple[Any, Llama]) ->
     assert np.abs(np.asarray(ours) - np.asarray(want)).max() <= ROUTES
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize(
     ("site", "by"), [("z", ("layer", "head")), ("resid_pre", ("layer", "position")), ("embed", "position")]
 )

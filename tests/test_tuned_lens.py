@@ -174,6 +174,7 @@ def test_rows_of_an_array_and_batches_of_an_iterable_are_one_training() -> None:
     assert len(few) == 2  # as many steps as there are batches
 
 
+@pytest.mark.numerical
 def test_padding_is_not_learned_from() -> None:
     tokens, pad = ids(4, 3), np.full((4, 5), 9, np.int32)
     mask = np.concatenate([np.zeros((4, 5), bool), np.ones((4, 12), bool)], 1)
