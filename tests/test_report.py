@@ -25,7 +25,7 @@ from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.report import measure, report
 from oculi_jax.report.visible import visible_prompt, visible_token
 
-from .browser import open_browser
+from .browser import open_browser, ways
 from .margins import assert_leads
 from .tolerances import ROUTES
 
@@ -350,6 +350,22 @@ def chromium() -> Iterator[Any]:
     except FileNotFoundError as error:
         # .ci/run asks for every test; elsewhere a machine without a browser still has the rest of the suite.
         (pytest.fail if os.environ.get("OCULI_TESTS") == "all" else pytest.skip)(str(error))
+
+
+def test_without_a_browser_the_sentence_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHROMIUM", "/nowhere/chromium")
+    with (
+        pytest.raises(
+            FileNotFoundError, match=r"no Chromium, Chrome or Edge here: .*playwright install.*/nowhere/chromium"
+        ),
+        open_browser(),
+    ):
+        pass
+    monkeypatch.delenv("CHROMIUM")
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if name == "google-chrome" else None)
+    assert ways("nowhere")[0] == {"executable_path": "/bin/google-chrome"}
+    assert ways(__file__)[1] == {"executable_path": __file__}  # Playwright's own, where that is a file
+    assert ways(__file__)[-1] == {"channel": "msedge"}
 
 
 @pytest.fixture(scope="module")
