@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ CHAPTERS = (
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 OURS = re.compile(r"^\| .+ \| oculi_jax \|\n\|.+\n((?:\|.+\n)+)", re.M)  # a table from other tools' lines to ours
-NUMBER = re.compile(r"[-+−]?\d+\.\d+")
+NUMBER = re.compile(r"[-+−]?(?:\d+\.\d+(?:e[-+]\d+)?|\b(?:inf|nan)\b)")
 
 # Another machine sums in another order: logits then differ by 2e-4 (tests/tolerances.py, LOGITS), and what is computed from
 # them by about ten times that. A last printed digit may round the other way, whatever the digits.
@@ -76,8 +77,10 @@ def difference(got: str, want: str) -> str | None:
         return f"printed {got!r}, and the page says {want!r}"
     for ours, theirs in zip(NUMBER.findall(got), NUMBER.findall(want), strict=True):
         x, y = (float(text.replace("−", "-")) for text in (ours, theirs))
-        last = 10.0 ** -len(theirs.split(".")[1])
-        if not abs(x - y) <= RELATIVE * abs(y) + LAST_DIGIT * last:
+        digits, _, exponent = theirs.partition("e")
+        last = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+        near = math.isfinite(y) and abs(x - y) <= RELATIVE * abs(y) + LAST_DIGIT * last
+        if not near and repr(x) != repr(y):
             return f"printed {ours}, and the page says {theirs} in {want!r}"
     return None
 
@@ -139,6 +142,16 @@ def test_every_block_runs(
 
 def test_the_comparison_of_output_is_strict() -> None:
     assert difference("L18H6: 0.899", "L18H6: 0.899") is None
+    for same in (
+        ("inf", "inf"),
+        ("nan", "nan"),
+        ("1.52e-100", "1.53e-100"),
+        ("0.0e+00", "0.0e+00"),
+        ("-0.00", "+0.00"),
+    ):
+        assert difference(*same) is None
+    for other in (("-inf", "inf"), ("0.5", "inf"), ("inf", "0.5"), ("1.2e-07", "1.2e-06"), ("inform", "infirm")):
+        assert difference(*other)
     assert difference("a  0.8991", "a 0.8990") is None and difference("-0.00", "0.00") is None
     assert difference("L18H7: 0.899", "L18H6: 0.899") and difference("L18H6: 0.91", "L18H6: 0.93")
     assert difference("+1.25", "-1.25") and difference("(30, 9)", "(30, 8)") and difference("nan", "0.5")
