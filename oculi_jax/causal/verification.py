@@ -149,9 +149,9 @@ def _compare(entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int
         {**entries.place(number), "estimate": float(guess), "exact": float(effect), "top": i < n_top}
         for i, (number, guess, effect) in enumerate(zip(chosen, estimate, exact, strict=True))
     ]
-    ranks = [_ranks(x, rounding) for x in (estimate, exact)]
-    varies = all(np.ptp(rank) > 0 for rank in ranks)
-    correlation = float(np.corrcoef(*ranks)[0, 1]) if varies else float("nan")
+    one, other = (_ranks(x, rounding) for x in (estimate, exact))
+    varies = np.ptp(one) > 0 and np.ptp(other) > 0
+    correlation = float(np.corrcoef(one, other)[0, 1]) if varies else float("nan")
     clear = (np.abs(estimate) > rounding) & (np.abs(exact) > rounding)
     wrong = np.flatnonzero(clear & (estimate * exact < 0))
     largest = np.argsort(-np.abs(exact), kind="stable")[:n_top]
