@@ -238,7 +238,7 @@ def test_ids_that_only_the_device_sees_and_that_are_none_give_none() -> None:
 @pytest.mark.parametrize(("dtype", "margin"), [("bfloat16", 0.15), ("float16", 0.02)])
 def test_half_precision_models_keep_their_cache_in_it(dtype: str, margin: float) -> None:
     ids = prompt(T, seed=7)
-    for name, seed in (("steer", 53), ("knock-out", 55)):  # models whose every token leads by twice as much
+    for name, seed in (("steer", 53), ("knock-out", 55)):  # every token of theirs leads by nearly twice as much
         model = tiny_llama(seed, dtype=jnp.dtype(dtype))
         want = slow(CASES[name][-1], model, ids, margin=margin)
         np.testing.assert_array_equal(generate(model, ids, N, CASES[name][0]), want)

@@ -34,9 +34,9 @@ def left_over(chances: np.ndarray, top_k: int | None, top_p: float | None, min_p
     if top_p:
         p = np.where(keep, chances, 0) / chances[keep].sum()
         order = np.argsort(-p)
-        before = np.cumsum(p[order])
-        assert_clear(before[: keep.sum() - 1], top_p, FILTERED)
-        n = int(np.searchsorted(before, top_p)) + 1
+        held = np.cumsum(p[order])
+        assert_clear(held[: keep.sum() - 1], top_p, FILTERED)
+        n = int(np.searchsorted(held, top_p)) + 1
         keep &= np.isin(np.arange(V), order[:n])
     if min_p:
         others = np.delete(chances, chances.argmax())  # the likeliest stays whatever the threshold
