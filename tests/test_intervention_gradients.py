@@ -81,8 +81,11 @@ def test_gradients_stay_finite_with_knockouts_scaling_and_padding_together(model
 def test_the_branch_not_taken_cannot_poison_a_gradient(model: Llama) -> None:
     """log has an infinite slope at 0, where the neurons are at the layer at which the edit is off."""
 
+    def size(x, v):  # of all neurons, which none that is nearly 0 makes steep where the edit is on
+        return x + jnp.log(jnp.abs(x).sum(-1, keepdims=True))
+
     def metric(strength):
-        edits = (Edit("act", "scale", 0, value=strength), Edit("act", "apply", 2, fn=lambda x, v: jnp.log(jnp.abs(x))))
+        edits = (Edit("act", "scale", 0, value=strength), Edit("act", "apply", 2, fn=size))
         return forward(model, prompt(), edits).logits[-1, 0]
 
     one = jax.grad(metric)(0.0)
