@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from .fields import Anything, Index, Mask, Values, field, owner_site, pytree
+from .fields import Anything, Index, Mask, Values, field, owner_site
+from .pytrees import pytree
 
 OPS = ("set", "add", "scale", "apply")
 

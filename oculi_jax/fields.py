@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,7 @@ import numpy as np
 
 from .fitting import Carried, cast_to, first_wrong, fit, is_real, is_whole, same_either_way, spread
 from .frame import Frame, as_array, listing, on_device
-from .pytrees import register_dataclass
 from .sites import SITES, Site, unknown_site
-
-T = TypeVar("T")
 
 WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residual dimensions", "F": "neurons",
          "D": "head dimensions", "T": "tokens", "S": "key positions"}  # fmt: skip
@@ -287,15 +284,4 @@ class Anything(Kind):
 
 def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:
     """A field of an intervention: `kind` for data, None for what is static (names, functions)."""
-    return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def pytree(cls: type[T]) -> type[T]:
-    """Makes a class with `field`s a frozen dataclass and a pytree whose leaves are the fields that have a kind."""
-    cls = dataclass(frozen=True, eq=False)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    data = [f.name for f in fields if f.metadata["kind"] is not None]
-    static = [f.name for f in fields if f.metadata["kind"] is None]
-    register_dataclass(cls, data_fields=data, meta_fields=static)
-    return cls
+    return dataclasses.field(default=default, metadata={"kind": kind, "static": kind is None})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +17,7 @@ from .canonical import canonical
 from .capture.spec import Reading, at_positions, plan
 from .edits import Edit, apply_edit, limit
 from .frame import Frame, as_array, listing, on_device
-from .pytrees import register_dataclass
+from .pytrees import pytree
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 LOGITS = ("all", "last", "none")
 
 
-@partial(register_dataclass, data_fields=["logits", "activations", "applied", "mask"], meta_fields=[])
-@dataclass(frozen=True)
+@pytree
 class Output:
     """What `forward` returns.
 

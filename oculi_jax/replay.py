@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from .capture.spec import Reading, at_positions
 from .edits import rows
 from .forward import Output, Taps, laid_out, lower, run
 from .metrics import Metric
-from .pytrees import register_dataclass
+from .pytrees import pytree, static
 from .sites import SITES
 
 if TYPE_CHECKING:
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
     from .models.llama.model import Llama
 
 
-@partial(register_dataclass, data_fields=["resid", "keys", "values"], meta_fields=[])
-@dataclass(frozen=True)
+@pytree
 class Base:
     """What a run leaves for others that agree with it up to some layer, or up to some token.
 
@@ -39,8 +37,7 @@ class Base:
     values: Float[Array, "L K T D"] | None
 
 
-@partial(register_dataclass, data_fields=["leaves"], meta_fields=["tree", "by_prompt", "by_variant"])
-@dataclass(frozen=True)
+@pytree
 class Rows:
     """Interventions of prompts × variants.
 
@@ -51,9 +48,9 @@ class Rows:
     """
 
     leaves: list[Any]
-    tree: Any
-    by_prompt: tuple[bool, ...]
-    by_variant: tuple[bool, ...]
+    tree: Any = static()
+    by_prompt: tuple[bool, ...] = static()
+    by_variant: tuple[bool, ...] = static()
 
     def map(self, fn: Callable[..., Any], size: int, axis_name: str | None = None) -> Callable[..., Any]:
         """`fn(interventions, prompt)` over `size` variants and, outside them, over what a tuple `prompt` leads with.

@@ -22,7 +22,7 @@ from ..forward import find_model, program, run
 from ..frame import Frame, listing
 from ..intervention import ActivationPatch
 from ..metrics import Metric
-from ..pytrees import register_dataclass
+from ..pytrees import pytree, static
 from ..replay import measure
 from ..sites import SITES, Site, find_site
 from ..sweep import Progress, sweep_prompts
@@ -38,12 +38,7 @@ SAME = 1e-5
 GRIDS = (("layer",), ("layer", "position"), ("layer", "head"), ("layer", "head", "position"), ("position",))
 
 
-@partial(
-    register_dataclass,
-    data_fields=["patched", "clean", "corrupted"],
-    meta_fields=["site", "by", "direction"],
-)
-@dataclass(frozen=True, eq=False)
+@pytree
 class PatchingResult:
     """What `activation_patching` found. Of several prompts, every array leads with `B`.
 
@@ -58,9 +53,9 @@ class PatchingResult:
     patched: Float[Array, "..."]
     clean: Float[Array, "..."]
     corrupted: Float[Array, "..."]
-    site: str
-    by: tuple[str, ...]
-    direction: str
+    site: str = static()
+    by: tuple[str, ...] = static()
+    direction: str = static()
 
     @property
     def recovery(self) -> Float[Array, "..."]:

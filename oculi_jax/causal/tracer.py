@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,15 +15,14 @@ from jaxtyping import Float
 from .. import prompts
 from ..frame import listing
 from ..intervention.context import active
-from ..pytrees import register_dataclass
+from ..pytrees import pytree, static
 from ..sites import find_site
 from ..sweep import Progress
 from .noise import Noise
 from .patching import patch_sites, recovery
 
 
-@partial(register_dataclass, data_fields=["patched", "clean", "corrupted"], meta_fields=["sites"])
-@dataclass(frozen=True, eq=False)
+@pytree
 class TraceResult:
     """What `CausalTracer.trace` found. Of several prompts, every array leads with `B`.
 
@@ -38,7 +35,7 @@ class TraceResult:
     patched: Float[Array, "... L N"]
     clean: Float[Array, "..."]
     corrupted: Float[Array, "..."]
-    sites: tuple[str, ...]
+    sites: tuple[str, ...] = static()
 
     def _means(self) -> tuple[Array, Array, Array]:
         """The three metrics, of several prompts their means."""

@@ -1,7 +1,8 @@
 """Interventions: `Edit`, the primitive, the named ones that lower to it, and what one's own are declared with."""
 
 from ..edits import Edit
-from ..fields import Index, Positions, Strength, Values, field, pytree
+from ..fields import Index, Positions, Strength, Values, field
+from ..pytrees import pytree
 from .context import InterventionContext
 from .named import (
     Ablation,

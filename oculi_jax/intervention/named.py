@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 
 from ..edits import Edit, site_shaped
-from ..fields import Direction, Index, Positions, Strength, Table, Values, field, pytree
+from ..fields import Direction, Index, Positions, Strength, Table, Values, field
+from ..pytrees import pytree
 from ..sites import SITES
 
 if TYPE_CHECKING:
