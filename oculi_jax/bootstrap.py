@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
-from .frame import as_array, listing
+from .arrays import as_array, listing
 from .pytrees import pytree
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
 from .analysis.inputs import check_integer
-from .canonical import canonical
 from .forward import find_model, forward, program, run
-from .frame import Frame
+from .intervention.canonical import canonical
+from .intervention.frame import Frame
 from .pytrees import pytree
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from .canonical import canonical
+from .arrays import as_array, listing, on_device
 from .capture.spec import Reading, at_positions, plan
-from .edits import Edit, apply_edit, limit
-from .frame import Frame, as_array, listing, on_device
+from .intervention.canonical import canonical
+from .intervention.edit import Edit, apply_edit, limit_to_covered
+from .intervention.frame import Frame
 from .pytrees import pytree
 
 if TYPE_CHECKING:
@@ -209,7 +210,9 @@ class Taps:
 def lower(interventions: tuple[Any, ...], sizes: dict[str, int], n_covered: Any = None) -> list[tuple[int, Edit]]:
     """The edits of canonical interventions, numbered by these, for a run of `sizes`; their arrays cover `n_covered` tokens."""
     edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(sizes)]
-    return edits if n_covered is None else [(number, limit(edit, n_covered, sizes)) for number, edit in edits]
+    return (
+        edits if n_covered is None else [(number, limit_to_covered(edit, n_covered, sizes)) for number, edit in edits]
+    )
 
 
 def laid_out(

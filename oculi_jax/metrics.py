@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from .arrays import as_array, listing, on_device
 from .bootstrap import Interval, bootstrap
 from .capture.spec import at_positions
 from .forward import Output
-from .frame import as_array, listing, on_device
 from .pytrees import pytree, static
 
 __all__ = [

@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from .capture.spec import Reading, at_positions
-from .edits import rows
 from .forward import Output, Taps, laid_out, lower, run
+from .intervention.edit import cut_rows
 from .metrics import Metric
 from .pytrees import pytree, static
 from .sites import SITES
@@ -130,7 +130,7 @@ def run_group(
     def one(interventions: tuple[Any, ...], prompt: Any) -> Any:
         tokens, mask, metric, base = prompt
         edits = lower(interventions, sizes)
-        cut = [(number, rows(edit, first, n_rows, sizes)) for number, edit in edits] if first else edits
+        cut = [(number, cut_rows(edit, first, n_rows, sizes)) for number, edit in edits] if first else edits
         tokens, rotation, allowed = laid_out(model, tokens, mask)
         rotation = jax.tree.map(lambda angle: angle[first:], rotation)
         mine = None if mask is None else mask[first:]

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .frame import as_array, on_device
+from .arrays import as_array, on_device
 from .pytrees import pytree, static
 
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ..edits import Edit
 from ..forward import Output, lower
+from ..intervention.edit import Edit
 from ..metrics import Metric
 from ..replay import Rows
 

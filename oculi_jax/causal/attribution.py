@@ -14,10 +14,10 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
+from ..arrays import listing
 from ..capture.spec import Reading, plan
-from ..edits import Edit
 from ..forward import check_model, run
-from ..frame import listing
+from ..intervention.edit import Edit
 from ..metrics import Metric
 from ..pytrees import pytree
 from ..replay import measure

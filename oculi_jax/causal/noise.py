@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from ..frame import as_array, listing, on_device
+from ..arrays import as_array, listing, on_device
 from ..generate import check_key
 from ..intervention import Steer
 from ..pytrees import pytree, static

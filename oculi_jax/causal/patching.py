@@ -15,12 +15,14 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from .. import variants
-from ..canonical import listed, sweep_axes
+from ..arrays import listing
 from ..capture.spec import Reading
 from ..forward import find_model, program, run
-from ..frame import Frame, listing
 from ..intervention import ActivationPatch
+from ..intervention.canonical import sweep_axes
+from ..intervention.frame import Frame
+from ..intervention.protocol import are_interventions, as_list
+from ..intervention.rows import along_rows, stack_rows
 from ..metrics import Metric
 from ..pytrees import pytree, static
 from ..replay import measure
@@ -183,7 +185,7 @@ def patch_sites(
         plain_rows = plain
         spoilt = _spoilt(model, plain, corrupted, background, single)
     samples = int(corrupted.samples) if isinstance(corrupted, Noise) else None
-    if axes := sweep_axes(listed(spoilt.interventions[0])):
+    if axes := sweep_axes(as_list(spoilt.interventions[0])):
         raise ValueError(
             f"The interventions of the corrupted run have axes {listing(axes)}, and it is one run: use scalars."
         )
@@ -272,16 +274,15 @@ class _Runs:
         """The metric `[N]`, and for each row site → its capture."""
         masks = [None] * len(self.tokens) if self.mask is None else self.mask
         frames = [Frame(model.config, model.dtype, self.tokens.shape[1], row) for row in masks]
-        stacked, leads, _ = variants.stack(self.interventions, frames)
+        stacked, leads, _ = stack_rows(self.interventions, frames)
         values, seen = program(model, observe)(model, self.tokens, self.mask, stacked, self.metric, leads, readings)
         return check_number(values), seen
 
 
 def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, ...], single: bool) -> _Runs:
     """The corrupted runs that interventions or other tokens make."""
-    items = corrupted if isinstance(corrupted, list | tuple) else (corrupted,)
-    if len(items) and all(hasattr(item, "edits") for item in items):
-        return replace(plain, interventions=[(*background, *items)] * len(plain.tokens))
+    if are_interventions(corrupted):
+        return replace(plain, interventions=[(*background, *as_list(corrupted))] * len(plain.tokens))
     tokens, _, alone = check_prompts(model, corrupted, None)
     if tokens.shape != plain.tokens.shape or alone != single:
         shapes = [listing(x.shape[int(one) :]) for x, one in ((plain.tokens, single), (tokens, alone))]
@@ -329,7 +330,7 @@ def observe(
     def one(items: tuple[Any, ...], tokens: Array, mask: Array | None) -> dict[str, Array]:
         return dict(run(model, tokens, mask, items, (*readings, final)).activations)
 
-    seen = variants.along_rows(one, interventions, leads)(tokens, mask)
+    seen = along_rows(one, interventions, leads)(tokens, mask)
     judge = jax.vmap(lambda x, real, metric: measure(model, x, real, metric), in_axes=(0, 0, _metric_axes(metric)))
     values = judge(seen["final_norm"], mask, metric)
     # Apart, not as one array: each is the value of its own prompt's patch.

@@ -13,8 +13,9 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from .. import prompts
-from ..frame import listing
+from ..arrays import listing
 from ..intervention.context import active
+from ..intervention.protocol import are_interventions
 from ..pytrees import pytree, static
 from ..sites import find_site
 from ..sweep import Progress
@@ -168,7 +169,7 @@ class CausalTracer:
 
         batch = read(clean)
         other: Any = corrupted
-        if not isinstance(corrupted, Noise) and not _are_interventions(corrupted):
+        if not isinstance(corrupted, Noise) and not are_interventions(corrupted):
             pair = read(corrupted)
             _check_aligned(batch, pair)
             other = _ids(pair)
@@ -180,11 +181,6 @@ class CausalTracer:
         )  # fmt: skip
         patched = jnp.stack([result.patched for result in results], axis=-1)
         return TraceResult(patched, results[0].clean, results[0].corrupted, names)
-
-
-def _are_interventions(given: Any) -> bool:
-    items = given if isinstance(given, list | tuple) else (given,)
-    return len(items) > 0 and all(hasattr(item, "edits") for item in items)
 
 
 def _ids(batch: prompts.Prompts) -> np.ndarray:

@@ -11,15 +11,18 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from .. import prompts, variants
-from ..canonical import canonical, listed, sweep_axes
+from .. import prompts
+from ..arrays import listing
 from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
 from ..capture.parts import Wanted, merged, select, trim
 from ..capture.spec import check_layers, plan
 from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 from ..forward import find_model, program, run
-from ..frame import Frame, listing
+from ..intervention.canonical import canonical, sweep_axes
 from ..intervention.context import active
+from ..intervention.frame import Frame
+from ..intervention.protocol import as_list
+from ..intervention.rows import along_rows, stack_rows
 from ..lens import lens_layers
 from ..utils import tokens as token_utils
 from .continuation import both, continue_ids, continue_texts
@@ -217,7 +220,7 @@ class LlamaAttentionAdapter:
         shortest = int(batch.mask.sum(axis=1).min())
         wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
         interventions = active(self)
-        if axes := sweep_axes(listed(interventions)):
+        if axes := sweep_axes(as_list(interventions)):
             raise ValueError(
                 f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars. "
                 "generate decodes variants side by side, and sweep measures them."
@@ -228,7 +231,7 @@ class LlamaAttentionAdapter:
             tokens, mask, leads = tokens[0], mask[0], ()
             stacked = canonical(interventions, frames[0])
         else:
-            stacked, leads, _ = variants.stack([interventions] * len(frames), frames)
+            stacked, leads, _ = stack_rows([interventions] * len(frames), frames)
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
         ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)
@@ -283,7 +286,7 @@ def captured(
 
     if tokens.ndim == 1:
         return one(interventions, tokens, mask)
-    return variants.along_rows(one, interventions, leads)(tokens, mask)
+    return along_rows(one, interventions, leads)(tokens, mask)
 
 
 def _structure(

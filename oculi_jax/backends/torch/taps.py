@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...capture.spec import Reading
-from ...edits import Edit, is_dense, token_axes
-from ...fields import owner_site
+from ...intervention.edit import Edit, is_dense, token_axes
+from ...intervention.fields import owner_site
 from ...replay import Rows
 from ...sites import SITES
 from ..rows import Leaf, lowered
