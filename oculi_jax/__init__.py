@@ -16,9 +16,10 @@ from .capture import (
     save,
 )
 from .embedded import embedded_model
-from .forward import Output, forward
+from .forward import forward
 from .generate import generate
 from .lens import lens
+from .output import Output
 from .planner import SweepPlan
 from .sites import SITES, Site, find_site
 from .sweep import plan, sweep

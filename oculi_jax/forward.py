@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,46 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from .arrays import as_array, listing, on_device
 from .capture.spec import Reading, at_positions, plan
 from .intervention.canonical import canonical
 from .intervention.edit import Edit, apply_edit, limit_to_covered
 from .intervention.frame import Frame
-from .pytrees import pytree
+from .output import Output
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
     from .models.llama.model import Llama
 
 LOGITS = ("all", "last", "none")
-
-
-@pytree
-class Output:
-    """What `forward` returns.
-
-    Attributes:
-        logits: float32 `[T, V]`; `[V]` at the last real token for `logits="last"`; None for `"none"`.
-        activations: site → its captured values, layered sites stacked on a leading `L` over the layers asked for.
-        applied: int32 `[number of interventions]`: on how many of the layers that ran each one changed at least one
-            element. 0 says that it never matched, or changed nothing.
-        mask: bool `[T]`, True at real tokens, as it was given; None where all are.
-    """
-
-    logits: Float[Array, "T V"] | Float[Array, "V"] | None
-    activations: Mapping[str, Array]
-    applied: Int[Array, "N"]
-    mask: Bool[Array, "T"] | None = None
-
-    def __repr__(self) -> str:
-        def shape(x: Any) -> str:
-            return "None" if x is None else listing(getattr(x, "shape", ()))
-
-        captured = ", ".join(f"{site} {shape(value)}" for site, value in self.activations.items())
-        applied = f", applied {shape(self.applied)}" if getattr(self.applied, "shape", (0,)) != (0,) else ""
-        return f"Output(logits {shape(self.logits)}, activations {{{captured}}}{applied})"
 
 
 def forward(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from .arrays import as_array, listing, on_device
 from .bootstrap import Interval, bootstrap
 from .capture.spec import at_positions
-from .forward import Output
+from .output import Output
 from .pytrees import pytree, static
 
 __all__ = [

@@ -12,9 +12,10 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from .capture.spec import Reading, at_positions
-from .forward import Output, Taps, laid_out, lower, run
+from .forward import Taps, laid_out, lower, run
 from .intervention.edit import cut_rows
 from .metrics import Metric
+from .output import Output
 from .pytrees import pytree, static
 from .sites import SITES
 

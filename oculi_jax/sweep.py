@@ -14,10 +14,11 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .arrays import on_device
-from .forward import Output, find_model, program
+from .forward import find_model, program
 from .intervention.frame import Frame
 from .intervention.rows import stack_rows
 from .metrics import Metric
+from .output import Output
 from .planner import Cost, Group, SweepPlan, make_plan
 from .replay import Rows, looks_ahead, run_base, run_group, run_reach
 from .sweep_inputs import check_metric, check_prompts

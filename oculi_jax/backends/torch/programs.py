@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from ...capture.parts import Wanted, merged
 from ...capture.spec import Reading, plan
-from ...forward import Output
 from ...generate import choose
+from ...output import Output
 from ...replay import Rows
 from ...sampling import Sampler
 from ..rows import along, refuse_trace, single
