@@ -1,9 +1,8 @@
 """Mechanistic interpretability of Llama models as transformations of one pure JAX function."""
 
-from .capture import (
+from .adapter import (
     AttentionCapture,
     CaptureConfig,
-    CaptureSpec,
     FullCapture,
     LogitCapture,
     LogitConfig,
@@ -15,6 +14,7 @@ from .capture import (
     load,
     save,
 )
+from .capture import CaptureSpec
 from .embedded import embedded_model
 from .forward import forward
 from .generate import generate

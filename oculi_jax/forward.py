@@ -13,7 +13,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from .arrays import as_array, listing, on_device
-from .capture.spec import Reading, at_positions, plan
+from .capture import Reading, at_positions, readings_of
 from .intervention.canonical import canonical
 from .intervention.edit import Edit, apply_edit, limit_to_covered
 from .intervention.frame import Frame
@@ -66,7 +66,7 @@ def forward(
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
     edits = canonical(interventions, frame)
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
-    readings = plan(capture, config, n_real)
+    readings = readings_of(capture, config, n_real)
     return program(model, run)(model, tokens, mask, edits, readings, logits, bool(remat))
 
 

@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from .arrays import listing, on_device
-from .capture.spec import Reading, integers, plan
+from .capture import Reading, integers, readings_of
 from .forward import Taps, check_mask, check_tokens, find_model, lower, program, run
 from .intervention.canonical import family, sweep_axes
 from .intervention.edit import cut_rows
@@ -149,7 +149,7 @@ def write(
         one = check_key(key)
         keys = jax.random.split(one, n_rows) if n is None and n_rows > 1 else jnp.broadcast_to(one, n_rows)
     shortest = n_slots if on_device(real) else int(slots.sum(axis=1).min())
-    readings = plan(capture, config, shortest)
+    readings = readings_of(capture, config, shortest)
     found, alive, activations = program(model, decode)(
         model, tokens, real, np.int32(n_covered), stacked, leads, options, keys, stops, n_new, readings
     )

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from .arrays import as_array, listing, on_device
 from .bootstrap import Interval, bootstrap
-from .capture.spec import at_positions
+from .capture import at_positions
 from .output import Output
 from .pytrees import pytree, static
 

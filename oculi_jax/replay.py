@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from .capture.spec import Reading, at_positions
+from .capture import Reading, at_positions
 from .forward import Taps, laid_out, lower, run
 from .intervention.edit import cut_rows
 from .metrics import Metric

@@ -15,7 +15,7 @@ from ..pytrees import pytree
 from .inputs import at_position, check_capture, need
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture, ResidualCapture
+    from ..adapter.structures import AttentionCapture, ResidualCapture
     from ..models.llama.model import Llama
 
 

@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import listing
-from ..capture.spec import Reading, plan
+from ..capture import Reading, readings_of
 from ..forward import check_model, run
 from ..intervention.edit import Edit
 from ..metrics import Metric
@@ -220,7 +220,7 @@ def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
             raise ValueError(
                 f"{site.name!r} is a table of yes and no, and has no gradient; 'scores' and 'pattern' have."
             )
-    return plan(tuple(site.name for site, _ in found), config, 1)
+    return readings_of(tuple(site.name for site, _ in found), config, 1)
 
 
 @partial(jax.jit, static_argnames=("readings", "single", "at_once", "remat"), inline=True)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import listing
-from ..capture.spec import Reading
+from ..capture import Reading
 from ..forward import find_model, program, run
 from ..intervention import ActivationPatch
 from ..intervention.canonical import sweep_axes

@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import as_array, listing
-from ..capture.spec import CaptureSpec
+from ..capture import CaptureSpec
 from ..forward import check_model, check_tokens, forward
 from ..pytrees import pytree
 from ..utils.files import read_tensors, write_aside, write_tensors

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...capture.spec import Reading
+from ...capture import Reading
 from ...intervention.edit import Edit, is_dense, token_axes
 from ...intervention.fields import owner_site
 from ...replay import Rows

@@ -13,10 +13,7 @@ from jax.core import Tracer
 
 from .. import prompts
 from ..arrays import listing
-from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
-from ..capture.parts import Wanted, merged, select, trim
-from ..capture.spec import check_layers, plan
-from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
+from ..capture import check_layers, readings_of
 from ..forward import find_model, program, run
 from ..intervention.canonical import canonical, sweep_axes
 from ..intervention.context import active
@@ -24,9 +21,12 @@ from ..intervention.frame import Frame
 from ..intervention.protocol import as_list
 from ..intervention.rows import along_rows, stack_rows
 from ..lens import lens_layers
+from ..models.continuation import both, continue_ids, continue_texts
+from ..models.llama.model import Llama
 from ..utils import tokens as token_utils
-from .continuation import both, continue_ids, continue_texts
-from .llama.model import Llama
+from .configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
+from .parts import Wanted, merged, select, trim
+from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 if TYPE_CHECKING:
     from ..training import TunedLens
@@ -218,7 +218,7 @@ class LlamaAttentionAdapter:
             for name, config in configs.items()
         }
         shortest = int(batch.mask.sum(axis=1).min())
-        wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
+        wanted = {name: readings_of(config.specs(), model.config, shortest) for name, config in configs.items()}
         interventions = active(self)
         if axes := sweep_axes(as_list(interventions)):
             raise ValueError(
@@ -268,7 +268,7 @@ def captured(
 ) -> dict[str, dict[str, Array]]:
     """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
     specs = merged(wanted)
-    readings = plan(specs, model.config, tokens.shape[-1])
+    readings = readings_of(specs, model.config, tokens.shape[-1])
 
     def one(interventions: Any, tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
         activations = run(model, tokens, mask, interventions, readings).activations
