@@ -1,9 +1,8 @@
 """Mechanistic interpretability of Llama models as transformations of one pure JAX function."""
 
-from .capture import (
+from .adapter import (
     AttentionCapture,
     CaptureConfig,
-    CaptureSpec,
     FullCapture,
     LogitCapture,
     LogitConfig,
@@ -15,10 +14,12 @@ from .capture import (
     load,
     save,
 )
+from .capture import CaptureSpec
 from .embedded import embedded_model
-from .forward import Output, forward
+from .forward import forward
 from .generate import generate
 from .lens import lens
+from .output import Output
 from .planner import SweepPlan
 from .sites import SITES, Site, find_site
 from .sweep import plan, sweep

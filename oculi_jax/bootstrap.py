@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,11 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
-from .frame import as_array, listing
-from .pytrees import register_dataclass
+from .arrays import as_array, listing
+from .pytrees import pytree
 
 
-@partial(register_dataclass, data_fields=["mean", "low", "high"], meta_fields=[])
-@dataclass(frozen=True, eq=False)
+@pytree
 class Interval:
     """A mean over prompts and its confidence interval, each `[…]`."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
 from .analysis.inputs import check_integer
-from .canonical import canonical
 from .forward import find_model, forward, program, run
-from .frame import Frame
-from .pytrees import register_dataclass
+from .intervention.canonical import canonical
+from .intervention.frame import Frame
+from .pytrees import pytree
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 _SCORES = ("induction", "previous_token", "duplicate_token", "bos", "recent", "local", "uniform")
 
 
-@partial(register_dataclass, data_fields=[*_SCORES, "standard_error", "codes"], meta_fields=[])
-@dataclass(frozen=True, eq=False, repr=False)
+@pytree
 class HeadScores:
     """Scores of every head, means over sequences, each in 0…1; `CircuitDetection` defines them.
 

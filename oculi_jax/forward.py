@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,46 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from .canonical import canonical
-from .capture.spec import Reading, at_positions, plan
-from .edits import Edit, apply_edit, limit
-from .frame import Frame, as_array, listing, on_device
-from .pytrees import register_dataclass
+from .arrays import as_array, listing, on_device
+from .capture import Reading, at_positions, readings_of
+from .intervention.canonical import canonical
+from .intervention.edit import Edit, apply_edit, limit_to_covered
+from .intervention.frame import Frame
+from .output import Output
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
     from .models.llama.model import Llama
 
 LOGITS = ("all", "last", "none")
-
-
-@partial(register_dataclass, data_fields=["logits", "activations", "applied", "mask"], meta_fields=[])
-@dataclass(frozen=True)
-class Output:
-    """What `forward` returns.
-
-    Attributes:
-        logits: float32 `[T, V]`; `[V]` at the last real token for `logits="last"`; None for `"none"`.
-        activations: site → its captured values, layered sites stacked on a leading `L` over the layers asked for.
-        applied: int32 `[number of interventions]`: on how many of the layers that ran each one changed at least one
-            element. 0 says that it never matched, or changed nothing.
-        mask: bool `[T]`, True at real tokens, as it was given; None where all are.
-    """
-
-    logits: Float[Array, "T V"] | Float[Array, "V"] | None
-    activations: Mapping[str, Array]
-    applied: Int[Array, "N"]
-    mask: Bool[Array, "T"] | None = None
-
-    def __repr__(self) -> str:
-        def shape(x: Any) -> str:
-            return "None" if x is None else listing(getattr(x, "shape", ()))
-
-        captured = ", ".join(f"{site} {shape(value)}" for site, value in self.activations.items())
-        applied = f", applied {shape(self.applied)}" if getattr(self.applied, "shape", (0,)) != (0,) else ""
-        return f"Output(logits {shape(self.logits)}, activations {{{captured}}}{applied})"
 
 
 def forward(
@@ -94,7 +66,7 @@ def forward(
     frame = Frame(config, model.dtype, tokens.shape[0], mask)
     edits = canonical(interventions, frame)
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
-    readings = plan(capture, config, n_real)
+    readings = readings_of(capture, config, n_real)
     return program(model, run)(model, tokens, mask, edits, readings, logits, bool(remat))
 
 
@@ -211,7 +183,9 @@ class Taps:
 def lower(interventions: tuple[Any, ...], sizes: dict[str, int], n_covered: Any = None) -> list[tuple[int, Edit]]:
     """The edits of canonical interventions, numbered by these, for a run of `sizes`; their arrays cover `n_covered` tokens."""
     edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(sizes)]
-    return edits if n_covered is None else [(number, limit(edit, n_covered, sizes)) for number, edit in edits]
+    return (
+        edits if n_covered is None else [(number, limit_to_covered(edit, n_covered, sizes)) for number, edit in edits]
+    )
 
 
 def laid_out(

@@ -13,12 +13,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from . import variants
-from .canonical import family, listed, sweep_axes
-from .capture.spec import Reading, integers, plan
-from .edits import rows
+from .arrays import listing, on_device
+from .capture import Reading, integers, readings_of
 from .forward import Taps, check_mask, check_tokens, find_model, lower, program, run
-from .frame import Frame, listing, on_device
+from .intervention.canonical import family, sweep_axes
+from .intervention.edit import cut_rows
+from .intervention.frame import Frame
+from .intervention.protocol import as_list
+from .intervention.rows import along_rows, stack_rows
 from .sampling import Sampler, sampler
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ def write(
     """Continues prompts `[B, T]`, or one prompt under variants of its interventions; their arrays cover `n_covered` tokens."""
     config = model.config
     n_slots = tokens.shape[1] + n_new
-    axes = sweep_axes(listed(interventions))
+    axes = sweep_axes(as_list(interventions))
     if len(axes) > 1:
         raise ValueError(
             f"These interventions have axes {listing(axes)}; variants that are decoded lie along one axis [N]."
@@ -137,7 +139,7 @@ def write(
     slots = xp.concatenate([real, xp.ones((n_rows, n_new), bool)], axis=1)
     frames = [Frame(config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
     if n is None:
-        stacked, leads, _ = variants.stack([interventions] * n_rows, frames)
+        stacked, leads, _ = stack_rows([interventions] * n_rows, frames)
     else:
         found_family = family(interventions, frames[0])
         stacked, leads = found_family.interventions, found_family.leads
@@ -147,7 +149,7 @@ def write(
         one = check_key(key)
         keys = jax.random.split(one, n_rows) if n is None and n_rows > 1 else jnp.broadcast_to(one, n_rows)
     shortest = n_slots if on_device(real) else int(slots.sum(axis=1).min())
-    readings = plan(capture, config, shortest)
+    readings = readings_of(capture, config, shortest)
     found, alive, activations = program(model, decode)(
         model, tokens, real, np.int32(n_covered), stacked, leads, options, keys, stops, n_new, readings
     )
@@ -230,7 +232,7 @@ def decode(
         def one(interventions: Any, tokens: Array, real: Array, *cache: Array) -> tuple[Array, Cache]:
             return _advance(model, tokens, slot, real, cache, lower(interventions, sizes, n_covered), sizes)
 
-        return variants.along_rows(one, interventions, leads)
+        return along_rows(one, interventions, leads)
 
     def put(whole: Array, step: Any, new: Array, done: Array) -> tuple[Array, Array]:
         new = jnp.where(done, config.pad_id, new)
@@ -273,7 +275,7 @@ def decode(
         return run(model, tokens, real, interventions, readings, n_covered=n_covered).activations
 
     written = jnp.concatenate([real, alive], axis=1)
-    return out, alive, variants.along_rows(reread, interventions, leads)(whole, written)
+    return out, alive, along_rows(reread, interventions, leads)(whole, written)
 
 
 @partial(jax.jit, inline=True)
@@ -312,7 +314,7 @@ def _advance(
     rotation = model.rotation(jax.lax.dynamic_slice_in_dim(ranks, slot, n_tokens), jnp.sum(real))
     written = real & (jnp.arange(n_slots) < slot + n_tokens)
     allowed = (jnp.arange(n_slots)[None, :] <= slots[:, None]) & real[None, :] & mine[:, None]
-    cut = [(number, rows(edit, slot, n_tokens, sizes)) for number, edit in edits]
+    cut = [(number, cut_rows(edit, slot, n_tokens, sizes)) for number, edit in edits]
 
     def taps(layer: Array | None) -> Taps:
         return Taps(cut, set(), len(edits) and cut[-1][0] + 1, mine, layer, written)

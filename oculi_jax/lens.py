@@ -12,8 +12,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from .arrays import as_array, listing, on_device
 from .forward import check_tokens, find_model, program
-from .frame import as_array, listing, on_device
 
 if TYPE_CHECKING:
     from .models.llama.model import Llama

@@ -6,9 +6,8 @@ The ids of a metric are leaves, so that another pair of tokens is no other progr
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from .arrays import as_array, listing, on_device
 from .bootstrap import Interval, bootstrap
-from .capture.spec import at_positions
-from .forward import Output
-from .frame import as_array, listing, on_device
-from .pytrees import register_dataclass
+from .capture import at_positions
+from .output import Output
+from .pytrees import pytree, static
 
-M = TypeVar("M")
 __all__ = [
     "Interval",
     "Metric",
@@ -34,20 +32,11 @@ __all__ = [
     "probability",
     "pytree",
     "rank",
+    "static",
 ]
 
-STATIC = {"static": True}
 # How many axes a leaf has in the metric of one prompt. One more, in front, is a batch of prompts.
 EACH, LIST = {"rank": 0}, {"rank": 1}
-
-
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field,))
-def pytree(cls: type[M]) -> type[M]:
-    """Makes a class a frozen dataclass and a pytree: a metric of one's own too. Fields marked `STATIC` are no leaves."""
-    cls = dataclass(frozen=True, eq=False)(cls)
-    static = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]  # type: ignore[arg-type]
-    data = [field.name for field in dataclasses.fields(cls) if field.name not in static]  # type: ignore[arg-type]
-    return register_dataclass(cls, data, static)
 
 
 @pytree
@@ -60,7 +49,7 @@ class Metric:
             vocabulary.
     """
 
-    positions: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+    positions: tuple[int, ...] = static()
 
     @property
     def ids(self) -> Int[Array, "... N"] | np.ndarray | None:

@@ -6,30 +6,58 @@ Those of `jax.tree_util.register_dataclass` compare equal for any two classes wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+import dataclasses
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
 
-C = TypeVar("C", bound=type)
+T = TypeVar("T")
 
 
-def register_dataclass(cls: C, data_fields: Sequence[str], meta_fields: Sequence[str]) -> C:
-    """Registers a dataclass whose `data_fields` are children and whose `meta_fields` are static; takes what JAX's takes."""
-    data, static = tuple(data_fields), tuple(meta_fields)
+def static(*, default: Any = dataclasses.MISSING, kw_only: Any = dataclasses.MISSING) -> Any:
+    """A field of a `pytree` that is no leaf but part of the program: a name, a function, a number that shapes it."""
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"static": True})
+
+
+@overload
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
+def pytree(cls: type[T], /) -> type[T]: ...
+@overload
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
+def pytree(*, kw_only: bool = False, repr: bool = True) -> Callable[[type[T]], type[T]]: ...
+def pytree(cls: type[T] | None = None, /, *, kw_only: bool = False, repr: bool = True) -> Any:
+    """Makes a class a frozen dataclass and a pytree: its fields are leaves, but for those that `static` declares.
+
+    Args:
+        kw_only, repr: as `dataclasses.dataclass` takes them; `repr=False` keeps the one that a class inherits.
+
+    Example:
+        @pytree
+        class Line:
+            slope: Array
+            name: str = static()
+    """
+    if cls is None:
+        return partial(pytree, kw_only=kw_only, repr=repr)
+    cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=kw_only, repr=repr)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fixed = tuple(field.name for field in fields if field.metadata.get("static"))
+    data = tuple(field.name for field in fields if field.name not in fixed)
     keys = tuple(jax.tree_util.GetAttrKey(name) for name in data)
 
     def flatten_with_keys(x: Any) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
-        children, fixed = flatten(x)
-        return tuple(zip(keys, children, strict=True)), fixed
+        children, parts = flatten(x)
+        return tuple(zip(keys, children, strict=True)), parts
 
     def flatten(x: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tuple(getattr(x, name) for name in data), tuple(getattr(x, name) for name in static)
+        return tuple(getattr(x, name) for name in data), tuple(getattr(x, name) for name in fixed)
 
-    def unflatten(fixed: tuple[Any, ...], children: Iterable[Any]) -> Any:
-        made = object.__new__(cls)  # not by its constructor: leaves may be anything, axes of vmap for instance
+    def unflatten(parts: tuple[Any, ...], children: Iterable[Any]) -> Any:
+        made: Any = object.__new__(cls)  # not by its constructor: leaves may be anything, axes of vmap for instance
         made.__dict__.update(zip(data, children, strict=True))
-        made.__dict__.update(zip(static, fixed, strict=True))
+        made.__dict__.update(zip(fixed, parts, strict=True))
         return made
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from .capture.spec import Reading, at_positions
-from .edits import rows
-from .forward import Output, Taps, laid_out, lower, run
+from .capture import Reading, at_positions
+from .forward import Taps, laid_out, lower, run
+from .intervention.edit import cut_rows
 from .metrics import Metric
-from .pytrees import register_dataclass
+from .output import Output
+from .pytrees import pytree, static
 from .sites import SITES
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from .models.llama.model import Llama
 
 
-@partial(register_dataclass, data_fields=["resid", "keys", "values"], meta_fields=[])
-@dataclass(frozen=True)
+@pytree
 class Base:
     """What a run leaves for others that agree with it up to some layer, or up to some token.
 
@@ -39,8 +38,7 @@ class Base:
     values: Float[Array, "L K T D"] | None
 
 
-@partial(register_dataclass, data_fields=["leaves"], meta_fields=["tree", "by_prompt", "by_variant"])
-@dataclass(frozen=True)
+@pytree
 class Rows:
     """Interventions of prompts × variants.
 
@@ -51,9 +49,9 @@ class Rows:
     """
 
     leaves: list[Any]
-    tree: Any
-    by_prompt: tuple[bool, ...]
-    by_variant: tuple[bool, ...]
+    tree: Any = static()
+    by_prompt: tuple[bool, ...] = static()
+    by_variant: tuple[bool, ...] = static()
 
     def map(self, fn: Callable[..., Any], size: int, axis_name: str | None = None) -> Callable[..., Any]:
         """`fn(interventions, prompt)` over `size` variants and, outside them, over what a tuple `prompt` leads with.
@@ -133,7 +131,7 @@ def run_group(
     def one(interventions: tuple[Any, ...], prompt: Any) -> Any:
         tokens, mask, metric, base = prompt
         edits = lower(interventions, sizes)
-        cut = [(number, rows(edit, first, n_rows, sizes)) for number, edit in edits] if first else edits
+        cut = [(number, cut_rows(edit, first, n_rows, sizes)) for number, edit in edits] if first else edits
         tokens, rotation, allowed = laid_out(model, tokens, mask)
         rotation = jax.tree.map(lambda angle: angle[first:], rotation)
         mine = None if mask is None else mask[first:]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,16 +10,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .frame import as_array, on_device
-from .pytrees import register_dataclass
+from .arrays import as_array, on_device
+from .pytrees import pytree, static
 
 
-@partial(
-    register_dataclass,
-    data_fields=["temperature", "top_p", "min_p"],
-    meta_fields=["greedy", "top_k"],
-)
-@dataclass(frozen=True)
+@pytree
 class Sampler:
     """Filters in Hugging Face's order: temperature, top-k, top-p, min-p.
 
@@ -36,8 +29,8 @@ class Sampler:
     temperature: Any
     top_p: Any
     min_p: Any
-    greedy: bool
-    top_k: int | None
+    greedy: bool = static()
+    top_k: int | None = static()
 
     def filter(self, logits: Float[Array, "V"]) -> Float[Array, "V"]:
         """The logits over the temperature, the largest at 0; −∞ where a filter leaves a token out, never the likeliest."""

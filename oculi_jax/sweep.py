@@ -13,10 +13,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import variants
-from .forward import Output, find_model, program
-from .frame import Frame, on_device
+from .arrays import on_device
+from .forward import find_model, program
+from .intervention.frame import Frame
+from .intervention.rows import stack_rows
 from .metrics import Metric
+from .output import Output
 from .planner import Cost, Group, SweepPlan, make_plan
 from .replay import Rows, looks_ahead, run_base, run_group, run_reach
 from .sweep_inputs import check_metric, check_prompts
@@ -167,7 +169,7 @@ def _prepare(
     n_tokens, dtype = tokens.shape[1], model.dtype
     masks = [None] * len(tokens) if mask is None else mask
     frames = [Frame(config, dtype, n_tokens, row) for row in masks]
-    tree, by_prompt, family = variants.stack(interventions, frames)
+    tree, by_prompt, family = stack_rows(interventions, frames)
     leaves, structure = jax.tree.flatten(tree)
     rows, axes = Rows(leaves, structure, by_prompt, family.leads), family.axes
     shared, varying = _split(rows)

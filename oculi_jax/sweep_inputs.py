@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .arrays import as_array, listing, on_device
 from .forward import check_mask, check_tokens, find_model
-from .frame import as_array, listing, on_device
 from .metrics import Metric
 
 

@@ -103,13 +103,13 @@ def test_logit_capture_is_the_lens(positions: list[int] | None) -> None:
 
 
 def test_top_k_never_holds_the_whole_vocabulary() -> None:
-    from oculi_jax.models import adapter
+    from oculi_jax.adapter import adapter
 
     model = tiny_llama(vocab_size=4096, num_hidden_layers=8)
     config = LogitConfig(top_k=3)
-    from oculi_jax.capture.spec import plan
+    from oculi_jax.capture import readings_of
 
-    wanted = (("logits", plan(config.specs(), model.config, 16)),)
+    wanted = (("logits", readings_of(config.specs(), model.config, 16)),)
     lowered = adapter.captured.lower(model, prompt(16), np.ones(16, bool), (), None, None, (), wanted, 3, "float32")
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 8 * 16 * 4096 * 4 / 2

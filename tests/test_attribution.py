@@ -16,8 +16,7 @@ from oculi_jax.analysis.attribution import AttributionMethods
 from oculi_jax.analysis.flow import attention_flow, attention_rollout, value_weighted_attention
 from oculi_jax.analysis.residual import decompose_resid, stack_head_results
 from oculi_jax.analysis.result import Result
-from oculi_jax.edits import Edit
-from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler, Steer
+from oculi_jax.intervention import AttentionKnockout, Edit, HeadAblation, SpectraScaler, Steer
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 
 from .margins import assert_leads

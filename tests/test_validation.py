@@ -181,7 +181,7 @@ def test_a_class_of_the_users_own_is_refused_in_a_sentence() -> None:
         def edits(self, sizes):
             return ()
 
-    with pytest.raises(TypeError, match=r"Mine has fields that oculi_jax\.fields\.field did not declare"):
+    with pytest.raises(TypeError, match=r"Mine has fields that oculi_jax\.intervention\.field did not declare"):
         forward(MODEL, prompt(), Mine())
 
 
@@ -190,6 +190,17 @@ def test_what_is_no_model(model) -> None:
     for call in (lambda: forward(model, [1]), lambda: lens(model, np.ones(24, np.float32))):
         with pytest.raises(TypeError, match="give a Llama"):
             call()
+
+
+def test_an_output_is_indexed_by_site() -> None:
+    out = forward(MODEL, prompt(), capture=("z", "resid_post"))
+    assert out["z"] is out.activations["z"]
+    with pytest.raises(
+        KeyError, match="'pattern' was not captured; captured are resid_post, z. Ask for it: capture='pattern'"
+    ):
+        out["pattern"]
+    with pytest.raises(KeyError, match="'z' was not captured; nothing was"):
+        forward(MODEL, prompt())["z"]
 
 
 def test_names_of_other_tools_are_found() -> None:

@@ -14,7 +14,7 @@ from .inputs import at_position, need
 from .statistics import real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
 
 _ROUNDING = 1e-6  # of a float32 sum of weights: falling this much short of a threshold is reaching it
 

@@ -17,7 +17,7 @@ from .residual import captured_rows, decompose_resid
 from .result import Result
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture, MLPCapture, ResidualCapture
+    from ..adapter.structures import AttentionCapture, MLPCapture, ResidualCapture
     from ..models.llama.model import Llama
 
 COMPONENTS = ("attention", "mlp")

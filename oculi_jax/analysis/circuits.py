@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..capture.structures import AttentionCapture
+from ..adapter.structures import AttentionCapture
 from .inputs import check_head, need, row_of
 
 # How near "recent" and "local" are: this many tokens back.

@@ -19,7 +19,7 @@ from .result import Result
 from .statistics import count, norm, real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
     from ..models.llama.model import Llama
 
 Head = tuple[int, int]

@@ -16,7 +16,7 @@ from .norms import NormAnalysis
 from .statistics import centred, real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
 
 _ROUNDINGS = 8  # which two computations of one number may differ by; a power of two, so that 8 ε |x| is exact
 

@@ -16,7 +16,7 @@ from .inputs import check_head, check_same_prompt, row_of
 from .statistics import centred, count, real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
 
 
 class InterventionMetrics:

@@ -12,7 +12,7 @@ from .inputs import at_position, check_capture, need
 from .statistics import centred, count, real_tokens, root
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
 
 
 def check_same_heads(one: Any, other: Any) -> None:

@@ -16,7 +16,7 @@ from .result import Result
 from .statistics import norm, real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
     from ..models.llama.model import Llama
 
 # Capacities are integers to scipy: a whole row is this much, half of what an int32 holds.

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from ..capture.spec import at_positions
+from ..capture import at_positions
 
 # Field → the option of a config that keeps it.
 _KEPT_BY = {

@@ -11,7 +11,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float, Int
 
-from ..capture.structures import LogitCapture
+from ..adapter.structures import LogitCapture
 from ..utils.tokens import str_tokens, to_single_token
 from .inputs import at_position, check_capture
 

@@ -12,7 +12,7 @@ from .inputs import need
 from .statistics import norm, real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
 
 
 class NormAnalysis:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..pytrees import register_dataclass
+from ..pytrees import pytree
 from .inputs import at_position, check_capture, need
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture, ResidualCapture
+    from ..adapter.structures import AttentionCapture, ResidualCapture
     from ..models.llama.model import Llama
 
 
-@partial(register_dataclass, data_fields=["embedding", "attn", "mlp", "edits"], meta_fields=[])
-@dataclass(frozen=True, eq=False)
+@pytree
 class Decomposition:
     """Parts of the residual stream, float32: `embedding + Σ attn + Σ mlp + Σ edits` is the stream after the last layer.
 

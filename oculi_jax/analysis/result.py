@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import field
 from typing import Any
 
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from ..pytrees import register_dataclass
+from ..pytrees import pytree, static
 
 
-@partial(
-    register_dataclass,
-    data_fields=["values", "completeness_error", "details"],
-    meta_fields=["method", "layers"],
-)
-@dataclass(frozen=True, eq=False)
+@pytree
 class Result:
     """Values, and how far they are from adding up.
 
@@ -32,9 +26,9 @@ class Result:
     """
 
     values: Any
-    method: str
+    method: str = static()
     completeness_error: Array | None = None
-    layers: tuple[int, ...] = ()
+    layers: tuple[int, ...] = static(default=())
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -15,7 +15,7 @@ from .inputs import at_position, check_capture, check_integer, row_of
 from .statistics import centred, real_tokens
 
 if TYPE_CHECKING:
-    from ..capture.structures import AttentionCapture
+    from ..adapter.structures import AttentionCapture
 
 
 class StratifiedView:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ..edits import Edit
-from ..forward import Output, lower
+from ..forward import lower
+from ..intervention.edit import Edit
 from ..metrics import Metric
+from ..output import Output
 from ..replay import Rows
 
 

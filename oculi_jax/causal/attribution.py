@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from ..capture.spec import Reading, plan
-from ..edits import Edit
+from ..arrays import listing
+from ..capture import Reading, readings_of
 from ..forward import check_model, run
-from ..frame import listing
+from ..intervention.edit import Edit
 from ..metrics import Metric
-from ..pytrees import register_dataclass
+from ..pytrees import pytree
 from ..replay import measure
 from ..sites import SITES, Site, find_site
 from ..sweep_inputs import check_metric, check_prompts
@@ -95,8 +95,7 @@ class _Runs:
         return self.model, self.clean[number], self.corrupted[number], mask, _of_prompt(self.metric, number)
 
 
-@partial(register_dataclass, data_fields=["values", "clean", "corrupted"], meta_fields=[])
-@dataclass(frozen=True, eq=False, repr=False)
+@pytree
 class AttributionResult:
     """What `attribution_patching` returns. An entry is what one patch would replace: all of the site's last axis.
 
@@ -113,7 +112,7 @@ class AttributionResult:
     values: Mapping[str, Float[Array, "..."]]
     clean: Float[Array, "..."]
     corrupted: Float[Array, "..."]
-    _runs: _Runs | None = field(default=None, init=False)
+    _runs: ClassVar[_Runs | None] = None  # of one result that this process made; no leaf
 
     def top(self, n: int = 10, site: str | None = None, prompt: int | None = None) -> list[dict[str, Any]]:
         """The n entries of largest |value|, largest first. Host function.
@@ -157,7 +156,8 @@ class AttributionResult:
         Raises:
             ValueError: a result that left its model behind; nothing to verify.
         """
-        if self._runs is None:
+        runs = self._runs
+        if runs is None:
             raise ValueError(
                 "This result came out of a transformation (jit, vmap, tree.map), and has left its model and prompts behind. "
                 "Verify what attribution_patching itself returns, outside of them."
@@ -165,7 +165,7 @@ class AttributionResult:
         number = self._number(prompt)
         entries, (clean, corrupted) = self._entries(site, number), self._ends(number)
         top, sample = _count(top, "top"), _count(sample, "sample")
-        return rerun(entries, *self._runs.prompt(number), clean, corrupted, top, sample, seed, progress)
+        return rerun(entries, *runs.prompt(number), clean, corrupted, top, sample, seed, progress)
 
     def _ends(self, number: int) -> tuple[float, float]:
         """The metric of the clean and the corrupted run of one pair."""
@@ -220,7 +220,7 @@ def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
             raise ValueError(
                 f"{site.name!r} is a table of yes and no, and has no gradient; 'scores' and 'pattern' have."
             )
-    return plan(tuple(site.name for site, _ in found), config, 1)
+    return readings_of(tuple(site.name for site, _ in found), config, 1)
 
 
 @partial(jax.jit, static_argnames=("readings", "single", "at_once", "remat"), inline=True)

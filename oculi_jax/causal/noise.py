@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +13,16 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from ..frame import as_array, listing, on_device
+from ..arrays import as_array, listing, on_device
 from ..generate import check_key
 from ..intervention import Steer
-from ..pytrees import register_dataclass
+from ..pytrees import pytree, static
 
 if TYPE_CHECKING:
     from ..models.llama.model import Llama
 
 
-@partial(register_dataclass, data_fields=["positions", "scale", "key"], meta_fields=["samples"])
-@dataclass(frozen=True, eq=False)
+@pytree
 class Noise:
     """Gaussian noise on the embeddings of some tokens: causal tracing's corruption (Meng et al. 2022, arXiv:2202.05262).
 
@@ -42,7 +41,7 @@ class Noise:
 
     positions: Any
     scale: Any = field(default=3.0, kw_only=True)
-    samples: int = field(default=10, kw_only=True)
+    samples: int = static(default=10, kw_only=True)
     key: Any = field(kw_only=True)
 
     def check(self) -> Array:

@@ -15,14 +15,16 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from .. import variants
-from ..canonical import listed, sweep_axes
-from ..capture.spec import Reading
+from ..arrays import listing
+from ..capture import Reading
 from ..forward import find_model, program, run
-from ..frame import Frame, listing
 from ..intervention import ActivationPatch
+from ..intervention.canonical import sweep_axes
+from ..intervention.frame import Frame
+from ..intervention.protocol import are_interventions, as_list
+from ..intervention.rows import along_rows, stack_rows
 from ..metrics import Metric
-from ..pytrees import register_dataclass
+from ..pytrees import pytree, static
 from ..replay import measure
 from ..sites import SITES, Site, find_site
 from ..sweep import Progress, sweep_prompts
@@ -38,12 +40,7 @@ SAME = 1e-5
 GRIDS = (("layer",), ("layer", "position"), ("layer", "head"), ("layer", "head", "position"), ("position",))
 
 
-@partial(
-    register_dataclass,
-    data_fields=["patched", "clean", "corrupted"],
-    meta_fields=["site", "by", "direction"],
-)
-@dataclass(frozen=True, eq=False)
+@pytree
 class PatchingResult:
     """What `activation_patching` found. Of several prompts, every array leads with `B`.
 
@@ -58,9 +55,9 @@ class PatchingResult:
     patched: Float[Array, "..."]
     clean: Float[Array, "..."]
     corrupted: Float[Array, "..."]
-    site: str
-    by: tuple[str, ...]
-    direction: str
+    site: str = static()
+    by: tuple[str, ...] = static()
+    direction: str = static()
 
     @property
     def recovery(self) -> Float[Array, "..."]:
@@ -188,7 +185,7 @@ def patch_sites(
         plain_rows = plain
         spoilt = _spoilt(model, plain, corrupted, background, single)
     samples = int(corrupted.samples) if isinstance(corrupted, Noise) else None
-    if axes := sweep_axes(listed(spoilt.interventions[0])):
+    if axes := sweep_axes(as_list(spoilt.interventions[0])):
         raise ValueError(
             f"The interventions of the corrupted run have axes {listing(axes)}, and it is one run: use scalars."
         )
@@ -277,16 +274,15 @@ class _Runs:
         """The metric `[N]`, and for each row site → its capture."""
         masks = [None] * len(self.tokens) if self.mask is None else self.mask
         frames = [Frame(model.config, model.dtype, self.tokens.shape[1], row) for row in masks]
-        stacked, leads, _ = variants.stack(self.interventions, frames)
+        stacked, leads, _ = stack_rows(self.interventions, frames)
         values, seen = program(model, observe)(model, self.tokens, self.mask, stacked, self.metric, leads, readings)
         return check_number(values), seen
 
 
 def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, ...], single: bool) -> _Runs:
     """The corrupted runs that interventions or other tokens make."""
-    items = corrupted if isinstance(corrupted, list | tuple) else (corrupted,)
-    if len(items) and all(hasattr(item, "edits") for item in items):
-        return replace(plain, interventions=[(*background, *items)] * len(plain.tokens))
+    if are_interventions(corrupted):
+        return replace(plain, interventions=[(*background, *as_list(corrupted))] * len(plain.tokens))
     tokens, _, alone = check_prompts(model, corrupted, None)
     if tokens.shape != plain.tokens.shape or alone != single:
         shapes = [listing(x.shape[int(one) :]) for x, one in ((plain.tokens, single), (tokens, alone))]
@@ -334,7 +330,7 @@ def observe(
     def one(items: tuple[Any, ...], tokens: Array, mask: Array | None) -> dict[str, Array]:
         return dict(run(model, tokens, mask, items, (*readings, final)).activations)
 
-    seen = variants.along_rows(one, interventions, leads)(tokens, mask)
+    seen = along_rows(one, interventions, leads)(tokens, mask)
     judge = jax.vmap(lambda x, real, metric: measure(model, x, real, metric), in_axes=(0, 0, _metric_axes(metric)))
     values = judge(seen["final_norm"], mask, metric)
     # Apart, not as one array: each is the value of its own prompt's patch.

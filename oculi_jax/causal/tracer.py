@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,17 +13,17 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from .. import prompts
-from ..frame import listing
+from ..arrays import listing
 from ..intervention.context import active
-from ..pytrees import register_dataclass
+from ..intervention.protocol import are_interventions
+from ..pytrees import pytree, static
 from ..sites import find_site
 from ..sweep import Progress
 from .noise import Noise
 from .patching import patch_sites, recovery
 
 
-@partial(register_dataclass, data_fields=["patched", "clean", "corrupted"], meta_fields=["sites"])
-@dataclass(frozen=True, eq=False)
+@pytree
 class TraceResult:
     """What `CausalTracer.trace` found. Of several prompts, every array leads with `B`.
 
@@ -38,7 +36,7 @@ class TraceResult:
     patched: Float[Array, "... L N"]
     clean: Float[Array, "..."]
     corrupted: Float[Array, "..."]
-    sites: tuple[str, ...]
+    sites: tuple[str, ...] = static()
 
     def _means(self) -> tuple[Array, Array, Array]:
         """The three metrics, of several prompts their means."""
@@ -171,7 +169,7 @@ class CausalTracer:
 
         batch = read(clean)
         other: Any = corrupted
-        if not isinstance(corrupted, Noise) and not _are_interventions(corrupted):
+        if not isinstance(corrupted, Noise) and not are_interventions(corrupted):
             pair = read(corrupted)
             _check_aligned(batch, pair)
             other = _ids(pair)
@@ -183,11 +181,6 @@ class CausalTracer:
         )  # fmt: skip
         patched = jnp.stack([result.patched for result in results], axis=-1)
         return TraceResult(patched, results[0].clean, results[0].corrupted, names)
-
-
-def _are_interventions(given: Any) -> bool:
-    items = given if isinstance(given, list | tuple) else (given,)
-    return len(items) > 0 and all(hasattr(item, "edits") for item in items)
 
 
 def _ids(batch: prompts.Prompts) -> np.ndarray:

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
+from ..adapter.configs import CaptureConfig, LogitConfig, MLPConfig
 from ..analysis.attribution import AttributionMethods
-from ..capture.configs import CaptureConfig, LogitConfig, MLPConfig
 from .common import (
     Dtype,
     Longer,

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import typer
 
-from ..capture.files import save
-from ..capture.spec import CaptureSpec, plan
+from ..adapter.files import save
+from ..capture import CaptureSpec, readings_of
 from ..forward import forward
 from ..prompts import prepare
 from ..sites import SITES, unknown_site
@@ -43,7 +43,7 @@ def capture(
     adapter = open_adapter(model, dtype, text)
     prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
     tokens = prompt.tokens[0, : prompt.n_tokens]
-    readings = plan(specs, adapter.model.config, prompt.n_tokens)
+    readings = readings_of(specs, adapter.model.config, prompt.n_tokens)
     with working("Running the model"):
         found = jax.block_until_ready(forward(adapter.model, tokens, capture=specs, logits="none").activations)
     metadata = {

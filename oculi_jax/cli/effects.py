@@ -12,8 +12,8 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..adapter.adapter import LlamaAttentionAdapter
 from ..metrics import Metric, log_probability, logit_difference
-from ..models.adapter import LlamaAttentionAdapter
 from ..prompts import prepare
 from .common import console, shown
 

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
-from ..models.adapter import LlamaAttentionAdapter
+from ..adapter.adapter import LlamaAttentionAdapter
 from ..utils.tokens import continuation, str_tokens
 from .common import Dtype, Longer, Model, Picture, Text, check_picture, console, open_adapter, save_picture, working
 from .interventions import parse, usage

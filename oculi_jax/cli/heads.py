@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..adapter.configs import CaptureConfig
 from ..analysis.circuits import PATTERNS, CircuitDetection
-from ..capture.configs import CaptureConfig
 from ..diagnostics import head_scores
 from .common import Dtype, Longer, Model, Picture, check_picture, console, open_adapter, save_picture, working
 

@@ -7,8 +7,8 @@ import difflib
 import math
 from typing import Any
 
-from ..fields import Index, Strength
 from ..intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler
+from ..intervention.fields import Index, Strength
 from ..sites import find_site
 
 # What can be written in a line: those whose fields are numbers (and a site's name).

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
+from ..adapter.configs import LogitConfig
 from ..analysis.logit_lens import LogitLensAnalysis
-from ..capture.configs import LogitConfig
 from .common import (
     Dtype,
     Longer,

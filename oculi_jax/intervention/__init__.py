@@ -1,8 +1,9 @@
 """Interventions: `Edit`, the primitive, the named ones that lower to it, and what one's own are declared with."""
 
-from ..edits import Edit
-from ..fields import Index, Positions, Strength, Values, field, pytree
+from ..pytrees import pytree
 from .context import InterventionContext
+from .edit import Edit, site_shaped
+from .fields import Index, Positions, Strength, Values, field
 from .named import (
     Ablation,
     ActivationPatch,
@@ -15,6 +16,7 @@ from .named import (
     SpectraScaler,
     Steer,
 )
+from .protocol import Intervention
 
 __all__ = [
     "Ablation",
@@ -25,6 +27,7 @@ __all__ = [
     "HeadAblation",
     "HeadMask",
     "Index",
+    "Intervention",
     "InterventionContext",
     "KScaler",
     "Positions",
@@ -35,4 +38,5 @@ __all__ = [
     "Values",
     "field",
     "pytree",
+    "site_shaped",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
+from .protocol import as_list
+
 # What is active here, outermost block first. Each thread and task has its own.
 _ACTIVE: ContextVar[tuple[InterventionContext, ...]] = ContextVar("oculi_jax_interventions", default=())
 
@@ -26,17 +28,7 @@ class InterventionContext:
         if not hasattr(adapter, "model") or not hasattr(adapter, "capture"):
             hint = " Pass the adapter of that model." if hasattr(adapter, "lm_head") else ""
             raise TypeError(f"InterventionContext takes an adapter, and was given a {type(adapter).__name__}.{hint}")
-        if hasattr(interventions, "edits") or isinstance(interventions, type):
-            interventions = (interventions,)
-        if not isinstance(interventions, list | tuple):
-            raise TypeError(
-                f"InterventionContext takes a list of interventions, and was given a {type(interventions).__name__}."
-            )
-        for number, item in enumerate(interventions):
-            if isinstance(item, type) or not hasattr(item, "edits"):
-                what = f"the class {item.__name__}" if isinstance(item, type) else f"a {type(item).__name__}"
-                raise TypeError(f"interventions[{number}] is {what}, not an intervention.")
-        self.adapter, self.interventions = adapter, tuple(interventions)
+        self.adapter, self.interventions = adapter, tuple(as_list(interventions))
         self._modules: list[Any] = []
 
     def __enter__(self) -> InterventionContext:

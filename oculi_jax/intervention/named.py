@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..edits import Edit, site_shaped
-from ..fields import Direction, Index, Positions, Strength, Table, Values, field, pytree
+from ..pytrees import pytree
 from ..sites import SITES
+from .edit import Edit, site_shaped
+from .fields import Direction, Index, Positions, Strength, Table, Values, field
 
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from ..capture.spec import plan
+from ..capture import readings_of
 from ..forward import program
 from ..generate import check_count, check_stops, decode, write
 from ..prompts import prepare
@@ -118,7 +118,7 @@ def _continue(
     activations = done.activations
     if n_tokens != tokens.shape[1]:  # the padding that near lengths share a program by stands before the new tokens
         keep = np.r_[:n_tokens, tokens.shape[1] : tokens.shape[1] + n_new]
-        for reading in plan(capture, config, n_tokens + n_new) if activations else ():
+        for reading in readings_of(capture, config, n_tokens + n_new) if activations else ():
             name = reading.site.name
             for axis in reading.token_axes:
                 activations = {**activations, name: np.take(np.asarray(activations[name]), keep, axis=1 + axis)}

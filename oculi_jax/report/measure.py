@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
+from ..adapter.configs import CaptureConfig, LogitConfig, MLPConfig
 from ..analysis.attribution import AttributionMethods
 from ..analysis.circuits import PATTERNS
 from ..analysis.inputs import check_integer
-from ..capture import CaptureConfig, CaptureSpec, LogitConfig, MLPConfig
+from ..capture import CaptureSpec
 from ..diagnostics import HeadScores, head_scores
 from ..forward import forward
 from ..intervention import HeadAblation
@@ -25,7 +26,7 @@ from ..prompts import prepare
 from ..sweep import sweep
 
 if TYPE_CHECKING:
-    from ..models.adapter import LlamaAttentionAdapter
+    from ..adapter.adapter import LlamaAttentionAdapter
 
 TOP = 5  # likeliest tokens of a cell
 N_SEQUENCES, LONGEST_REPEAT = 8, 50  # of the head scores, as `oculi heads` has them

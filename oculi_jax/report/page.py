@@ -16,7 +16,7 @@ from .measure import Measured, measure
 from .visible import visible_prompt, visible_token
 
 if TYPE_CHECKING:
-    from ..models.adapter import LlamaAttentionAdapter
+    from ..adapter.adapter import LlamaAttentionAdapter
 
 # Score → its label, and what it is the mean of; `oculi_jax.analysis.circuits` defines them.
 SCORES = {

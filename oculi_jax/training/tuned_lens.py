@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +18,10 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..capture.spec import CaptureSpec
+from ..arrays import as_array, listing
+from ..capture import CaptureSpec
 from ..forward import check_model, check_tokens, forward
-from ..frame import as_array, listing
-from ..pytrees import register_dataclass
+from ..pytrees import pytree
 from ..utils.files import read_tensors, write_aside, write_tensors
 from ..utils.progress import progress
 
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
 FORMAT = "oculi_jax tuned lens 1"
 
 
-@partial(register_dataclass, data_fields=["weight", "bias"], meta_fields=[])
-@dataclass(frozen=True, eq=False)
+@pytree
 class TunedLens:
     """A translator for each layer: h ↦ h + W h + b, before the final norm and the unembedding.
 

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ... import variants
-from ...canonical import sweep_axes
-from ...frame import Frame, listing
+from ...arrays import listing
+from ...intervention.canonical import sweep_axes
 from ...intervention.context import active_in
+from ...intervention.frame import Frame
+from ...intervention.rows import stack_rows
 from ...replay import Rows
 from ..rows import along
 from .model import TorchLlama, llama_class
@@ -177,7 +178,7 @@ def _edits(
     n_covered, n_slots = n_keys if kept is None else kept.n_covered, n_keys + _ROOM
     slots = np.concatenate([real, np.ones((n_rows, _ROOM), bool)], axis=1)
     frames = [Frame(model.config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
-    rows = along(*variants.stack([interventions] * n_rows, frames)[:2])
+    rows = along(*stack_rows([interventions] * n_rows, frames)[:2])
     edits = prepare(model.weights(), rows, n_rows, 1, n_slots, n_covered)
     if cache is not None:
         cache._oculi_edits = _Kept(interventions, n_slots, n_covered, edits, rows, real)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...capture.parts import Wanted, merged
-from ...capture.spec import Reading, plan
-from ...forward import Output
+from ...adapter.parts import Wanted, merged
+from ...capture import Reading, readings_of
 from ...generate import choose
+from ...output import Output
 from ...replay import Rows
 from ...sampling import Sampler
 from ..rows import along, refuse_trace, single
@@ -151,7 +151,7 @@ def captured(
     rows = single(interventions) if alone else along(interventions, leads)
     batch, real = np.atleast_2d(np.asarray(tokens)), np.atleast_2d(np.asarray(mask))
     specs = merged(wanted)
-    readings = plan(specs, model.config, batch.shape[1])
+    readings = readings_of(specs, model.config, batch.shape[1])
     to_end = any(r.site.name in ("final_scale", "final_norm") for r in readings)
     found = run_rows(w, batch, real, rows, readings, to_end=to_end).taps.captured
     full = {spec.sites: (spec, reading) for spec, reading in zip(specs, readings, strict=True)}

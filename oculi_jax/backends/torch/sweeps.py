@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...capture.spec import Reading
+from ...capture import Reading
 from ...metrics import Metric
 from ...replay import Base, Rows
 from ...sites import SITES

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...capture.spec import Reading
-from ...edits import Edit, is_dense, token_axes
-from ...fields import owner_site
+from ...capture import Reading
+from ...intervention.edit import Edit, is_dense, token_axes
+from ...intervention.fields import owner_site
 from ...replay import Rows
 from ...sites import SITES
 from ..rows import Leaf, lowered

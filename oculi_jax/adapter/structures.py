@@ -7,34 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar, dataclass_transform
+from typing import Any, Self
 
 import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..pytrees import register_dataclass
-
-T = TypeVar("T")
+from ..pytrees import pytree, static
 
 
 def _array() -> Any:
     return dataclasses.field(default=None)
-
-
-def _static(default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(_array, _static))
-def _structure(cls: type[T]) -> type[T]:
-    cls = dataclass(frozen=True, eq=False, repr=False, kw_only=True)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    static = [f.name for f in fields if f.metadata.get("static")]
-    register_dataclass(cls, [f.name for f in fields if f.name not in static], static)
-    return cls
 
 
 # Fields that are the model's and not a prompt's.
@@ -88,7 +72,7 @@ class _Capture:
         return f"{type(self).__name__}({shown}; {', '.join(parts)})"
 
 
-@_structure
+@pytree(kw_only=True, repr=False)
 class AttentionCapture(_Capture):
     """Attention at the captured layers.
 
@@ -114,14 +98,14 @@ class AttentionCapture(_Capture):
     final_scale: Float[Array, "T"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
-    captured_layers: tuple[int, ...] = _static()
-    qk_stage: str = _static("post_rope")
-    n_heads: int = _static()
-    n_kv_heads: int = _static()
-    head_dim: int = _static()
+    captured_layers: tuple[int, ...] = static()
+    qk_stage: str = static(default="post_rope")
+    n_heads: int = static()
+    n_kv_heads: int = static()
+    head_dim: int = static()
 
 
-@_structure
+@pytree(kw_only=True, repr=False)
 class ResidualCapture(_Capture):
     """The residual stream at the captured layers, and what attribution needs besides.
 
@@ -151,11 +135,11 @@ class ResidualCapture(_Capture):
     final_weight: Float[Array, "E"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
-    captured_layers: tuple[int, ...] = _static()
-    model_layers: int = _static()
+    captured_layers: tuple[int, ...] = static()
+    model_layers: int = static()
 
 
-@_structure
+@pytree(kw_only=True, repr=False)
 class MLPCapture(_Capture):
     """The MLP at the captured layers.
 
@@ -174,10 +158,10 @@ class MLPCapture(_Capture):
     final_scale: Float[Array, "T"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
-    captured_layers: tuple[int, ...] = _static()
+    captured_layers: tuple[int, ...] = static()
 
 
-@_structure
+@pytree(kw_only=True, repr=False)
 class LogitCapture(_Capture):
     """The lens at the captured layers: the final norm, then the unembedding, of `resid_post`.
 
@@ -206,12 +190,12 @@ class LogitCapture(_Capture):
     unembedding: Float[Array, "V E"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
-    captured_layers: tuple[int, ...] = _static()
-    positions: tuple[int, ...] | None = _static(None)
-    lens: str = _static("logit")
+    captured_layers: tuple[int, ...] = static()
+    positions: tuple[int, ...] | None = static(default=None)
+    lens: str = static(default="logit")
 
 
-@_structure
+@pytree(kw_only=True, repr=False)
 class FullCapture:
     """All four captures of one pass."""
 

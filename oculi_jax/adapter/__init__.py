@@ -3,13 +3,11 @@
 from .configs import CaptureConfig, LogitConfig, MLPConfig, ResidualConfig
 from .cost import capture_bytes
 from .files import load, save
-from .spec import CaptureSpec
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 __all__ = [
     "AttentionCapture",
     "CaptureConfig",
-    "CaptureSpec",
     "FullCapture",
     "LogitCapture",
     "LogitConfig",

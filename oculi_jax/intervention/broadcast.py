@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .frame import Frame, as_array, listing, on_device
-from .sites import Site
+from ..arrays import as_array, listing, on_device
+from ..sites import Site
+from .frame import Frame
 
 
 class Carried(NamedTuple):
@@ -20,7 +21,7 @@ class Carried(NamedTuple):
     rows: Any
 
 
-def spread(array: Any, rank: int, frame: Frame, where: str) -> Any:
+def to_sweep_axes(array: Any, rank: int, frame: Frame, where: str) -> Any:
     """An array with axes of the sweep before `rank` of its own as `Carried`; one without as it is."""
     lead, own = array.shape[: array.ndim - rank], array.shape[array.ndim - rank :]
     if not lead:
@@ -83,7 +84,7 @@ def _refuse_likeness(shape: tuple[int, ...], rank: int, owner: Any, frame: Frame
         )
 
 
-def fit(
+def broadcast_to_site(
     value: Any,
     axes: list[int],
     frame: Frame,

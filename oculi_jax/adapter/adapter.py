@@ -11,19 +11,22 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from .. import prompts, variants
-from ..canonical import canonical, listed, sweep_axes
-from ..capture.configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
-from ..capture.parts import Wanted, merged, select, trim
-from ..capture.spec import check_layers, plan
-from ..capture.structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
+from .. import prompts
+from ..arrays import listing
+from ..capture import check_layers, readings_of
 from ..forward import find_model, program, run
-from ..frame import Frame, listing
+from ..intervention.canonical import canonical, sweep_axes
 from ..intervention.context import active
+from ..intervention.frame import Frame
+from ..intervention.protocol import as_list
+from ..intervention.rows import along_rows, stack_rows
 from ..lens import lens_layers
+from ..models.continuation import both, continue_ids, continue_texts
+from ..models.llama.model import Llama
 from ..utils import tokens as token_utils
-from .continuation import both, continue_ids, continue_texts
-from .llama.model import Llama
+from .configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
+from .parts import Wanted, merged, select, trim
+from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 if TYPE_CHECKING:
     from ..training import TunedLens
@@ -215,9 +218,9 @@ class LlamaAttentionAdapter:
             for name, config in configs.items()
         }
         shortest = int(batch.mask.sum(axis=1).min())
-        wanted = {name: plan(config.specs(), model.config, shortest) for name, config in configs.items()}
+        wanted = {name: readings_of(config.specs(), model.config, shortest) for name, config in configs.items()}
         interventions = active(self)
-        if axes := sweep_axes(listed(interventions)):
+        if axes := sweep_axes(as_list(interventions)):
             raise ValueError(
                 f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars. "
                 "generate decodes variants side by side, and sweep measures them."
@@ -228,7 +231,7 @@ class LlamaAttentionAdapter:
             tokens, mask, leads = tokens[0], mask[0], ()
             stacked = canonical(interventions, frames[0])
         else:
-            stacked, leads, _ = variants.stack([interventions] * len(frames), frames)
+            stacked, leads, _ = stack_rows([interventions] * len(frames), frames)
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
         ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)
@@ -265,7 +268,7 @@ def captured(
 ) -> dict[str, dict[str, Array]]:
     """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
     specs = merged(wanted)
-    readings = plan(specs, model.config, tokens.shape[-1])
+    readings = readings_of(specs, model.config, tokens.shape[-1])
 
     def one(interventions: Any, tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
         activations = run(model, tokens, mask, interventions, readings).activations
@@ -283,7 +286,7 @@ def captured(
 
     if tokens.ndim == 1:
         return one(interventions, tokens, mask)
-    return variants.along_rows(one, interventions, leads)(tokens, mask)
+    return along_rows(one, interventions, leads)(tokens, mask)
 
 
 def _structure(

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from .fields import Anything, Index, Mask, Values, field, owner_site, pytree
+from ..pytrees import pytree
+from .fields import Anything, Index, Mask, Values, field, owner_site
 
 OPS = ("set", "add", "scale", "apply")
 
@@ -149,7 +150,7 @@ def site_shaped(fn: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Arr
     return fn
 
 
-def limit(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
+def limit_to_covered(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
     """The edit in a run that has room for more tokens than its arrays cover: it leaves the others alone.
 
     Args:
@@ -175,7 +176,7 @@ def limit(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
     return dataclasses.replace(edit, mask=mask.reshape(*(1,) * (n_axes - mask.ndim), *mask.shape) & covered)
 
 
-def rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) -> Edit:
+def cut_rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) -> Edit:
     """The edit for `n_rows` tokens of the run that begin at `start`; key axes stay whole."""
 
     def cut(leaf: Any) -> Array:

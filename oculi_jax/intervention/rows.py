@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .canonical import Family, data_fields, family, listed
+from ..arrays import on_device
+from .canonical import Family, data_fields, family
 from .fields import Positions
-from .frame import Frame, on_device
+from .frame import Frame
+from .protocol import as_list
 
 
-def stack(interventions: Sequence[Any], frames: Sequence[Frame]) -> tuple[tuple[Any, ...], tuple[bool, ...], Family]:
+def stack_rows(
+    interventions: Sequence[Any], frames: Sequence[Frame]
+) -> tuple[tuple[Any, ...], tuple[bool, ...], Family]:
     """Families of several rows, one of prompts for instance, as one tree.
 
     Args:
@@ -28,7 +32,7 @@ def stack(interventions: Sequence[Any], frames: Sequence[Frame]) -> tuple[tuple[
         lead with the variants after that.
     """
     families = [family(row, frame) for row, frame in zip(interventions, frames, strict=True)]
-    given = [listed(row) for row in interventions]
+    given = [as_list(row) for row in interventions]
     trees: list[Any] = []
     leads: list[bool] = []
     for number, item in enumerate(families[0].interventions):

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from ..arrays import listing
+from .broadcast import Carried
 from .fields import Index, Positions, Strength, Table, owner_site
-from .fitting import Carried
-from .frame import Frame, listing
+from .frame import Frame
+from .protocol import as_list
 
 
 @dataclass(frozen=True)
@@ -37,24 +39,15 @@ class Family:
 
 def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
     """Every intervention of one run with its fields checked and in canonical form; one error lists all problems."""
-    return _canonical(listed(interventions), dataclasses.replace(frame, axes=()))[0]
+    return _canonical(as_list(interventions), dataclasses.replace(frame, axes=()))[0]
 
 
 def family(interventions: Any, frame: Frame) -> Family:
     """Interventions whose fields have axes as a `Family`; Raises as `canonical` does."""
-    given = [_by_value(item) for item in listed(interventions)]
+    given = [_by_value(item) for item in as_list(interventions)]
     axes = sweep_axes(given)
     tree, leads = _canonical(given, dataclasses.replace(frame, axes=axes))
     return Family(tree, leads, axes)
-
-
-def listed(interventions: Any) -> list[Any]:
-    """Interventions as a list, where one was given alone."""
-    if hasattr(interventions, "edits") or isinstance(interventions, type):
-        interventions = (interventions,)
-    if not isinstance(interventions, list | tuple):
-        raise TypeError(f"interventions is a {type(interventions).__name__}; give an intervention or a list of them.")
-    return list(interventions)
 
 
 def sweep_axes(interventions: list[Any]) -> tuple[int, ...]:
@@ -105,15 +98,11 @@ def _canonical(interventions: list[Any], frame: Frame) -> tuple[tuple[Any, ...],
     done = []
     leads: list[bool] = []
     for number, intervention in enumerate(interventions):
-        if isinstance(intervention, type):
-            raise TypeError(f"interventions[{number}] is the class {intervention.__name__}; give an instance of it.")
-        if not hasattr(intervention, "edits") or not dataclasses.is_dataclass(intervention):
-            raise TypeError(f"interventions[{number}] is a {type(intervention).__name__}, not an intervention.")
         name = type(intervention).__name__
         where = name if len(interventions) == 1 else f"{name} (number {number})"
         if not all("kind" in item.metadata for item in dataclasses.fields(intervention)):
             raise TypeError(
-                f"{where} has fields that oculi_jax.fields.field did not declare; lower it to Edits yourself."
+                f"{where} has fields that oculi_jax.intervention.field did not declare; lower it to Edits yourself."
             )
         try:
             getattr(intervention, "check", lambda: None)()

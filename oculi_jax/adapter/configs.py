@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..capture import CaptureSpec, float_dtype, integers
 from ..sites import SITES
-from .spec import CaptureSpec, float_dtype, integers
 
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig

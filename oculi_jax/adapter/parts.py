@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from .spec import CaptureSpec, Reading, at_positions
+from ..capture import CaptureSpec, Reading, at_positions
 
 # Part of the capture → what it reads; static.
 Wanted = tuple[tuple[str, tuple[Reading, ...]], ...]

@@ -27,7 +27,7 @@ def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, s
     The file is written aside and renamed: it is whole, or it does not exist.
 
     Args:
-        capture: one of the structures of `oculi_jax.capture`, or name → array.
+        capture: a capture (`AttentionCapture` and its like), or name → array.
         path: where to.
         metadata: texts to keep with it, such as the model's name. The axes of every array are kept anyway.
     """

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from ..capture import check_layers, readings_of
 from .configs import Config, LogitConfig
-from .spec import check_layers, plan
 
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
@@ -47,7 +47,7 @@ def capture_bytes(config: LlamaConfig, n_tokens: int, capture: Any, *, dtype: An
     if isinstance(capture, Config):
         capture = capture.specs()
     total = 0
-    for reading in plan(capture, config, n_tokens):
+    for reading in readings_of(capture, config, n_tokens):
         dtype = reading.dtype or reading.site.dtype
         itemsize = own.itemsize if dtype == "model" else jnp.dtype(dtype).itemsize
         total += itemsize * math.prod(reading.shape(config, n_tokens))

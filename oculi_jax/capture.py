@@ -1,4 +1,4 @@
-"""`CaptureSpec`: which sites a run returns, and the plan that a program is compiled for."""
+"""`CaptureSpec`: which sites a run returns, and the readings that a program is compiled for."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ..sites import SITES, Site, unknown_site
+from .sites import SITES, Site, unknown_site
 
 if TYPE_CHECKING:
-    from ..models.llama.config import LlamaConfig
+    from .models.llama.config import LlamaConfig
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CaptureSpec:
 
 @dataclass(frozen=True)
 class Reading:
-    """One site of a plan, hashable: `layers` are true layer numbers, empty for a site outside the layers."""
+    """One site that a program reads, hashable: `layers` are true layer numbers, empty for a site outside the layers."""
 
     site: Site
     layers: tuple[int, ...]
@@ -124,7 +124,7 @@ def check_layers(layers: Any, config: LlamaConfig, what: str = "layers") -> tupl
     return chosen
 
 
-def plan(capture: Any, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
+def readings_of(capture: Any, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
     """What `forward`'s `capture` argument asks for, checked and in canonical form.
 
     Args:

@@ -13,18 +13,25 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .fitting import Carried, cast_to, first_wrong, fit, is_real, is_whole, same_either_way, spread
-from .frame import Frame, as_array, listing, on_device
-from .pytrees import register_dataclass
-from .sites import SITES, Site, unknown_site
-
-T = TypeVar("T")
+from ..arrays import as_array, listing, on_device
+from ..sites import SITES, Site, unknown_site
+from .broadcast import (
+    Carried,
+    broadcast_to_site,
+    cast_to,
+    first_wrong,
+    is_real,
+    is_whole,
+    same_either_way,
+    to_sweep_axes,
+)
+from .frame import Frame
 
 WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residual dimensions", "F": "neurons",
          "D": "head dimensions", "T": "tokens", "S": "key positions"}  # fmt: skip
@@ -91,7 +98,7 @@ class Index(Kind):
         if on_device(array):
             if not jnp.issubdtype(array.dtype, jnp.integer):
                 raise TypeError(f"{where} is an array of {array.dtype}, and integers are needed.")
-            return spread(jax.lax.convert_element_type(array, np.int32), 0, frame, where)
+            return to_sweep_axes(jax.lax.convert_element_type(array, np.int32), 0, frame, where)
         if isinstance(value, bool) or array.dtype.kind not in "iu":
             raise TypeError(f"{where} is {value!r}, and an integer is needed.")
         wrong = (array < 0) | (array >= size)
@@ -99,7 +106,7 @@ class Index(Kind):
             raise ValueError(
                 f"{where} is {first_wrong(array, wrong)}, but there are {size} {WORDS[letter]}: it must be 0 to {size - 1}."
             )
-        return spread(array.astype(np.int32), 0, frame, where)
+        return to_sweep_axes(array.astype(np.int32), 0, frame, where)
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Strength(Kind):
         if on_device(array):
             if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise TypeError(f"{where} is an array of {array.dtype}, and a number is needed.")
-            return spread(jax.lax.convert_element_type(array, np.float32), 0, frame, where)
+            return to_sweep_axes(jax.lax.convert_element_type(array, np.float32), 0, frame, where)
         if isinstance(value, bool) or not is_real(array):
             raise TypeError(f"{where} is {value!r}, and a number is needed.")
         with np.errstate(over="ignore"):
@@ -127,7 +134,7 @@ class Strength(Kind):
             )
         if self.positive and not (small > 0).all():
             raise ValueError(f"{where} is {first_wrong(array, ~(small > 0))}, and must be above 0 (1 changes nothing).")
-        return spread(small, 0, frame, where)
+        return to_sweep_axes(small, 0, frame, where)
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Positions(Kind):
             if frame.n_slots is not None:
                 xp = jnp if on_device(array) else np
                 array = xp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, frame.slots - frame.n_tokens)])
-            return spread(array, 1, frame, where)
+            return to_sweep_axes(array, 1, frame, where)
         if isinstance(value, list | tuple) and not value:
             raise ValueError(f"{where} is empty: no position would be edited. Leave it out for all positions.")
         if not jnp.issubdtype(array.dtype, jnp.integer):
@@ -178,7 +185,7 @@ class Positions(Kind):
                 f"{where} is an integer array {listing(array.shape)}, which is a sweep over positions, for oculi_jax.sweep; "
                 "for a set of positions give a list."
             )
-        ranks = spread(array, 0, frame, where)
+        ranks = to_sweep_axes(array, 0, frame, where)
         return Carried(frame.positions(ranks.rows[:, None], where)) if array.ndim else frame.positions(ranks, where)
 
 
@@ -207,8 +214,10 @@ class Values(Kind):
         if one_head and lead is True and is_whole(shape, sizes, frame):
             if frame.axes == shape[:2]:
                 same_either_way(owner, 2, frame, where)
-            return fit(value, sizes, frame, frame.site_dtype(site), where, site, lead=True)
-        return fit(value, sizes[one_head:], frame, frame.site_dtype(site), where, site, lead=lead, owner=owner)
+            return broadcast_to_site(value, sizes, frame, frame.site_dtype(site), where, site, lead=True)
+        return broadcast_to_site(
+            value, sizes[one_head:], frame, frame.site_dtype(site), where, site, lead=lead, owner=owner
+        )
 
 
 @dataclass(frozen=True)
@@ -222,7 +231,9 @@ class Mask(Kind):
         if dtype != np.dtype(bool):
             raise TypeError(f"{where} has dtype {dtype}, and bool is needed.")
         dense = site.layered and owner.layer is None
-        return fit(value, frame.site_axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False)
+        return broadcast_to_site(
+            value, frame.site_axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False
+        )
 
 
 @dataclass(frozen=True)
@@ -241,7 +252,7 @@ class Table(Kind):
             raise ValueError(
                 f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed."
             )
-        return spread(cast_to(array, np.dtype(np.float32), where), len(want), frame, where)
+        return to_sweep_axes(cast_to(array, np.dtype(np.float32), where), len(want), frame, where)
 
 
 @dataclass(frozen=True)
@@ -287,15 +298,4 @@ class Anything(Kind):
 
 def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:
     """A field of an intervention: `kind` for data, None for what is static (names, functions)."""
-    return dataclasses.field(default=default, metadata={"kind": kind})
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def pytree(cls: type[T]) -> type[T]:
-    """Makes a class with `field`s a frozen dataclass and a pytree whose leaves are the fields that have a kind."""
-    cls = dataclass(frozen=True, eq=False)(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    data = [f.name for f in fields if f.metadata["kind"] is not None]
-    static = [f.name for f in fields if f.metadata["kind"] is None]
-    register_dataclass(cls, data_fields=data, meta_fields=static)
-    return cls
+    return dataclasses.field(default=default, metadata={"kind": kind, "static": kind is None})
