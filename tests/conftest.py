@@ -141,3 +141,22 @@ def hf(directory: Path):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def loaded_once(
+    directory: Path, adapter: LlamaAttentionAdapter, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a document loads SmolLM2 as it is, it gets the suite's: half a gigabyte each, in a process that has both already."""
+    own = Llama.from_pretrained
+
+    def from_pretrained(source: Any, dtype: Any = "auto", **options: Any) -> Any:
+        shared = Path(source).resolve() == directory.resolve() and dtype in ("auto", "float32") and not options
+        return adapter.model if shared else own(source, dtype, **options)
+
+    monkeypatch.setattr(Llama, "from_pretrained", from_pretrained)
+    if request.node.get_closest_marker("torch"):
+        from transformers import AutoModelForCausalLM
+
+        hf = request.getfixturevalue("hf")
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda source, dtype: hf)

@@ -16,7 +16,7 @@ except ImportError:  # Windows
 
 # What a process may hold before it lets go of its programs: of memory, and of memory maps, of which Linux gives a process
 # 65,530, beyond which XLA's compiler crashes.
-MOST_MEMORY, MOST_MAPS = 2.0, 30_000
+MOST_MEMORY, MOST_MAPS = 2.2, 30_000
 PROCESS = Path("/proc/self")
 
 

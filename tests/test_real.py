@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .margins import assert_leads
 from .prompts import FRANCE, IOI, PROMPTS
-from .tolerances import assert_parity, parity
+from .tolerances import assert_parity, beyond, parity
 
 pytestmark = pytest.mark.real
 
@@ -80,7 +81,14 @@ def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf,
     tokens, mask = np.array([0] * padding + ids), np.arange(padding + len(ids)) >= padding
     assert len(ids) >= 90 or number != 4
     out = forward(adapter.model, tokens, capture=tuple(SITES), mask=mask if padding else None)
-    assert_parity(parity(out.activations, out.logits, reference_sites(hf, tokens, mask if padding else None), mask))
+    real = mask if padding else None
+    errors = parity(out.activations, out.logits, reference_sites(hf, tokens, real), mask)
+    if noisy := beyond(
+        errors
+    ):  # rounding of Hugging Face's own is in these too: the same bound, from its code in float64
+        exact = parity(out.activations, out.logits, reference_sites(copy.deepcopy(hf).double(), tokens, real), mask)
+        errors |= {site: exact[site] for site in noisy}
+    assert_parity(errors)
 
 
 @pytest.mark.numerical
@@ -113,7 +121,7 @@ def test_patching_a_whole_run_moves_the_answer(adapter: LlamaAttentionAdapter) -
 
 
 def test_the_readmes_example_runs(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    loaded_once: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
     monkeypatch.chdir(ROOT)

@@ -89,8 +89,12 @@ def record(errors: dict[str, float]) -> None:
             lines.write(json.dumps(errors) + "\n")
 
 
+def beyond(errors: dict[str, float]) -> dict[str, float]:
+    """Those that are not within the contract's bounds."""
+    return {site: error for site, error in errors.items() if not error <= (LOGITS if site == "logits" else ROW)}
+
+
 def assert_parity(errors: dict[str, float]) -> None:
     """That every site and the logits are within the contract's bounds."""
     record(errors)
-    wrong = {site: error for site, error in errors.items() if not error <= (LOGITS if site == "logits" else ROW)}
-    assert not wrong, wrong
+    assert not beyond(errors), beyond(errors)
