@@ -20,12 +20,17 @@ MOST_MEMORY, MOST_MAPS = 2.2, 30_000
 PROCESS = Path("/proc/self")
 
 
-def let_go() -> None:
-    """Compiled programs, and what compiling left behind, which glibc keeps until it is told."""
-    jax.clear_caches()
+def trim() -> None:
+    """What nobody holds any more, which glibc keeps until it is told; most of it is left behind by compiling."""
     gc.collect()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
+    if sys.platform == "linux" and (give_back := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        give_back(0)
+
+
+def let_go() -> None:
+    """Compiled programs, and what compiling left behind."""
+    jax.clear_caches()
+    trim()
 
 
 def is_full() -> bool:
