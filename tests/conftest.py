@@ -34,8 +34,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps compiled programs in pytest's cache, so that what one process or run compiled is compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("xla")))
+    """Keeps compiled programs in pytest's cache, so that what one process or run compiled is compiled once.
+
+    The processor's features are part of JAX's key, so that what another one compiled is not taken for ours.
+    """
+    if cache := getattr(config, "cache", None):
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
