@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ from transformers import LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
+
+from . import memory
 
 NAME = "oculi_reference"
 
@@ -106,3 +110,13 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
         (causal & real[0].bool()[:, None]).numpy()[None, None].repeat(n, 0).repeat(hf.config.num_attention_heads, 1)
     )
     return {**sites, "logits": logits.float().numpy()}
+
+
+@contextmanager
+def in_float64(hf: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
+    """The float32 model itself in float64, since a copy would be a gigabyte; it goes there and back bit for bit."""
+    memory.let_go()
+    try:
+        yield hf.double()
+    finally:
+        hf.float()

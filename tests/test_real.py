@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import subprocess
@@ -74,7 +73,7 @@ def test_the_guides_shapes(adapter: LlamaAttentionAdapter) -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("number", range(len(PROMPTS)))
 def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf, number: int) -> None:
-    from .reference import reference_sites
+    from .reference import in_float64, reference_sites
 
     text, padding = PROMPTS[number]
     ids = adapter.tokenizer.encode(text)
@@ -86,7 +85,8 @@ def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf,
     if noisy := beyond(
         errors
     ):  # rounding of Hugging Face's own is in these too: the same bound, from its code in float64
-        exact = parity(out.activations, out.logits, reference_sites(copy.deepcopy(hf).double(), tokens, real), mask)
+        with in_float64(hf) as exact_hf:
+            exact = parity(out.activations, out.logits, reference_sites(exact_hf, tokens, real), mask)
         errors |= {site: exact[site] for site in noisy}
     assert_parity(errors)
 

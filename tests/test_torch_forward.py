@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -381,12 +380,13 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
 @pytest.mark.real
 def test_both_backends_are_as_near_to_float64_as_the_contract_asks_under_an_intervention(hf: Any, adapter: Any) -> None:
     """Without layer 3's MLP, which Hugging Face's own code in float64 does by a hook; the two are 4.2e-5 apart there."""
-    from .reference import reference_sites
+    from .reference import in_float64, reference_sites
 
     ids = np.array(adapter.tokenizer.encode("When Mary and John went to the store, John gave a drink to"))
-    exact = copy.deepcopy(hf).double()
-    exact.model.layers[3].mlp.down_proj.register_forward_hook(lambda module, given, out: out * 0)
-    want = reference_sites(exact, ids)
+    handle = hf.model.layers[3].mlp.down_proj.register_forward_hook(lambda module, given, out: out * 0)
+    with in_float64(hf) as exact:
+        want = reference_sites(exact, ids)
+    handle.remove()
     for model in (hf, adapter.model):
         out = forward(model, ids, Ablation("mlp_out", 3), capture=tuple(SITES))
         assert_parity(parity(out.activations, out.logits, want, np.ones(len(ids), bool)))
