@@ -36,7 +36,9 @@ def as_list(interventions: Any) -> list[Any]:
     if isinstance(interventions, Intervention | type):
         interventions = (interventions,)
     if not isinstance(interventions, list | tuple):
-        raise TypeError(f"interventions is a {type(interventions).__name__}; give an intervention or a list of interventions.")
+        raise TypeError(
+            f"interventions is a {type(interventions).__name__}; give an intervention or a list of interventions."
+        )
     for number, item in enumerate(interventions):
         if isinstance(item, type):
             raise TypeError(f"interventions[{number}] is the class {item.__name__}; give an instance of it.")
