@@ -384,9 +384,11 @@ def test_both_backends_are_as_near_to_float64_as_the_contract_asks_under_an_inte
 
     ids = np.array(adapter.tokenizer.encode("When Mary and John went to the store, John gave a drink to"))
     handle = hf.model.layers[3].mlp.down_proj.register_forward_hook(lambda module, given, out: out * 0)
-    with in_float64(hf) as exact:
-        want = reference_sites(exact, ids)
-    handle.remove()
+    try:
+        with in_float64(hf) as exact:
+            want = reference_sites(exact, ids)
+    finally:
+        handle.remove()
     for model in (hf, adapter.model):
         out = forward(model, ids, Ablation("mlp_out", 3), capture=tuple(SITES))
         assert_parity(parity(out.activations, out.logits, want, np.ones(len(ids), bool)))
