@@ -114,9 +114,19 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
 
 @contextmanager
 def in_float64(hf: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
-    """The float32 model itself in float64, since a copy would be a gigabyte; it goes there and back bit for bit."""
+    """The float32 model computing in float64: each part goes there for its own turn, and back bit for bit.
+
+    Either a copy or the whole model at once would be the most that a test process holds.
+    """
     memory.let_go()
+    handles = [hf.model.embed_tokens.register_forward_hook(lambda part, given, out: out.double())]
+    for part in (*hf.model.layers, hf.model.norm, hf.lm_head):
+        handles += [
+            part.register_forward_pre_hook(lambda part, given: (part.double(), None)[1]),
+            part.register_forward_hook(lambda part, given, out: (part.float(), None)[1]),
+        ]
     try:
-        yield hf.double()
+        yield hf
     finally:
-        hf.float()
+        for handle in handles:
+            handle.remove()

@@ -13,7 +13,11 @@ from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING
 
-WRITTEN = lambda a: [SpectraScaler(0, 1, a), Steer(1, np.ones(24), a, positions=[3, 12])]  # noqa: E731
+
+def written(a):
+    return [SpectraScaler(0, 1, a), Steer(1, np.ones(24), a, positions=[3, 12])]
+
+
 PROGRAMS = {
     "plain": lambda m, t, a: forward(m, t).logits,
     "capturing": lambda m, t, a: forward(m, t, capture=(CaptureSpec(("pattern", "z"), layers=[2]), "resid_post")).activations,
@@ -21,7 +25,7 @@ PROGRAMS = {
     "intervened": lambda m, t, a: forward(
         m, t, (HeadAblation(1, 2), SpectraScaler(0, 1, a), AttentionKnockout(2, 0, -1, 0), Steer(1, np.ones(24), a)), logits="last"
     ).logits,
-    "generation": lambda m, t, a: generate(m, t, 4, WRITTEN(a), stop_tokens=()),
+    "generation": lambda m, t, a: generate(m, t, 4, written(a), stop_tokens=()),
 }  # fmt: skip
 
 
@@ -35,7 +39,7 @@ def test_programs_export_for_every_platform_and_run(name: str) -> None:
 
     if name == "generation":  # tokens that no rounding changes
         text = [*map(int, prompt()), *map(int, program(leaves, prompt(), alpha))]
-        assert_leads(forward(model, text, WRITTEN(alpha)).logits[len(prompt()) - 1 : -1])
+        assert_leads(forward(model, text, written(alpha)).logits[len(prompt()) - 1 : -1])
     exported = export.export(jax.jit(program), platforms=("cpu", "cuda", "tpu"))(leaves, prompt(), alpha)
     assert {"cpu", "cuda", "tpu"} == set(exported.platforms) and exported.mlir_module()
     for got, want in zip(

@@ -82,9 +82,7 @@ def test_every_site_agrees_with_hugging_face(adapter: LlamaAttentionAdapter, hf,
     out = forward(adapter.model, tokens, capture=tuple(SITES), mask=mask if padding else None)
     real = mask if padding else None
     errors = parity(out.activations, out.logits, reference_sites(hf, tokens, real), mask)
-    if noisy := beyond(
-        errors
-    ):  # rounding of Hugging Face's own is in these too: the same bound, from its code in float64
+    if noisy := beyond(errors):  # Hugging Face's own rounding is in these too: the same bound, from its code in float64
         with in_float64(hf) as exact_hf:
             exact = parity(out.activations, out.logits, reference_sites(exact_hf, tokens, real), mask)
         errors |= {site: exact[site] for site in noisy}
