@@ -20,7 +20,7 @@ import numpy as np
 from sweeps import ROUNDS, Bench, seconds
 
 from oculi_jax import forward, plan, sweep
-from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.intervention import ActivationPatch, HeadAblation, PerLayer
 from oculi_jax.models.llama import Llama
 from oculi_jax.utils.tokens import load_tokenizer
 
@@ -103,7 +103,7 @@ def patching_row(bench: Bench) -> Row:
     clean = forward(bench.model, bench.clean, capture="resid_pre", logits="none").activations["resid_pre"]
     layers, positions = np.arange(n_layers)[:, None], np.arange(n_tokens)[None]
     least = sum(range(1, n_layers + 1)) * sum(range(1, n_tokens + 1))
-    patch = ActivationPatch("resid_pre", layers, clean, positions=positions)
+    patch = ActivationPatch("resid_pre", layers, PerLayer(clean), positions=positions)
     return sweep_row(bench, bench.corrupted, patch, least, None)
 
 

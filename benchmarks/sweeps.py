@@ -8,7 +8,6 @@ and its numbers are compared with ours on these; Hugging Face's are compared on 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from oculi_jax import forward, plan, sweep
+from oculi_jax.backends import jax as programs
 from oculi_jax.causal import activation_patching, attribution_patching
-from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.intervention import ActivationPatch, HeadAblation, PerLayer
 from oculi_jax.metrics import logit_difference
 from oculi_jax.models.llama import Llama
-from oculi_jax.replay import Base
 from oculi_jax.utils.tokens import load_tokenizer, to_single_token
 
 if TYPE_CHECKING:
@@ -277,25 +276,23 @@ def compile_row(bench: Bench) -> Row:
 
 def compiled_bytes(*arguments: Any, **options: Any) -> int:
     """The most bytes beside the model that a sweep's compiled programs hold, by the compiler's own account."""
-    module, held = sys.modules["oculi_jax.sweep"], []
-    programs = module.run_base, module.run_group
+    held: list[int] = []
+    own = programs.run_base, programs.run_variants
 
     def watched(program: Any) -> Any:
         def call(*given: Any, **settings: Any) -> Any:
             memory = program.lower(*given, **settings).compile().memory_analysis()
-            kept = sum(
-                x.nbytes for given_one in given if isinstance(given_one, Base) for x in jax.tree.leaves(given_one)
-            )
+            kept = sum(x.nbytes for x in jax.tree.leaves(settings.get("base")))
             held.append(memory.temp_size_in_bytes + memory.output_size_in_bytes + kept)
             return program(*given, **settings)
 
         return call
 
-    module.run_base, module.run_group = map(watched, programs)
+    programs.run_base, programs.run_variants = map(watched, own)
     try:
         sweep(*arguments, **options)
     finally:
-        module.run_base, module.run_group = programs
+        programs.run_base, programs.run_variants = own
     return max(held)
 
 
@@ -304,7 +301,7 @@ def memory_row(bench: Bench) -> Row:
     model, grid, metric = bench.model, HeadAblation.grid(bench.model.config), bench.metric
     captured = forward(model, bench.clean, capture="resid_pre", logits="none").activations["resid_pre"]
     layers, places = np.arange(len(captured))[:, None], np.arange(len(bench.clean))[None]
-    patches = ActivationPatch("resid_pre", layers, captured, positions=places)
+    patches = ActivationPatch("resid_pre", layers, PerLayer(captured), positions=places)
     long = np.resize(np.asarray(bench.prompt), 128)
     cases: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "heads": ((model, bench.prompt, grid, metric), {}),

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def on_device(value: Any) -> bool:
@@ -27,3 +28,9 @@ def as_array(value: Any) -> Any:
 
 def listing(shape: Sequence[object]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def under_trace(values: Any = ()) -> bool:
+    """Whether this runs inside a trace (`jit`, `vmap`, `grad`), where nothing can be read; or one of the values is of one."""
+    # What is put on a device inside jit is a tracer, even if none of the values is.
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((values, jax.device_put(np.int32(0)))))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .sites import SITES, Site, unknown_site
+from .sites import Site, site_of
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -49,9 +49,9 @@ class Reading:
         lettered = enumerate(self.site.axes, start=int(self.site.layered))
         return tuple(i for i, letter in lettered if letter == "S" or (letter == "T" and self.positions is None))
 
-    def shape(self, config: LlamaConfig, n_tokens: int) -> tuple[int, ...]:
-        """The shape of the capture for a prompt of `n_tokens`."""
-        sizes = {**config.sizes, "T": n_tokens, "S": n_tokens}
+    def shape(self, config: LlamaConfig, n_tokens: int, n_keys: int | None = None) -> tuple[int, ...]:
+        """The shape of the capture of a run of `n_tokens` that look at `n_keys`; None for as many."""
+        sizes = {**config.sizes, "T": n_tokens, "S": n_tokens if n_keys is None else n_keys}
         inner = [sizes[letter] for letter in self.site.axes]
         if self.positions is not None:
             inner[self.site.axes.index("T")] = len(self.positions)
@@ -161,10 +161,12 @@ def readings_of(capture: Any, config: LlamaConfig, n_real: int) -> tuple[Reading
             layers = ()
             problems.append(str(error))
         for name in (spec.sites,) if isinstance(spec.sites, str) else tuple(spec.sites):
-            site = SITES.get(name) if isinstance(name, str) else None
-            if site is None:
-                problems.append(unknown_site(name))
-            elif name in readings:
+            try:
+                site = site_of(name, config.sites)
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            if name in readings:
                 problems.append(f"The site {name!r} is captured twice; name it once.")
             elif not site.layered and spec.layers is not None:
                 problems.append(f"The site {name!r} occurs once, outside the layers; capture it without layers.")

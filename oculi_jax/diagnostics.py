@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
 from .analysis.inputs import check_integer
-from .forward import find_model, forward, program, run
+from .backends import find_model, programs_of
 from .intervention.canonical import canonical
 from .intervention.frame import Frame
 from .pytrees import pytree
+from .run import forward
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -113,7 +114,7 @@ def head_scores(
     model = find_model(model)
     tokens = repeated_tokens(model.config, seed, n_sequences, length)
     interventions = canonical(interventions, Frame(model.config, model.dtype, tokens.shape[1], None))
-    if program(model, run) is run:
+    if programs_of(model).traceable:
         return _run(model, tokens, interventions)
     rows = [_scores(model, row, interventions, jax.jit(pattern_scores)) for row in tokens]  # torch runs this one
     return _summary({name: jnp.stack([row[name] for row in rows]) for name in rows[0]}, tokens)

@@ -16,8 +16,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .arrays import as_array, listing, on_device
-from .bootstrap import Interval, bootstrap
 from .capture import at_positions
+from .intervals import Interval, bootstrap
 from .output import Output
 from .pytrees import pytree, static
 
@@ -181,6 +181,53 @@ class CrossEntropy(Metric):
 
     def of(self, logits: Float[Array, "N V"]) -> Float[Array, ""]:
         return -jnp.mean(_log_probabilities(logits, self.continuation))
+
+
+def check_metric(metric: Any, vocab_size: int, tokens: Any, mask: Any) -> tuple[Any, tuple[bool, ...]]:
+    """A metric as a pytree, and for each of its leaves whether it leads with the prompts `[B, T]`."""
+    if not callable(metric):
+        raise TypeError(
+            f"metric is a {type(metric).__name__}; give one of oculi_jax.metrics, or a function of an Output."
+        )
+    is_maker = getattr(metric, "__module__", None) == Metric.__module__ and not isinstance(metric, Metric)
+    if isinstance(metric, type) or is_maker:
+        name = getattr(metric, "__name__", "a class")
+        raise TypeError(f"metric is {name} itself, which makes a metric: call it with token ids, {name}(…).")
+    if not isinstance(metric, Metric):
+        if jax.tree_util.all_leaves([metric]):  # a function is no pytree: it goes into the program by name
+            try:
+                hash(metric)
+            except TypeError:
+                raise TypeError(
+                    f"metric is a {type(metric).__name__} that cannot be hashed, and programs are kept by their metric: give a "
+                    "function, a frozen dataclass of plain values, or make the class a pytree with oculi_jax.metrics.pytree."
+                ) from None
+            metric = jax.tree_util.Partial(metric)
+        return metric, (False,) * len(jax.tree.leaves(metric))
+    leads = tuple(axis == 0 for axis in jax.tree.leaves(metric.per_prompt(), is_leaf=lambda axis: axis is None))
+    n_prompts, n_tokens = tokens.shape
+    shortest = n_tokens if mask is None or on_device(mask) else int(mask.sum(axis=1).min())
+    if wrong := [p for p in metric.positions if not -shortest <= p < shortest]:
+        raise ValueError(
+            f"The metric reads positions {wrong}, and the prompt has {shortest} tokens: positions are 0 to {shortest - 1}, or "
+            f"−1 to −{shortest} from the end."
+        )
+    metric.check(vocab_size)
+    leading = {np.shape(x)[0] for x, lead in zip(jax.tree.leaves(metric), leads, strict=True) if lead}
+    if leading - {n_prompts}:
+        raise ValueError(
+            f"The metric has targets for {sorted(leading)[0]} prompts, and tokens holds {n_prompts}: give one target, or one "
+            "for each prompt."
+        )
+    return metric, leads
+
+
+def of_prompt(metric: Any, number: Any) -> Any:
+    """The metric of one prompt, of a metric with targets for several."""
+    if not isinstance(metric, Metric):
+        return metric
+    axes = metric.per_prompt()
+    return jax.tree.map(lambda axis, x: x if axis is None else x[number], axes, metric, is_leaf=lambda x: x is None)
 
 
 def logit_difference(a: Any, b: Any, position: int = -1) -> LogitDifference:

@@ -1,4 +1,4 @@
-"""Prompts as users give them (text, lists, arrays of any library) → one padded batch of ids on the host."""
+"""Prompts as users give them, checked: ids `[T]` or `[B, T]` of the functions; text, lists and arrays of the adapter."""
 
 from __future__ import annotations
 
@@ -6,10 +6,72 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from .arrays import as_array, listing, on_device
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
+
+
+def check_tokens(tokens: Any, vocab_size: int) -> Any:
+    """Ids `[T]` as int32, checked by value where the host can see them."""
+    if isinstance(tokens, str):
+        raise TypeError(
+            "tokens is text, and ids [T] are needed: encode it with the tokenizer, or give it to the adapter."
+        )
+    array = as_array(tokens)
+    if array.ndim != 1:
+        hint = " Map forward over a batch with jax.vmap." if array.ndim == 2 else ""
+        raise ValueError(f"tokens has shape {listing(array.shape)}, and one sequence [T] is needed.{hint}")
+    if array.shape[0] == 0:
+        raise ValueError("The prompt is empty: tokens has shape [0], and at least one token is needed.")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"tokens has dtype {array.dtype}, and integers are needed.")
+    if on_device(array):
+        return jax.lax.convert_element_type(array, np.int32)
+    wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
+    if wrong.size:
+        raise ValueError(
+            f"tokens[{wrong[0]}] is {array[wrong[0]]}, and this model's vocabulary has ids 0 to {vocab_size - 1}."
+        )
+    return array.astype(np.int32)
+
+
+def check_mask(mask: Any, n_tokens: int) -> Any:
+    """bool `[T]`, or None; checked by value where the host can see it."""
+    if mask is None:
+        return None
+    array = as_array(mask)
+    if array.shape != (n_tokens,):
+        raise ValueError(f"mask has shape {listing(array.shape)}, and tokens [{n_tokens}].")
+    if array.dtype != bool:
+        raise TypeError(f"mask has dtype {array.dtype}, and bool is needed: True at real tokens.")
+    if not on_device(array) and not array.any():
+        raise ValueError("mask is False everywhere: there is no real token.")
+    return array
+
+
+def check_prompts(config: LlamaConfig, tokens: Any, mask: Any) -> tuple[Any, Any, bool]:
+    """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
+    given = tokens if isinstance(tokens, str) else as_array(tokens)
+    if isinstance(given, str) or given.ndim != 2:
+        tokens = check_tokens(tokens, config.vocab_size)[None]
+        mask = check_mask(mask, tokens.shape[1])
+        return tokens, None if mask is None else mask[None], True
+    if not len(given):
+        raise ValueError("tokens has shape [0, T]: there is no prompt.")
+    rows = [check_tokens(row, config.vocab_size) for row in given]
+    xp = jnp if any(map(on_device, rows)) else np
+    if mask is not None:
+        masks = as_array(mask)
+        if masks.shape != given.shape:
+            raise ValueError(f"mask has shape {listing(masks.shape)}, and tokens {listing(given.shape)}.")
+        checked = [check_mask(row, given.shape[1]) for row in masks]
+        mask = (jnp if on_device(masks) else np).stack(checked)
+    return xp.stack(rows), mask, False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -48,7 +49,7 @@ class Site:
 
 def _site(name: str, axes: str, meaning: str, *, layered: bool = True, guide: str = "", aliases: str = "") -> Site:
     dtype = "bool" if name == "allowed" else "float32" if name == "scores" or name.endswith("_scale") else "model"
-    return Site(name, tuple(axes.split()), meaning, layered, guide, tuple(aliases.split()), dtype)
+    return Site(name, tuple(axes.split()), meaning, layered, guide=guide, aliases=tuple(aliases.split()), dtype=dtype)
 
 
 SITES: dict[str, Site] = {
@@ -126,6 +127,19 @@ def find_site(name: str) -> tuple[Site, int | None]:
         for alias in site.aliases:
             if match := re.fullmatch(re.escape(alias).replace(r"\{\}", r"(\d+)"), name):
                 return site, int(match[1]) if match.groups() else None
+    raise ValueError(unknown_site(name))
+
+
+def site_of(name: object, sites: Mapping[str, Site]) -> Site:
+    """The site of exactly that name among a model's own (`config.sites`).
+
+    Raises:
+        ValueError: there is none, or this model has none of that name.
+    """
+    if isinstance(name, str) and name in sites:
+        return sites[name]
+    if isinstance(name, str) and name in SITES:
+        raise ValueError(f"This model has no site {name!r}; it has {', '.join(sites)}.")
     raise ValueError(unknown_site(name))
 
 

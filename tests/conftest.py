@@ -126,8 +126,9 @@ def scripts() -> Iterator[Callable[[str], ModuleType]]:
 def oculi_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     """Runs the command line in this process: arguments → exit code, standard output, standard error."""
     from oculi_jax import cli
+    from oculi_jax.cli import common
 
-    monkeypatch.setattr(cli.common, "keep_programs", lambda: None)  # a setting of the whole process
+    monkeypatch.setattr(common, "keep_programs", lambda: None)  # a setting of the whole process
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["oculi", *arguments])

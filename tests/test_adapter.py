@@ -103,14 +103,11 @@ def test_logit_capture_is_the_lens(positions: list[int] | None) -> None:
 
 
 def test_top_k_never_holds_the_whole_vocabulary() -> None:
-    from oculi_jax.adapter import adapter
+    from oculi_jax.backends.jax import lens
 
     model = tiny_llama(vocab_size=4096, num_hidden_layers=8)
-    config = LogitConfig(top_k=3)
-    from oculi_jax.capture import readings_of
-
-    wanted = (("logits", readings_of(config.specs(), model.config, 16)),)
-    lowered = adapter.captured.lower(model, prompt(16), np.ones(16, bool), (), None, None, (), wanted, 3, "float32")
+    keep = ("normalized", "log_normalizer", "top_k_logits", "top_k_indices")
+    lowered = lens.lower(model, np.zeros((8, 16, 24), np.float32), keep, top_k=3)
     memory = lowered.compile().memory_analysis()
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 8 * 16 * 4096 * 4 / 2
 

@@ -163,8 +163,8 @@ def test_an_edit_of_the_stream_is_a_term_of_its_own(pre: int, mid: int, post: in
     model, tokens = tiny_llama(), prompt()
     edits = [
         Steer(pre, VECTOR),
-        Edit("resid_mid", "add", mid, value=-2 * VECTOR),
-        Edit("resid_post", "add", post, value=4 * VECTOR),
+        Edit("resid_mid", "add", mid, value=-2 * VECTOR[None]),
+        Edit("resid_post", "add", post, value=4 * VECTOR[None]),
     ]
     parts = captures(model, tokens, edits)
     want = np.zeros(3)
@@ -181,12 +181,12 @@ def test_an_edit_of_the_stream_is_a_term_of_its_own(pre: int, mid: int, post: in
 def test_edits_at_the_ends_of_the_stream() -> None:
     model, tokens = tiny_llama(), prompt()
     unembed = np.float64(model.lm_head.weight[TOKEN])
-    parts = captures(model, tokens, Edit("final_norm", "add", None, value=VECTOR))
+    parts = captures(model, tokens, Edit("final_norm", "add", None, value=VECTOR[None]))
     for result in all_four(model, parts).values():
         np.testing.assert_allclose(result.details["norm_edit"], VECTOR @ unembed, rtol=ROUTES)
         assert abs(float(result.completeness_error)) < ROUTES and np.abs(result.details["edits"]).max() < ROUNDING
     # Of the scale and the embedding nothing is left over: the parts are counted as they were used.
-    edits = [Edit("final_scale", "set", None, value=0.7), Edit("embed", "add", None, value=VECTOR)]
+    edits = [Edit("final_scale", "set", None, value=0.7), Edit("embed", "add", None, value=VECTOR[None])]
     parts = captures(model, tokens, edits)
     embedding = (model.embed[tokens[-1]] + VECTOR) @ gain_of(model, parts[1], -1)
     for result in all_four(model, parts).values():
@@ -197,7 +197,7 @@ def test_edits_at_the_ends_of_the_stream() -> None:
 
 def test_what_no_head_made_is_the_heads_error() -> None:
     model = tiny_llama()
-    parts = captures(model, prompt(), Edit("attn_out", "add", 1, value=VECTOR))
+    parts = captures(model, prompt(), Edit("attn_out", "add", 1, value=VECTOR[None]))
     results = all_four(model, parts)
     want = -VECTOR @ gain_of(model, parts[1], -1)
     # A small number, left over of a sum of large ones, whose rounding is theirs.
@@ -208,7 +208,7 @@ def test_what_no_head_made_is_the_heads_error() -> None:
 
 @pytest.mark.parametrize("layers", [(0, 2), (2, 1)])
 def test_some_layers_are_rows_of_all_and_the_error_is_what_the_others_add(layers: tuple[int, ...]) -> None:
-    model, tokens, edit = tiny_llama(), prompt(), Edit("resid_mid", "add", 1, value=VECTOR)
+    model, tokens, edit = tiny_llama(), prompt(), Edit("resid_mid", "add", 1, value=VECTOR[None])
     full, some = captures(model, tokens, edit), captures(model, tokens, edit, layers=layers)
     rows = np.array(layers)
     others = np.setdiff1d(range(3), rows)

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from oculi_jax import CaptureSpec, forward
-from oculi_jax.causal import attribution
+from oculi_jax.causal import attribution, verify
 from oculi_jax.causal.attribution import AttributionResult, attribution_patching
 from oculi_jax.causal.verification import Verification
 from oculi_jax.intervention import ActivationPatch, Edit
@@ -140,7 +140,7 @@ def test_it_is_zero_where_the_prompts_are_one():
     assert all((np.asarray(x) == 0).all() for x in same.values.values())
     near(same.clean, same.corrupted)
     with pytest.raises(ValueError, match="the two runs are the same"):
-        same.verify()
+        verify(same, MODEL, CLEAN, CLEAN, METRIC)
 
 
 # Rows of a batch, each with its own targets: unpadded, padded on the left, padded on the right.
@@ -229,8 +229,8 @@ def test_it_is_a_pytree_and_inlines_under_jit_and_vmap(every):
     near(found.values["z"][1], attribution_patching(MODEL, CLEAN, corrupted[1], METRIC).values["z"])
     assert len(jax.tree.leaves(found)) == 3  # no model in it, that vmap would copy
     assert repr(found) == f"AttributionResult(z [2, {LAYERS}, {HEADS}, {T}], clean [2], corrupted [2])"
-    with pytest.raises(ValueError, match="left its model"):
-        found.verify(prompt=0)
+    verified = verify(found, MODEL, np.stack([CLEAN] * 2), corrupted, METRIC, prompt=1, top=2, sample=0, progress=False)
+    assert [place(e) for e in verified.entries] == [place(e) for e in found.top(2, prompt=1)]
 
 
 def test_half_precision_gives_float32():
@@ -285,7 +285,9 @@ def test_verification_is_what_loops_of_single_patches_find():
     """Of all entries where the prompts differ; the model is far from linear, so that there are wrong signs and missed ones."""
     found = attribution_patching(MODEL, CLEAN, CORRUPTED, log_probability(3))
     done: list[tuple[int, int]] = []
-    verified = found.verify(top=8, sample=1000, progress=lambda *n: done.append(n))
+    verified = verify(
+        found, MODEL, CLEAN, CORRUPTED, log_probability(3), top=8, sample=1000, progress=lambda *n: done.append(n)
+    )
     n = LAYERS * HEADS * (T - 2)
     assert {place(e) for e in verified.entries} == set(np.ndindex(LAYERS, HEADS, T)) - set(np.ndindex(LAYERS, HEADS, 2))
     assert [e["top"] for e in verified.entries] == [True] * 8 + [False] * (n - 8)
@@ -304,7 +306,8 @@ def test_verification_is_what_loops_of_single_patches_find():
 
 def test_the_sample_is_drawn_by_its_seed():
     found = attribution_patching(MODEL, CLEAN, CORRUPTED, METRIC)
-    draws = [found.verify(2, 6, seed, progress=False).entries for seed in (0, 0, 1)]
+    given = MODEL, CLEAN, CORRUPTED, METRIC
+    draws = [verify(found, *given, top=2, sample=6, seed=seed, progress=False).entries for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert [place(e) for e in draws[0][:2]] == [place(e) for e in draws[2][:2]]
     assert all(len(draw) == 8 == len({place(e) for e in draw}) for draw in draws)
@@ -314,17 +317,19 @@ def test_sites_of_every_kind_verify(moved):
     """Together: each exact effect is what adding the whole of clean − corrupted gives."""
     kinds = ("attn_scale", "k", "scores", "final_scale")
     found = attribution_patching(MODEL, CLEAN, CORRUPTED, METRIC, kinds)
-    verified = found.verify(top=10, sample=40, progress=False)
+    verified = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=10, sample=40, progress=False)
     assert {e["site"] for e in verified.entries} >= set(kinds) - {"final_scale"}
     for entry in verified.entries:
         near(entry["exact"], moved(entry, 1.0) - moved(entry, 0.0), err_msg=str(entry))
-    alone = found.verify(top=5, sample=5, site="final_scale", progress=False).entries
+    alone = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=5, sample=5, site="final_scale", progress=False).entries
     assert len(alone) == 1  # the metric is linear there
     near(alone[0]["exact"], alone[0]["estimate"])
 
 
 def test_one_prompt_of_several_is_verified_under_its_own_mask_and_targets(batch):
-    verified = batch.verify(top=3, sample=5, site="z", prompt=1, progress=False)
+    verified = verify(
+        batch, MODEL, *ROWS, logit_difference(A, B), mask=MASK, top=3, sample=5, site="z", prompt=1, progress=False
+    )
     assert [place(e) for e in verified.entries[:3]] == [place(e) for e in batch.top(3, "z", prompt=1)]
     exact = effects(MODEL, ROWS[0, 1], ROWS[1, 1], logit_difference(A[1], B[1]), verified.entries, MASK[1])
     near([e["exact"] for e in verified.entries], exact)
@@ -367,8 +372,10 @@ def test_what_cannot_be_is_refused(changes, error, words):
         (lambda r: r.top(-1), "n is -1"),
         (lambda r: r.top(site="q_in"), "no values of 'q_in'"),
         (lambda r: r.top(prompt=0), "one pair of prompts"),
-        (lambda r: r.verify(top=2.5), "top is 2.5"),
-        (lambda r: r.verify(top=0, sample=0), "nothing to verify"),
+        (lambda r: verify(r, MODEL, CLEAN, CORRUPTED, METRIC, top=2.5), "top is 2.5"),
+        (lambda r: verify(r, MODEL, CLEAN, CORRUPTED, METRIC, top=0, sample=0), "nothing to verify"),
+        (lambda r: verify(r, MODEL, ROWS[0], ROWS[1], METRIC, mask=MASK), "of 1 pair"),
+        (lambda r: verify(r, MODEL, CLEAN, CORRUPTED[:-1], METRIC), "give its own"),
     ],
 )
 def test_questions_that_make_no_sense_are_refused(every, call, words):
@@ -390,7 +397,7 @@ def test_on_the_real_model_it_finds_the_heads_that_patching_finds(adapter):
     order = np.argsort(-np.abs(heads), axis=None)[:4]
     assert {divmod(int(i), 9) for i in order} == {(23, 3), (29, 1), (24, 4), (29, 0)}
     assert heads[23, 3] > 0.5 and heads[29, 1] > 0.2 and heads[24, 4] < 0 and heads[29, 0] < 0
-    verified = found.verify(top=4, sample=4, progress=False)
+    verified = verify(found, adapter.model, clean, corrupted, metric, top=4, sample=4, progress=False)
     exact = effects(adapter.model, clean, corrupted, metric, verified.entries)
     np.testing.assert_allclose([e["exact"] for e in verified.entries], exact, atol=1e-3)
     assert not verified.missed and not verified.sign_errors

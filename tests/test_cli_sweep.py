@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -14,6 +13,8 @@ import numpy as np
 import pytest
 
 from oculi_jax import forward
+from oculi_jax.cli import patch as patch_command
+from oculi_jax.cli import sweep as sweep_command
 from oculi_jax.cli.effects import column, strongest
 from oculi_jax.intervention import ActivationPatch, HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
@@ -44,15 +45,12 @@ class Words:
         return "".join(self.words[i] for i in ids)
 
 
-MODULES = [sys.modules[f"oculi_jax.cli.{command}"] for command in ("sweep", "patch")]
-
-
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path) -> Callable:
     """Runs a command on a tiny model: its arguments → its lines, and the figure that it drew."""
     adapter = LlamaAttentionAdapter(MODEL(), Words())
     figures: list[Any] = []
-    for module in MODULES:
+    for module in (patch_command, sweep_command):
         monkeypatch.setattr(module, "open_adapter", lambda *given: adapter)
         monkeypatch.setattr(module, "save_picture", lambda figure, path: figures.append(figure))
 
@@ -307,7 +305,7 @@ def test_oculi_patch_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Pa
 def test_mistakes_are_one_line_and_code_2(
     trained, monkeypatch, tmp_path: Path, oculi_here, arguments, message: str
 ) -> None:
-    for module in MODULES:
+    for module in (patch_command, sweep_command):
         monkeypatch.setattr(module, "open_adapter", lambda *given: trained)
     code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from oculi_jax import doctor, utils
+from oculi_jax import trust, utils
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 from oculi_jax.utils import devices
 
@@ -29,16 +29,16 @@ def test_errors_are_of_rows() -> None:
         "allowed": np.array([[[[True]]], [[[True]]]]),
         "logits": np.eye(2),
     }
-    found = doctor._errors(got, want)
+    found = trust._errors(got, want)
     assert found["resid_pre"].tolist() == [0.25] and found["logits"].tolist() == [0.0]
     assert found["allowed"].tolist() == [0.0, np.inf]
     got["logits"] = np.array([[1.0, np.nan], [0.0, 1.0]])
-    assert doctor._errors(got, want)["logits"].tolist() == [np.inf]
+    assert trust._errors(got, want)["logits"].tolist() == [np.inf]
 
 
 def test_without_torch_there_is_no_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "has_torch", lambda: False)
-    assert doctor.devices() == []
+    monkeypatch.setattr(trust, "has_torch", lambda: False)
+    assert trust.devices() == []
     monkeypatch.setattr(devices.sys, "platform", "darwin")
     monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
     monkeypatch.setattr(devices, "has_torch", lambda: False)
@@ -103,7 +103,7 @@ def test_a_model_to_recommend_for_is_counted_or_refused() -> None:
 @pytest.mark.torch
 def test_what_is_sound_passes() -> None:
     for dtype in ("float32", "float16", "bfloat16"):
-        found = doctor.examine(dtype=dtype)
+        found = trust.examine(dtype=dtype)
         assert (
             found.verdict == "good"
             and found.sentence.startswith(f"cpu (torch) in {dtype}")
@@ -115,7 +115,7 @@ def test_what_is_sound_passes() -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_what_is_broken_is_named_where_it_begins(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     own, calls = network.F.silu, []
 
@@ -124,19 +124,19 @@ def test_what_is_broken_is_named_where_it_begins(monkeypatch: pytest.MonkeyPatch
         return own(x) * (1.5 if len(calls) % 4 == 3 else 1)
 
     monkeypatch.setitem(network.ACTIVATIONS, "silu", broken)
-    found = doctor.examine(dtype=dtype)
+    found = trust.examine(dtype=dtype)
     assert len(calls) == 8 and found.verdict == "wrong" and "first at gate_act of layer 2" in found.sentence
     assert found.errors["gate_act"][2] == pytest.approx(0.5, abs=0.01)
     assert max(found.excess["up"][:3]) <= 1
 
     monkeypatch.setattr(network, "_rotate", lambda x, layout: x * float("nan"))
-    assert "first at q of layer 0, with values that are not finite" in doctor.examine(dtype=dtype).sentence
+    assert "first at q of layer 0, with values that are not finite" in trust.examine(dtype=dtype).sentence
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_single_row_that_is_wrong_is_found_in_half_precision(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     own, calls = network._rotate, []
 
@@ -148,7 +148,7 @@ def test_a_single_row_that_is_wrong_is_found_in_half_precision(monkeypatch: pyte
         return out
 
     monkeypatch.setattr(network, "_rotate", broken)
-    found = doctor.examine(dtype=dtype)
+    found = trust.examine(dtype=dtype)
     assert (
         len(calls) == 16
         and found.verdict == "wrong"
@@ -158,43 +158,41 @@ def test_a_single_row_that_is_wrong_is_found_in_half_precision(monkeypatch: pyte
 
 @pytest.mark.torch
 def test_less_precision_is_told_from_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     own = network._rotate
     monkeypatch.setattr(network, "_rotate", lambda x, layout: own(x, layout) * 1.0001)
-    found = doctor.examine()
+    found = trust.examine()
     assert found.verdict == "rough" and "less precise arithmetic" in found.sentence
 
     def missing(x: Any, layout: Any) -> Any:
         raise NotImplementedError("The operator 'aten::rope' is not currently implemented for the MPS device.")
 
     monkeypatch.setattr(network, "_rotate", missing)
-    found = doctor.examine()
+    found = trust.examine()
     assert found.verdict == "failed" and "'aten::rope' is not currently implemented" in found.sentence
 
 
 @pytest.mark.torch
 def test_what_overflows_is_not_called_good(tmp_path: Any) -> None:
-    model = Llama.from_pretrained(doctor.embedded_directory())
+    model = Llama.from_pretrained(trust.embedded_directory())
     model.layers.mlp.down.weight[...] = model.layers.mlp.down.weight[...].at[2].multiply(2e4)
     model.save_pretrained(tmp_path)
-    found = doctor.examine(tmp_path, dtype="float16")
+    found = trust.examine(tmp_path, dtype="float16")
     assert (
         found.verdict == "wrong"
         and "overflows in float16, on the CPU too, first at mlp_out of layer 2" in found.sentence
     )
-    assert doctor.examine(tmp_path).verdict == "good"
+    assert trust.examine(tmp_path).verdict == "good"
 
 
 @pytest.mark.torch
 def test_fused_attention_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     monkeypatch.setattr(network, "_fused", lambda q, k, v, layout: q * 0)
-    found = doctor.examine()
-    assert (
-        found.verdict == "wrong" and f"first at {doctor.ALONE}" in found.sentence and found.errors["logits"][0] < 1e-4
-    )
+    found = trust.examine()
+    assert found.verdict == "wrong" and f"first at {trust.ALONE}" in found.sentence and found.errors["logits"][0] < 1e-4
 
 
 @pytest.mark.torch
@@ -205,46 +203,46 @@ def test_what_cannot_be_loaded_there_is_a_finding(monkeypatch: pytest.MonkeyPatc
         raise TypeError("BFloat16 is not supported on MPS")
 
     monkeypatch.setattr(TorchLlama, "from_arrays", refuse)
-    found = doctor.examine()
+    found = trust.examine()
     assert found.verdict == "failed" and "BFloat16 is not supported" in found.sentence
     monkeypatch.setattr("oculi_jax.backends.torch.devices.there", lambda: ["cpu"])  # wherever this runs
     with pytest.raises(ValueError, match="torch has cpu here"):
-        doctor.examine(device="mps")
+        trust.examine(device="mps")
 
 
 @pytest.mark.torch
 def test_the_adapter_warns_once_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from oculi_jax.backends.torch import TorchLlama, network
 
-    model = Llama.from_pretrained(doctor.embedded_directory(), backend="torch", device="cpu")
-    examine = doctor.examine
+    model = Llama.from_pretrained(trust.embedded_directory(), backend="torch", device="cpu")
+    examine = trust.examine
     asked = []
 
-    def on_cpu(source: Any, backend: str, device: str) -> doctor.Finding:
+    def on_cpu(source: Any, backend: str, device: str) -> trust.Finding:
         asked.append(device)
         return examine(source, backend, "cpu")
 
-    monkeypatch.setattr(doctor, "examine", on_cpu)
+    monkeypatch.setattr(trust, "examine", on_cpu)
     LlamaAttentionAdapter(model)
     assert not asked
     with monkeypatch.context() as patch:
         patch.setattr(TorchLlama, "device", SimpleNamespace(type="mps"))
         own = network._rotate
         patch.setattr(network, "_rotate", lambda x, layout: -own(x, layout) * 2)
-        doctor._short.cache_clear()
+        trust._short.cache_clear()
         with pytest.warns(RuntimeWarning, match=r"is WRONG, first at q of layer 0.*oculi doctor"):
             LlamaAttentionAdapter(model)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             LlamaAttentionAdapter(model)
     assert asked == ["mps"]
-    doctor._short.cache_clear()
+    trust._short.cache_clear()
 
 
 @pytest.mark.torch
 def test_the_command(oculi_here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     from oculi_jax.backends.torch import devices as of_torch
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     monkeypatch.setattr(of_torch, "there", lambda: ["cpu"])  # wherever this runs
     code, out, err = oculi_here("doctor", "--dtype", "bfloat16", "--device", "cpu")
@@ -262,6 +260,6 @@ def test_the_command(oculi_here: Callable[..., tuple[int, str, str]], monkeypatc
     monkeypatch.setattr(network, "_rotate", lambda x, layout: -own(x, layout) * 2)
     code, out, _ = oculi_here("doctor")
     assert code == 1 and "is WRONG, first at q of layer 0" in out and "✗" in out.partition(":\n")[2]
-    monkeypatch.setattr(doctor, "has_torch", lambda: False)
+    monkeypatch.setattr(trust, "has_torch", lambda: False)
     code, out, _ = oculi_here("doctor")
     assert code == 0 and "there is nothing to compare" in out

@@ -14,12 +14,13 @@ from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     Edit,
     HeadAblation,
-    HeadMask,
     InterventionContext,
     KScaler,
+    PerLayer,
     QScaler,
     SpectraScaler,
     Steer,
@@ -81,7 +82,7 @@ LONGER = np.pad(PATCH, ((0, N), (0, 0)), constant_values=1.0)
 CASES: dict[str, tuple[Any, ...]] = {
     "none": ((),),
     "head": (HeadAblation(1, 2),),
-    "head mask": (HeadMask(KEEP, MEAN),),
+    "head mask": (Blend("z", KEEP, PerLayer(MEAN)),),
     "queries": (QScaler(0, 3, 4.0),),
     "keys": (KScaler(1, 1, -3.0),),
     "spectra": (SpectraScaler(2, 0, 5.0),),
@@ -89,7 +90,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     "steer in the new tokens": (Steer(1, VECTOR, 2.0, positions=[8, 9, 12]), Steer(1, VECTOR, 2.0, positions=at(8, 9, 12))),
     "direction": (DirectionAblation("resid_post", 0, VECTOR),),
     "patch": (ActivationPatch("resid_mid", 1, PATCH), ActivationPatch("resid_mid", 1, LONGER, positions=FIRST)),
-    "direction of every token": (DirectionAblation("resid_pre", 1, PATCH), DirectionAblation("resid_pre", 1, LONGER, positions=FIRST)),
+    "a run in some layers": (
+        ActivationPatch("resid_pre", [1, 2], PerLayer(np.stack([PATCH] * L))),
+        ActivationPatch("resid_pre", [1, 2], PerLayer(np.stack([LONGER] * L)), positions=FIRST),
+    ),
     "dense": (Edit("mlp_out", "add", None, value=np.stack([PATCH] * L)),
               Edit("mlp_out", "add", None, np.stack([FIRST] * L)[:, :, None], np.stack([LONGER] * L))),
     "mask": (Edit("attn_out", "scale", 0, FIRST[:T, None], 3.0), Edit("attn_out", "scale", 0, FIRST[:, None], 3.0)),
@@ -99,7 +103,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     "subspace": (Edit("resid_mid", "apply", 1, True, np.linalg.qr(RNG.normal(size=(E, T)))[0].T.astype(np.float32), outside),),
     "subspace as long as the text": (Edit("resid_mid", "apply", 1, True, np.linalg.qr(RNG.normal(size=(E, T + N)))[0].T.astype(np.float32), outside),),
     "pair": (Edit("resid_mid", "apply", 1, True, (VECTOR.astype(np.float32), np.float32(2.0)), lambda x, v: x + (v[1] * v[0])[None]),),
-    "norm": (Edit("final_norm", "scale", None, value=RNG.normal(size=E)),),
+    "norm": (Edit("final_norm", "scale", None, value=RNG.normal(size=(1, E))),),
     "several": ([HeadAblation(0, 0), Steer(2, VECTOR)],),
 }  # fmt: skip
 PLAIN = slow(())
@@ -143,7 +147,9 @@ def test_every_kind_of_attention_and_of_rotation(rope: str) -> None:
 def test_an_array_along_a_prompt_of_one_token_leaves_the_new_ones_alone() -> None:
     one = IDS[:1]
     own = forward(MODEL, one, capture="resid_pre").activations["resid_pre"]  # [L, 1, E]
-    np.testing.assert_array_equal(generate(MODEL, one, N, ActivationPatch("resid_pre", 1, own)), slow((), ids=one))
+    np.testing.assert_array_equal(
+        generate(MODEL, one, N, ActivationPatch("resid_pre", 1, PerLayer(own))), slow((), ids=one)
+    )
     edit = Edit("attn_out", "scale", 0, np.array([[True]]), 9.0)
     np.testing.assert_array_equal(
         generate(MODEL, one, N, edit), slow(Edit("attn_out", "scale", 0, (np.arange(N + 1) < 1)[:, None], 9.0), ids=one)
@@ -171,7 +177,7 @@ def test_variants_are_their_single_runs() -> None:
     assert len({tuple(map(int, row)) for row in together}) > 1
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(3, E)) * 4
-    several = generate(MODEL, IDS, N, [Steer(np.array([0, 1, 2]), vectors[:, None], 2.0), HeadAblation(0, 1)])
+    several = generate(MODEL, IDS, N, [Steer(np.array([0, 1, 2]), vectors, 2.0), HeadAblation(0, 1)])
     for layer, row in enumerate(several):
         given = [Steer(layer, vectors[layer], 2.0), HeadAblation(0, 1)]
         single = generate(MODEL, IDS, N, given)
@@ -181,7 +187,7 @@ def test_variants_are_their_single_runs() -> None:
     shared = generate(MODEL, IDS, N, [pair, SpectraScaler(2, 0, np.array([1.0, 5.0]))])
     np.testing.assert_array_equal(shared[0], slow(pair))
     dense = Edit(
-        "mlp_out", "add", None, True, rng.normal(size=(L, E))
+        "mlp_out", "add", None, True, rng.normal(size=(L, 1, E))
     )  # leads with L, which is also how many variants there are
     rows = generate(MODEL, IDS, N, [dense, QScaler(0, 1, np.array([1.0, 2.0, 3.0]))])
     np.testing.assert_array_equal(rows[0], slow(dense))
@@ -192,11 +198,11 @@ def test_variants_are_their_single_runs() -> None:
     np.testing.assert_array_equal(sites[2], single)
 
 
-def test_variants_that_cannot_be_told_apart_are_refused() -> None:
-    with pytest.raises(ValueError, match="could be a whole run's capture, .* or hold one entry for each variant"):
+def test_axes_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Steer.layer \[3\], Steer.vector \[3, \d+\]"):
         generate(MODEL, IDS, N, Steer(np.array([2, 1, 0]), np.stack([PATCH] * 3), np.ones(3)))
-    with pytest.raises(ValueError, match=rf"one entry for each variant, write it as \[5, 1, {E}\]"):
-        generate(MODEL, IDS, N, Steer(1, np.ones((5, E)), np.ones(5)))
+    with pytest.raises(ValueError, match=r"Steer.vector \[5\], Steer.scale \[4\]"):
+        generate(MODEL, IDS, N, Steer(1, np.ones((5, E)), np.ones(4)))
     with pytest.raises(
         ValueError, match=r"do not broadcast together: SpectraScaler.layer \[2\], SpectraScaler.alpha \[3\]"
     ):

@@ -12,10 +12,10 @@ from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     Edit,
     HeadAblation,
-    HeadMask,
     KScaler,
     QScaler,
     SpectraScaler,
@@ -40,7 +40,7 @@ GRADIENTS = {
     "KScaler": lambda a: KScaler(1, 1, a),
     "Steer": lambda a: Steer(1, np.ones(E), a),
     "Edit": lambda a: Edit("act", "add", 1, value=a),
-    "HeadMask": lambda a: HeadMask(jnp.ones((L, H)).at[1, 2].set(a)),
+    "Blend": lambda a: Blend("z", jnp.ones((L, H)).at[1, 2].set(a)),
     "ActivationPatch": lambda a: ActivationPatch("z", 1, a, head=1),
     "DirectionAblation": lambda a: DirectionAblation("resid_mid", 1, jnp.ones(E).at[0].set(a)),
 }
@@ -70,7 +70,7 @@ def test_gradients_stay_finite_with_knockouts_scaling_and_padding_together(model
         edits = (
             AttentionKnockout(0, 1, query=0, key=0), SpectraScaler(1, 2, alpha), KScaler(2, 0, alpha),
             DirectionAblation("resid_mid", 1, direction), HeadAblation(1, 1),
-            Edit("act", "apply", 2, mask=np.arange(40) < 4, value=alpha, fn=lambda x, v: jnp.sqrt(jnp.abs(x)) * v),
+            Edit("act", "apply", 2, mask=np.arange(40)[None] < 4, value=alpha, fn=lambda x, v: jnp.sqrt(jnp.abs(x)) * v),
         )  # fmt: skip
         return forward(model, tokens, edits, mask=mask, logits="last").logits[3]
 

@@ -14,11 +14,12 @@ from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     Edit,
     HeadAblation,
-    HeadMask,
     KScaler,
+    PerLayer,
     QScaler,
     SpectraScaler,
     Steer,
@@ -60,7 +61,7 @@ OFF = {
     "QScaler": QScaler(1, 2, 1.0),
     "KScaler": KScaler(1, 1, 1.0),
     "SpectraScaler": SpectraScaler(1, 2, 1.0),
-    "HeadMask": HeadMask(np.ones((L, H))),
+    "Blend": Blend("z", np.ones((L, H))),
     "Steer": Steer(1, np.ones(E), scale=0.0),
     "AttentionKnockout of the future": AttentionKnockout(1, 2, query=3, key=5),
 }
@@ -87,7 +88,7 @@ def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: 
     if SITES[site].layered:
         patches = [
             ActivationPatch(site, 1, clean[site][1]),
-            ActivationPatch(site, 1, clean[site]),  # a whole run's capture: the layer's row is taken
+            ActivationPatch(site, 1, PerLayer(clean[site])),  # a whole run's capture: the layer's row is taken
             Edit(site, "set", None, value=clean[site]),  # the dense form holds every layer
         ]
     else:
@@ -105,7 +106,7 @@ def test_an_edit_at_a_layer_leaves_everything_before_it_alone(model: Llama, site
     def edited(layer):
         if site == "allowed":
             return run(model, AttentionKnockout(layer, 2, query=-1, key=2))
-        mask = np.eye(T, dtype=bool) if site in ("scores", "pattern") else True
+        mask = np.eye(T, dtype=bool)[None] if site in ("scores", "pattern") else True
         return run(model, Edit(site, "scale", layer, mask=mask, value=1.7))
 
     out, clean = edited(1), edited(99)
@@ -148,20 +149,21 @@ def test_head_ablation_is_zeroing_its_rows_of_the_output_projection(model: Llama
     mean = np.arange(D) / D
     out = run(model, HeadAblation(1, 2, replacement=mean))
     near(out.activations["z"][1, 2], np.broadcast_to(mean, (T, D)), ROUNDING)
-    rows = np.arange(L * T * D).reshape(L, T, D) / 100
-    near(run(model, HeadAblation(1, 2, replacement=rows)).activations["z"][1, 2], rows[1], ROUNDING)
-    near(run(model, HeadAblation(1, 2, replacement=rows[0])).activations["z"][1, 2], rows[0], ROUNDING)
+    rows = np.arange(L * H * D).reshape(L, H, D) / 100
+    for given, want in ((rows, rows[1, 2]), (rows[:, 3], rows[1, 3])):
+        got = run(model, HeadAblation(1, 2, replacement=PerLayer(given))).activations["z"][1, 2]
+        near(got, np.broadcast_to(want, (T, D)), ROUNDING)
 
 
-def test_a_head_mask_is_many_ablations(model: Llama, clean: dict) -> None:
+def test_a_blend_is_many_ablations(model: Llama, clean: dict) -> None:
     keep = np.ones((L, H), bool)
     keep[0, 1] = keep[2, 3] = False
     ablated = run(model, HeadAblation(0, 1), HeadAblation(2, 3))
-    near(run(model, HeadMask(keep)).logits, ablated.logits, ROUNDING)
+    near(run(model, Blend("z", keep)).logits, ablated.logits, ROUNDING)
     means = np.random.default_rng(0).normal(size=(L, H, 1, D)).astype(np.float32)
     both = run(model, HeadAblation(0, 1, means[0, 1, 0]), HeadAblation(2, 3, means[2, 3, 0]))
-    near(run(model, HeadMask(keep, means)).logits, both.logits, ROUNDING)
-    half = run(model, HeadMask(np.where(np.arange(L * H).reshape(L, H) == 1, 0.5, 1.0)))
+    near(run(model, Blend("z", keep, PerLayer(means))).logits, both.logits, ROUNDING)
+    half = run(model, Blend("z", np.where(np.arange(L * H).reshape(L, H) == 1, 0.5, 1.0)))
     near(half.activations["z"][0, 1], clean["z"][0, 1] / 2, ROUNDING)
 
 
@@ -197,13 +199,13 @@ def test_knockout_forbids_an_edge_and_the_row_renormalises(model: Llama, clean: 
 
 def test_patching_the_whole_last_residual_gives_the_other_runs_logits(model: Llama) -> None:
     other = forward(model, prompt(seed=5), capture="resid_post")
-    out = run(model, ActivationPatch("resid_post", 2, other.activations["resid_post"]))
+    out = run(model, ActivationPatch("resid_post", 2, PerLayer(other.activations["resid_post"])))
     near(out.logits, other.logits, ROUNDING)
 
 
 def test_patch_at_a_head_and_positions(model: Llama, clean: dict) -> None:
     value = np.random.default_rng(0).normal(size=(L, K, T, D)).astype(np.float32)
-    for given, head in ((value[1], None), (value, None), (value[:, 1], 1), (value[1, 1], 1)):
+    for given, head in ((value[1], None), (PerLayer(value), None), (PerLayer(value), 1), (value[1, 1], 1)):
         got = np.asarray(run(model, ActivationPatch("v", 1, given, head=head, positions=[2, -1])).activations["v"][1])
         want = clean["v"][1].copy()
         for h in range(K) if head is None else [head]:
@@ -329,7 +331,7 @@ def test_bfloat16_models_take_the_same_interventions() -> None:
         HeadAblation(1, 2, np.ones(D)),
         SpectraScaler(0, 1, 2.0),
         Steer(1, np.ones(E), 0.5),
-        HeadMask(np.ones((L, H))),
+        Blend("z", np.ones((L, H))),
     )
     assert out.activations["resid_pre"].dtype == out.activations["z"].dtype == jnp.bfloat16
     assert out.logits.dtype == out.activations["attn_scale"].dtype == jnp.float32
@@ -351,7 +353,7 @@ AS_ARGUMENTS = {
     "AttentionKnockout": lambda: AttentionKnockout(1, 2, query=[5, -1], key=[0, 1]),
     "ActivationPatch": lambda: ActivationPatch("v", 1, np.ones((T, D)), head=1, positions=[3]),
     "DirectionAblation": lambda: DirectionAblation("resid_mid", 1, np.ones(E), positions=4),
-    "HeadMask": lambda: HeadMask(np.arange(L * H).reshape(L, H) % 2),
+    "Blend": lambda: Blend("z", np.arange(L * H).reshape(L, H) % 2),
     "SpectraScaler": lambda: SpectraScaler(1, 2, 1.5),
     "Ablation": lambda: Ablation("act", 1, 7),
     "Edit": lambda: Edit("z", "add", None, mask=np.ones((L, H, 1, 1), bool), value=np.ones((L, 1, 1, D))),

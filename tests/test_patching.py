@@ -13,7 +13,8 @@ import pytest
 
 from oculi_jax import Output, forward
 from oculi_jax.causal import CausalTracer, Noise, PatchingResult, activation_patching
-from oculi_jax.intervention import ActivationPatch, HeadAblation, InterventionContext
+from oculi_jax.intervention import ActivationPatch, HeadAblation, InterventionContext, PerLayer
+from oculi_jax.intervention.canonical import of_prompt
 from oculi_jax.metrics import logit_difference, rank
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 
@@ -138,22 +139,31 @@ def test_a_batch_is_its_prompts_and_padding_changes_nothing(model: Llama, grid: 
     close(found.patched[1, 1, 2, 3], single(model, corrupted[1], patch, metric=logit_difference(17, 41)))
 
 
+def samples_of(noise: Noise, model: Llama, mask: Any = None, n_tokens: int = T) -> list[Any]:
+    """The intervention of each sample of a noise on one prompt."""
+    every = noise.intervention(model, None if mask is None else mask[None], 1, n_tokens)
+    return [of_prompt(every, number) for number in range(noise.samples)]
+
+
 def test_noise_is_the_mean_of_its_samples(model: Llama) -> None:
     noise = Noise([1, 3], samples=3, key=jax.random.key(4))
     by = ("layer", "position")
     denoised = activation_patching(model, CLEAN, noise, METRIC, "resid_post", by)
     noised = activation_patching(model, CLEAN, noise, METRIC, "resid_post", by, direction="noising")
-    draws = noise.draws(model, None, 1, T)
+    draws = samples_of(noise, model)
     value = capture(model, "resid_post", CLEAN)
     close(denoised.corrupted, np.mean([single(model, CLEAN, draw) for draw in draws]))
     close(noised.clean, single(model, CLEAN))
     for layer, position in ((0, 1), (1, 5), (2, 5), (0, 3)):
-        into = [single(model, CLEAN, d, ActivationPatch("resid_post", layer, value, None, position)) for d in draws]
+        into = [
+            single(model, CLEAN, d, ActivationPatch("resid_post", layer, PerLayer(value), None, position))
+            for d in draws
+        ]
         out = [
             single(
                 model,
                 CLEAN,
-                ActivationPatch("resid_post", layer, capture(model, "resid_post", CLEAN, d), None, position),
+                ActivationPatch("resid_post", layer, PerLayer(capture(model, "resid_post", CLEAN, d)), None, position),
             )
             for d in draws
         ]
@@ -170,7 +180,7 @@ def test_draws_are_as_large_as_said_fall_on_their_tokens_and_depend_on_key_and_r
     clean = capture(big, "embed", CLEAN)
 
     def noises(noise: Noise, tokens: np.ndarray = CLEAN, mask: Any = None) -> np.ndarray:
-        items = noise.draws(big, None if mask is None else mask[None], 1, len(tokens))
+        items = samples_of(noise, big, mask, len(tokens))
         return np.stack(
             [forward(big, tokens, d, capture="embed", logits="none", mask=mask).activations["embed"] for d in items]
         )
@@ -196,8 +206,8 @@ def test_noise_of_several_prompts_is_of_each_ones_own_tokens(model: Llama) -> No
     found = activation_patching(model, clean, Noise(where, samples=3, key=key), metric, "resid_post")
     assert found.patched.shape == (2, 3, T) and found.corrupted.shape == (2,)
     for row, target in ((0, 3), (1, 17)):
-        draws = Noise(where[row], samples=3, key=key).draws(model, None, 1, T)
-        patch = ActivationPatch("resid_post", 1, capture(model, "resid_post", clean[row]), None, 3)
+        draws = samples_of(Noise(where[row], samples=3, key=key), model)
+        patch = ActivationPatch("resid_post", 1, PerLayer(capture(model, "resid_post", clean[row])), None, 3)
         for values, items in ((found.corrupted, ()), (found.patched[:, 1, 3], (patch,))):
             each = [single(model, clean[row], draw, *items, metric=logit_difference(target, 41)) for draw in draws]
             close(values[row], np.mean(each))
@@ -316,7 +326,7 @@ def test_the_tracer_is_patching_of_layers(model: Llama) -> None:
     assert found.sites == ("attn_out", "mlp_out") and heard[-1] == (6, 6) and heard == sorted(heard)
     values = {site: capture(model, site, CLEAN) for site in found.sites}
     wanted = np.array(
-        [[single(model, CORRUPTED, ActivationPatch(s, l, values[s])) for s in found.sites] for l in range(3)]  # noqa: E741
+        [[single(model, CORRUPTED, ActivationPatch(s, l, PerLayer(values[s]))) for s in found.sites] for l in range(3)]  # noqa: E741
     )
     ends = single(model, CLEAN), single(model, CORRUPTED)
     recovered = (wanted - ends[1]) / (ends[0] - ends[1])
@@ -351,7 +361,7 @@ def test_the_tracer_patches_some_positions_under_what_surrounds_it(model: Llama)
         found = CausalTracer(adapter).trace(CLEAN, CORRUPTED, METRIC, sites="residual_pre_attn", positions=[3, -1])
     value = capture(model, "resid_pre", CLEAN, around)
     wanted = [
-        single(model, CORRUPTED, around, ActivationPatch("resid_pre", l, value, None, [3, 5]))
+        single(model, CORRUPTED, around, ActivationPatch("resid_pre", l, PerLayer(value), None, [3, 5]))
         for l in range(3)  # noqa: E741
     ]
     close(found.patched[:, 0], wanted)
@@ -367,7 +377,7 @@ def test_the_tracer_takes_batches_and_judges_their_means(model: Llama) -> None:
     found = trace(model, clean, corrupted, sites=("mlp_out",))
     assert found.patched.shape == (2, 3, 1)
     value = capture(model, "mlp_out", CLEAN[:4])
-    close(found.patched[0, 1, 0], single(model, CORRUPTED[:4], ActivationPatch("mlp_out", 1, value)))
+    close(found.patched[0, 1, 0], single(model, CORRUPTED[:4], ActivationPatch("mlp_out", 1, PerLayer(value))))
     patched, ends = np.asarray(found.patched), (np.mean(found.clean), np.mean(found.corrupted))
     close(found.recovery_matrix(), (patched.mean(0) - ends[1]) / (ends[0] - ends[1]))
 
@@ -375,7 +385,7 @@ def test_the_tracer_takes_batches_and_judges_their_means(model: Llama) -> None:
 def test_the_tracer_takes_noise(model: Llama) -> None:
     found = trace(model, CLEAN, noise(), sites=("resid_post",))
     close(found.patched, np.full((3, 1), found.clean))
-    close(found.corrupted, np.mean([single(model, CLEAN, draw) for draw in noise().draws(model, None, 1, T)]))
+    close(found.corrupted, np.mean([single(model, CLEAN, draw) for draw in samples_of(noise(), model)]))
 
 
 def test_results_are_pytrees_that_print_in_one_line(grid: PatchingResult) -> None:

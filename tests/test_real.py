@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from oculi_jax import SITES, LogitConfig, ResidualConfig, forward
-from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.intervention import ActivationPatch, HeadAblation, PerLayer
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .margins import assert_leads
@@ -114,7 +114,7 @@ def test_patching_a_whole_run_moves_the_answer(adapter: LlamaAttentionAdapter) -
     clean, corrupted = (adapter.tokenizer.encode(IOI.format(name)) for name in ("John", "Mary"))
     assert adapter.first_difference(clean, corrupted) == 9
     source = forward(model, clean, capture="resid_pre").activations["resid_pre"]
-    patched = forward(model, corrupted, ActivationPatch("resid_pre", 12, source)).logits
+    patched = forward(model, corrupted, ActivationPatch("resid_pre", 12, PerLayer(source))).logits
     np.testing.assert_allclose(patched, forward(model, clean).logits, atol=2e-4)
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,13 +16,13 @@ import jax
 import numpy as np
 import pytest
 
-import oculi_jax.cli  # noqa: F401  (registers the module that the command is in)
 from oculi_jax import embedded_model, forward, lens
+from oculi_jax.cli import report as command
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.intervention import HeadAblation, InterventionContext
 from oculi_jax.models.llama import LlamaAttentionAdapter
-from oculi_jax.report import measure, report
-from oculi_jax.report.visible import visible_prompt, visible_token
+from oculi_jax.pages import measure, measured, report
+from oculi_jax.pages.visible import visible_prompt, visible_token
 
 from .browser import open_browser, ways
 from .margins import assert_leads
@@ -31,7 +30,6 @@ from .tolerances import ROUTES
 
 PROMPT = "The capital of France is"
 HOSTILE = "The capital </script><script>window.ran=1</script> <img src=x onerror=window.ran=1> \"of\" 'it' &amp; 🦙\n\u2028\u202e \\n is"
-MEASURE = sys.modules["oculi_jax.report.measure"]  # the function of this name hides it
 SHOWN = 6e-4  # a number of three decimals, and the rounding of what it was stored as
 
 
@@ -245,7 +243,7 @@ def test_a_page_holds_the_heads_asked_for_or_the_strongest_that_fit(facts, ids, 
     patterns = np.asarray(forward(facts.model, ids, capture="pattern").activations["pattern"])
     np.testing.assert_allclose(given.patterns, patterns[[0, 3], [5, 1]], atol=ROUTES)
 
-    monkeypatch.setattr(MEASURE, "PATTERN_BYTES", 4 * len(ids) * (len(ids) + 1))
+    monkeypatch.setattr(measured, "PATTERN_BYTES", 4 * len(ids) * (len(ids) + 1))
     some = measure(facts, PROMPT)
     best = [np.abs(some.effects), *(some.scores[name] for name in ("induction", "previous_token", "duplicate_token"))]
     tops = [tuple(map(int, np.unravel_index(value.argmax(), value.shape))) for value in best]
@@ -265,14 +263,14 @@ def test_a_page_holds_the_heads_asked_for_or_the_strongest_that_fit(facts, ids, 
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_anything_runs(facts, monkeypatch, changes, message: str) -> None:
-    monkeypatch.setattr(MEASURE, "forward", None)
+    monkeypatch.setattr(measured, "forward", None)
     arguments = {"text": PROMPT, **changes}
     with pytest.raises(ValueError, match=re.escape(message)):
         report(facts, arguments.pop("text"), **arguments)
 
 
 def test_prompts_too_long_for_a_page_and_contexts_are_refused(facts, monkeypatch) -> None:
-    monkeypatch.setattr(MEASURE, "MOST_CELLS", 20)
+    monkeypatch.setattr(measured, "MOST_CELLS", 20)
     with pytest.raises(ValueError, match=r"has 6 tokens, and a page of a model of 4 layers takes at most 5"):
         report(facts, PROMPT)
     with (
@@ -289,7 +287,7 @@ def test_prompts_too_long_for_a_page_and_contexts_are_refused(facts, monkeypatch
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, facts: LlamaAttentionAdapter) -> None:
-    monkeypatch.setattr(sys.modules["oculi_jax.cli.report"], "open_adapter", lambda *arguments: facts)
+    monkeypatch.setattr(command, "open_adapter", lambda *arguments: facts)
 
 
 def test_oculi_report_writes_the_page(loaded, html, tmp_path: Path, oculi_here) -> None:
@@ -306,7 +304,7 @@ def test_oculi_report_writes_the_page(loaded, html, tmp_path: Path, oculi_here) 
 def test_oculi_report_writes_whole_or_not_at_all(loaded, monkeypatch, tmp_path: Path, oculi_here) -> None:
     (tmp_path / "x.html").write_text("before")
     text = "x" * 100_000 + "\ud800"  # which is no UTF-8
-    monkeypatch.setattr(sys.modules["oculi_jax.cli.report"], "make_report", lambda *a, **k: text)
+    monkeypatch.setattr(command, "make_report", lambda *a, **k: text)
     code, _, _ = oculi_here("report", PROMPT, "-o", str(tmp_path / "x.html"))
     assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["x.html"]
     assert (tmp_path / "x.html").read_text() == "before"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from oculi_jax import forward, generate
+from oculi_jax.decoding.sampling import sampler
 from oculi_jax.intervention import (
     SpectraScaler,
 )
-from oculi_jax.sampling import sampler
 
 from .margins import assert_apart, assert_clear
 from .test_generate import IDS, MODEL, PLAIN, N, V, assert_drawn

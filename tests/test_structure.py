@@ -14,14 +14,19 @@ PACKAGE = ROOT / "oculi_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of modules that a file imports when it runs: not those for type checkers alone."""
+def imports(path: Path, *, typed: bool = True) -> set[str]:
+    """Absolute names of modules that a file imports when it runs: not those for type checkers alone.
+
+    `typed` says whether imports inside the functions of `TYPED` count.
+    """
     module = path.relative_to(ROOT).with_suffix("").parts
     package = module[:-1]
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if not typed and isinstance(node, ast.FunctionDef) and node.name in TYPED:
             return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
@@ -51,122 +56,128 @@ def test_only_the_doors_import_torch_and_transformers() -> None:
     assert users_of("matplotlib") <= {str(p.relative_to(PACKAGE)) for p in FILES if "visualize" in p.parts}
 
 
-# Room → what it may import of ours. `models/llama` is the model: it never sees edits or captures.
+# Room → what it may import of ours, lazily too. `models/llama` is the model: it never sees edits or captures.
+CORE = {"arrays", "capture", "intervention", "output", "prompts", "sites"}
 ALLOWED = {
     "pytrees.py": set(),
     "sites.py": set(),
     "arrays.py": set(),
     "output.py": {"arrays"},
-    "intervention": {"arrays", "intervention", "sites"},
+    "intervals.py": {"arrays"},
     "capture.py": {"sites"},
-    "forward.py": {"arrays", "backends.torch", "capture", "intervention", "output"},
-    "lens.py": {"arrays", "forward"},
-    "backends": {
-        "adapter.parts",
-        "arrays",
-        "backends",
-        "capture",
-        "forward",
-        "generate",
-        "intervention",
-        "metrics",
-        "models",
-        "output",
-        "replay",
-        "sampling",
-        "sites",
-    },
-    "prompts.py": set(),
-    "sampling.py": {"arrays"},
-    "generate.py": {"arrays", "capture", "forward", "intervention", "sampling"},
-    "planner.py": set(),
-    "replay.py": {"capture", "forward", "intervention", "metrics", "output", "sites"},
-    "sweep_inputs.py": {"arrays", "forward", "metrics"},
-    "sweep.py": {
-        "arrays",
-        "forward",
-        "intervention",
-        "metrics",
-        "output",
-        "planner",
-        "replay",
-        "sweep_inputs",
-        "utils",
-    },
-    "bootstrap.py": {"arrays"},
-    "metrics.py": {"arrays", "bootstrap", "capture", "output"},
-    "causal": {
-        "arrays",
-        "capture",
-        "causal",
-        "forward",
-        "generate",
-        "intervention",
-        "metrics",
-        "prompts",
-        "replay",
-        "sites",
-        "sweep",
-        "sweep_inputs",
-        "utils",
-    },
-    # Llama.generate, alone, leads to what stands above the model.
-    "models/llama": {
-        "models.llama",
-        "utils",
-        "adapter.adapter",
-        "models.continuation",
-        "intervention.context",
-        "backends.torch",
-    },
-    "models/continuation.py": {"capture", "forward", "generate", "prompts", "sampling", "utils"},
-    "adapter": {
-        "adapter",
-        "arrays",
-        "capture",
-        "doctor",
-        "forward",
-        "intervention",
-        "lens",
-        "models.continuation",
-        "models.llama",
-        "prompts",
-        "sites",
-        "utils",
-    },
+    "prompts.py": {"arrays"},
+    "intervention": {"arrays", "intervention", "sites"},
+    "metrics.py": {"arrays", "capture", "intervals", "output"},
+    "models/llama": {"models.llama", "sites", "utils"},
+    "decoding/sampling.py": {"arrays"},
+    "backends": {*CORE, "backends", "decoding.sampling", "metrics", "models.llama", "utils"},
+    "run.py": {*CORE, "backends"},
+    "reading.py": {*CORE, "backends"},
+    "sweeps": {*CORE, "backends", "metrics", "sweeps", "utils"},
+    "decoding": {*CORE, "backends", "decoding", "utils"},
+    "causal": {*CORE, "backends", "causal", "decoding.generation", "metrics", "run", "sweeps"},
     "analysis": {"adapter.structures", "analysis", "capture", "utils"},
-    "diagnostics.py": {"analysis", "forward", "intervention"},
-    "training": {"arrays", "capture", "forward", "training", "utils"},
+    "diagnostics.py": {"analysis", "backends", "intervention", "run"},
+    "training": {"arrays", "backends", "capture", "prompts", "run", "training", "utils"},
+    "adapter": {*CORE, "adapter", "backends", "decoding", "models.llama", "trust", "utils"},
+    "trust.py": {"backends.torch", "embedded", "models.llama", "run", "sites", "utils"},
     "visualize": {"visualize"},
-    "report": {
-        "adapter",
-        "report",
-        "analysis",
-        "capture",
-        "diagnostics",
-        "forward",
-        "intervention",
-        "metrics",
-        "prompts",
-        "sweep",
-    },
-    "doctor.py": {"backends.torch", "embedded", "forward", "models.llama", "sites", "utils"},
+    "pages": {*CORE, "adapter", "analysis", "diagnostics", "metrics", "pages", "run", "sweeps"},
     "utils": {"utils", "backends.torch"},
 }
+# The lines that users type, which go against the arrows; and tables of contents, which import what they are asked for.
+TYPED = ("generate", "from_pretrained", "__getattr__")
 
 
 @pytest.mark.parametrize("room", ALLOWED)
 def test_arrows_point_one_way(room: str) -> None:
     paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
     for path in paths:
-        for name in imports(path):
+        for name in imports(path, typed=False):
             if name.startswith("oculi_jax."):
                 inner = name.removeprefix("oculi_jax.")
                 assert inner.startswith("pytrees") or any(
                     inner == ok or inner.startswith(f"{ok}.") for ok in ALLOWED[room]
                 ), (path.name, name)
-    model = PACKAGE / "models" / "llama" / "model.py"
-    assert not any("adapter" in name for name in imports(model))
+
+
+def test_no_circle_of_imports() -> None:
+    """Lazy imports counted; the only exceptions are the functions of `TYPED`."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    leads = {name: (imports(path, typed=False) & set(names)) - {name} for name, path in names.items()}
+    for name, path in names.items():  # `from . import x` names the package beside the module that it means
+        if path.name != "__init__.py":
+            leads[name] -= {base for base in leads[name] if any(other.startswith(f"{base}.") for other in leads[name])}
+    while True:
+        ends = {name for name, found in leads.items() if not found & set(leads)}
+        if not ends:
+            break
+        leads = {name: found for name, found in leads.items() if name not in ends}
+    assert not leads, f"these files import one another: {', '.join(sorted(leads))}"
+
+
+def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
+    import importlib
+    import types
+
+    for path in FILES:
+        if path.name not in ("__init__.py", "__main__.py"):
+            *package, name = path.relative_to(ROOT).with_suffix("").parts
+            importlib.import_module(".".join([*package, name]))
+            assert isinstance(getattr(importlib.import_module(".".join(package)), name), types.ModuleType), path
+
+
+def test_both_backends_keep_the_contract_of_programs() -> None:
+    """The signatures, which type checkers compare too, of every program and fact."""
+    import inspect
+
+    pytest.importorskip("torch")
+    from oculi_jax.backends import Programs, jax, torch
+
+    for backend in (jax, torch):
+        for name, wanted in vars(Programs).items():
+            if inspect.isfunction(wanted) and not name.startswith("_"):
+                own = list(inspect.signature(getattr(backend, name)).parameters)
+                assert own == list(inspect.signature(wanted).parameters)[1:], (backend.__name__, name)
+            elif isinstance(wanted, property):
+                assert isinstance(getattr(backend, name), bool)
+
+
+def test_one_loop_over_layers_a_backend() -> None:
+    """Whoever runs the blocks of a model calls `run_layers`; nobody else scans, or counts, over layers of a network."""
+    for backend in ("jax", "torch"):
+        files = {path.name: path.read_text(encoding="utf-8") for path in (PACKAGE / "backends" / backend).glob("*.py")}
+        assert {name for name, text in files.items() if "def run_layers(" in text} == {"layers.py"}
+        if backend == "jax":
+            assert {name for name, text in files.items() if "lax.scan(" in text or "fori_loop(" in text} == {
+                "layers.py"
+            }
+
+
+def test_the_command_line_says_of_each_command_what_it_says_of_itself() -> None:
+    import inspect
+
+    from oculi_jax import cli
+
+    for name, summary in cli.COMMANDS.items():
+        function = cli.load(name)
+        assert function.__name__ == name
+        assert " ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()) == summary
+
+
+def test_help_needs_neither_jax_nor_the_library() -> None:
+    code = """
+import sys
+sys.argv = ["oculi", "--help"]
+from oculi_jax import cli
+try:
+    cli.main()
+except SystemExit as end:
+    assert not end.code
+assert not {"jax", "flax", "numpy", "oculi_jax.run"} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "attribute" in done.stdout
 
 
 def test_no_file_is_long() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +12,24 @@ import pytest
 from jax.sharding import AxisType
 
 from oculi_jax import forward, plan, sweep
+from oculi_jax.backends import jax as programs
 from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     Edit,
     HeadAblation,
-    HeadMask,
     KScaler,
+    PerLayer,
+    PerPrompt,
     QScaler,
     SpectraScaler,
     Steer,
 )
 from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, probability
-from oculi_jax.planner import Cost, make_plan
+from oculi_jax.sweeps.planning import Cost, make_plan
 
 from .margins import assert_leads
 from .tiny import prompt, tiny_config, tiny_llama
@@ -42,7 +44,7 @@ OTHER = {
     site: np.asarray(x) for site, x in forward(MODEL, prompt(T, 1), capture=("resid_pre", "z")).activations.items()
 }
 VECTOR = RNG.normal(size=E).astype(np.float32)
-VECTORS = RNG.normal(size=(5, 1, E)).astype(np.float32)
+VECTORS = RNG.normal(size=(5, E)).astype(np.float32)
 LAYERS, HEADS, PLACES = np.arange(L)[:, None], np.arange(H)[None, :], np.arange(T)[None, :]
 
 
@@ -58,28 +60,28 @@ def add_rows(x: Any, value: Any) -> Any:
 FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
     "heads": (HeadAblation.grid(MODEL.config), (L, H), lambda layer, h: HeadAblation(layer, h)),
     "means": (
-        HeadAblation.grid(MODEL.config, OTHER["z"].mean(axis=2, keepdims=True)), (L, H),
+        HeadAblation.grid(MODEL.config, PerLayer(OTHER["z"].mean(axis=2))), (L, H),
         lambda layer, h: HeadAblation(layer, h, OTHER["z"].mean(axis=2)[layer, h]),
     ),
     "layers and places": (
-        ActivationPatch("resid_pre", LAYERS, OTHER["resid_pre"], positions=PLACES), (L, T),
+        ActivationPatch("resid_pre", LAYERS, PerLayer(OTHER["resid_pre"]), positions=PLACES), (L, T),
         lambda layer, t: ActivationPatch("resid_pre", layer, OTHER["resid_pre"][layer], positions=t),
     ),
     "heads and places": (
-        ActivationPatch("z", LAYERS[..., None], OTHER["z"], HEADS[..., None], np.eye(T, dtype=bool)[None, None]), (L, H, T),
+        ActivationPatch("z", LAYERS[..., None], PerLayer(OTHER["z"]), HEADS[..., None], np.eye(T, dtype=bool)[None, None]), (L, H, T),
         lambda layer, h, t: ActivationPatch("z", layer, OTHER["z"][layer, h], head=h, positions=[t]),
     ),
     "vectors": (
         Steer(1, VECTORS, np.array([1.0, -2.0, 0.5, 4.0, 3.0])), (5,),
-        lambda i: Steer(1, VECTORS[i, 0], (1.0, -2.0, 0.5, 4.0, 3.0)[i]),
+        lambda i: Steer(1, VECTORS[i], (1.0, -2.0, 0.5, 4.0, 3.0)[i]),
     ),
     "strengths and places": (
         Steer(np.array([2, 0]), VECTOR, np.linspace(-3, 3, 4)[:, None], positions=np.array([-1, 3])), (4, 2),
         lambda i, j: Steer((2, 0)[j], VECTOR, np.linspace(-3, 3, 4)[i], positions=(-1, 3)[j]),
     ),
     "direction": (
-        DirectionAblation("resid_mid", np.arange(L), OTHER["resid_pre"], positions=[4, -2]), (L,),
-        lambda layer: DirectionAblation("resid_mid", layer, OTHER["resid_pre"][layer], positions=[4, -2]),
+        DirectionAblation("resid_mid", np.arange(L), PerLayer(OTHER["resid_pre"][:, 5]), positions=[4, -2]), (L,),
+        lambda layer: DirectionAblation("resid_mid", layer, OTHER["resid_pre"][layer, 5], positions=[4, -2]),
     ),
     "edges": (
         AttentionKnockout(1, 2, np.arange(4, T)[:, None], np.arange(4)), (T - 4, 4),
@@ -96,10 +98,10 @@ FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
         lambda i: [HeadAblation(i, 0), Steer(2 - i, VECTOR)],
     ),
     "tables": (
-        HeadMask(1.0 - np.eye(L * H, dtype=np.float32).reshape(L * H, L, H)), (L * H,),
+        Blend("z", 1.0 - np.eye(L * H, dtype=np.float32).reshape(L * H, L, H)), (L * H,),
         lambda i: HeadAblation(i // H, i % H),
     ),
-    "embeddings": (Edit("embed", "scale", None, True, np.ones(1)), (), lambda: Edit("embed", "scale", None, True, np.ones(1))),
+    "embeddings": (Edit("embed", "scale", None, True, np.ones((1, 1))), (), lambda: Edit("embed", "scale", None, True, 1.0)),
     "last norm": (Ablation("final_norm", None, np.arange(6)), (6,), lambda i: Ablation("final_norm", None, i)),
     "what lets tokens look ahead": (
         [Edit("allowed", "set", 1, (np.indices((1, T, T))[1] == 2) & (np.indices((1, T, T))[2] == 9), True),
@@ -251,14 +253,13 @@ def test_other_numbers_are_no_other_program() -> None:
 
 
 def test_progress_and_calls_keep_to_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["oculi_jax.sweep"]
-    calls, real, seen = [], module.run_group, []
+    calls, real, seen = [], programs.run_variants, []
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        calls.append((int(arguments[7]), options["n_rows"], options["size"]))
+        calls.append((int(options["start"]), options["n_rows"], options["size"]))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(module, "run_group", spy)
+    monkeypatch.setattr(programs, "run_variants", spy)
     tokens = np.stack([IDS, prompt(T, 1)])
     family = FAMILIES["layers and places"][0]
     planned = plan(MODEL, tokens, family, METRIC, batch_size=4)
@@ -337,12 +338,11 @@ def test_a_mesh_gives_what_one_device_gives(where: str) -> None:
 
 
 def test_variants_really_spread_over_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["oculi_jax.sweep"]
-    real, kept = module.run_group, []
-    monkeypatch.setattr(module, "run_group", lambda *a, **o: kept.append(real(*a, **o)) or kept[-1])
+    real, kept = programs.run_variants, []
+    monkeypatch.setattr(programs, "run_variants", lambda *a, **o: kept.append(real(*a, **o)) or kept[-1])
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sweep(MODEL, IDS, HeadAblation(LAYERS, np.arange(H)), METRIC, mesh=mesh, batch_size=8)
-    assert all(out.sharding.shard_shape(out.shape) == (1, 1) for out in kept)
+    assert kept and all(seen.value.sharding.shard_shape(seen.value.shape) == (1, 1) for seen in kept)
 
 
 @pytest.mark.real
@@ -383,13 +383,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "jax index": (dict(interventions=HeadAblation(jnp.array([0, 3]), 0)), ValueError, r"layer is 3 at \[1\]"),
     "strength": (dict(interventions=SpectraScaler(0, 0, np.array([1.0, -1.0]))), ValueError, r"alpha is -1.0 at \[1\]"),
     "position": (dict(interventions=Steer(0, VECTOR, positions=np.array([0, 11]))), ValueError, "the prompt has 11 tokens"),
-    "array": (dict(interventions=Steer(0, VECTORS[:, 0], np.ones(5))), ValueError, r"one entry for each variant, write it as \[5, 1, 24\]"),
-    "either": (dict(interventions=Steer(np.array([2, 1, 0]), OTHER["resid_pre"])), ValueError, "could be a whole run's capture"),
-    "as long as the prompt": (dict(interventions=HeadAblation.grid(MODEL.config, np.ones((L, H, D))), tokens=prompt(H)), ValueError,
-                              r"one array for all variants of the sweep \[3, 4\], or one entry for each. Write \[3, 4, 1, 6\]"),
-    "so many vectors as tokens": (dict(interventions=Steer(1, np.ones((5, E)), np.ones(5)), tokens=prompt(5)), ValueError,
-                                  r"Write \[5, 1, 24\] for one each"),
-    "arrays without axes": (dict(interventions=Steer(1, VECTORS)), ValueError, "give an index or strength field those axes too"),
+    "array": (dict(interventions=Steer(1, VECTORS, np.ones(4))), ValueError, r"Steer.vector \[5\], Steer.scale \[4\]"),
+    "array of tokens": (dict(interventions=Steer(np.array([2, 1, 0]), OTHER["resid_pre"])), ValueError,
+                        r"Steer.layer \[3\], Steer.vector \[3, 11\]"),
+    "layers of a sweep": (dict(interventions=Steer(np.arange(3), PerLayer(VECTORS))), ValueError, r"lead|\[L, E\] = \[3, 24\]"),
+    "prompts": (dict(interventions=Steer(1, PerPrompt(VECTORS))), ValueError, "a PerPrompt of 5 entries, and there are 1 prompts"),
     "list of JAX scalars": (dict(interventions=HeadAblation([jnp.array(0), jnp.array(7)], 0)), ValueError, r"layer is 7 at \[1\]"),
     "metric's function": (dict(metric=log_probability), TypeError, "call it with token ids"),
     "changeable metric": (dict(metric=Changeable()), TypeError, "cannot be hashed"),
@@ -403,7 +401,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "batch size": (dict(batch_size=0), ValueError, "batch_size is 0"),
     "mask": (dict(mask=np.ones(4, bool)), ValueError, r"mask has shape \[4\]"),
     "tokens": (dict(tokens="text"), TypeError, "tokens is text"),
-    "prompts": (dict(tokens=np.zeros((2, 5), np.int32), mask=np.ones(5, bool)), ValueError, r"mask has shape \[5\], and tokens \[2, 5\]"),
+    "prompts' mask": (dict(tokens=np.zeros((2, 5), np.int32), mask=np.ones(5, bool)), ValueError, r"mask has shape \[5\], and tokens \[2, 5\]"),
     "mesh": (dict(mesh=jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))), ValueError, "one called 'data' is needed"),
 }  # fmt: skip
 
@@ -420,5 +418,5 @@ def test_refusals(name: str) -> None:
 
 
 def test_forward_names_sweep() -> None:
-    with pytest.raises(ValueError, match="use a scalar, or oculi_jax.sweep"):
+    with pytest.raises(ValueError, match="use oculi_jax.sweep for all of them"):
         forward(MODEL, IDS, HeadAblation.grid(MODEL.config))

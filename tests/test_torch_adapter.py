@@ -16,19 +16,19 @@ import pytest
 
 from oculi_jax import CaptureConfig, LogitConfig, forward, generate
 from oculi_jax.analysis import EntropyAnalysis
+from oculi_jax.decoding.sampling import sampler
 from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     HeadAblation,
-    HeadMask,
     InterventionContext,
     SpectraScaler,
     Steer,
 )
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
-from oculi_jax.sampling import sampler
 
 from .margins import assert_apart, assert_clear, assert_leads
 from .test_parity_torch import ROPES, make
@@ -159,7 +159,7 @@ def test_a_batch_is_captured_in_one_pass(pair: tuple[Any, Llama]) -> None:
 CASES: dict[str, Any] = {
     "none": (),
     "several": STRONG,
-    "patterns": [HeadMask(RNG.random((2, 4))), AttentionKnockout(1, 0, [10, 11], [0, 9])],
+    "patterns": [Blend("z", RNG.random((2, 4))), AttentionKnockout(1, 0, [10, 11], [0, 9])],
     "a run": [ActivationPatch("resid_post", 0, RNG.normal(size=(9, 24)), positions=[1, 3, 10])],
     "scores of a run": [ActivationPatch("scores", 1, RNG.normal(size=(9, 9)), head=1)],
     "direction": [DirectionAblation("mlp_out", 1, RNG.normal(size=24))],

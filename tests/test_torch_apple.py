@@ -35,7 +35,7 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def apple(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The mode, and the path that is taken on `mps`."""
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     from .apple import Apple
 

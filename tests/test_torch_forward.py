@@ -16,11 +16,12 @@ from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     Edit,
     HeadAblation,
-    HeadMask,
     KScaler,
+    PerLayer,
     QScaler,
     SpectraScaler,
     Steer,
@@ -113,28 +114,28 @@ L, H, T = 3, 4, 13
 EACH: dict[str, Any] = {
     "head": HeadAblation(1, 2),
     "head by a vector": HeadAblation(2, 3, RNG.normal(size=6)),
-    "head by a run": HeadAblation(1, 2, RNG.normal(size=(L, H, T, 6))),
-    "heads": HeadMask(RNG.random((L, H)), RNG.normal(size=(L, H, 1, 6))),
+    "head by a run": HeadAblation(1, 2, PerLayer(RNG.normal(size=(L, H, 6)))),
+    "heads": Blend("z", RNG.random((L, H)), PerLayer(RNG.normal(size=(L, H, 1, 6)))),
     "queries": QScaler(1, 2, -2.0),
     "keys": KScaler(0, 1, 3.0),
     "scores": SpectraScaler(2, 1, 4.0),
     "patch": ActivationPatch("resid_mid", 1, RNG.normal(size=(T, 24)), positions=[2, -1]),
-    "patch of a head": ActivationPatch("v", 1, RNG.normal(size=(L, 2, T, 6)), head=1, positions=-1),
+    "patch of a head": ActivationPatch("v", 1, PerLayer(RNG.normal(size=(L, 2, T, 6))), head=1, positions=-1),
     "patch of scores": ActivationPatch("scores", 1, np.where(np.eye(T), -np.inf, 1.0).astype(np.float32), head=2),
-    "patch of the final norm": ActivationPatch("final_norm", None, RNG.normal(size=24), positions=4),
+    "patch of the final norm": ActivationPatch("final_norm", None, RNG.normal(size=(1, 24)), positions=4),
     "patch of embeddings": ActivationPatch("embed", None, RNG.normal(size=(T, 24)), positions=[0, 5]),
     "patch of a scale": ActivationPatch("mlp_scale", 2, RNG.random(T)),
     "steering": Steer(1, RNG.normal(size=24), 2.0, positions=[3, 4]),
-    "steering by layers": Steer(2, RNG.normal(size=(L, 1, 24)), -1.0, "mlp_out"),
+    "steering by layers": Steer([0, 2], PerLayer(RNG.normal(size=(L, 24))), -1.0, "mlp_out"),
     "direction": DirectionAblation("resid_post", 1, RNG.normal(size=24)),
-    "directions": DirectionAblation("q", 0, RNG.normal(size=(L, H, T, 6)), positions=[1, 2, 3]),
+    "directions": DirectionAblation("q", range(2), PerLayer(RNG.normal(size=(L, 6))), positions=[1, 2, 3]),
     "edge": AttentionKnockout(1, 2, -1, 0),
     "edges": AttentionKnockout(1, 2, list(range(10)), list(range(10))),
     "neuron": Ablation("act", 1, 7),
     "component": Ablation("attn_out", 2),
     "edit everywhere": Edit("z", "scale", None, RNG.random((L, H, 1, 1)) > 0.5, RNG.normal(size=(L, H, T, 6))),
     "frozen patterns": Edit("pattern", "set", None, True, RNG.random((L, H, T, T))),
-    "future": Edit("allowed", "set", 1, np.eye(T, k=1, dtype=bool), True),
+    "future": Edit("allowed", "set", 1, np.eye(T, k=1, dtype=bool)[None], True),
     "scale outside": Edit("final_scale", "scale", None, True, 2.0),
     "in a row": [Steer(1, np.ones(24)), HeadAblation(1, 0), Steer(1, RNG.normal(size=24), 0.5), Ablation("up", 1, 3)],
     "no match": QScaler(jnp.int32(9), 0, 2.0),
@@ -205,7 +206,7 @@ def test_logits_of_the_last_token_and_none(pair: tuple[Any, Llama]) -> None:
 
 
 def test_layers_after_the_last_needed_do_not_run(pair: tuple[Any, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     ran = []
     block = network._block
@@ -220,7 +221,7 @@ def test_layers_after_the_last_needed_do_not_run(pair: tuple[Any, Llama], monkey
 
 
 def test_fused_attention_serves_where_nobody_looks(pair: tuple[Any, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     calls = []
     fused = network._fused
@@ -356,7 +357,7 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
     keep[5, 2] = keep[12, 7] = 0
     several: list[Any] = [
         HeadAblation(3, 2),
-        HeadMask(keep),
+        Blend("z", keep),
         SpectraScaler(9, 5, 3.0),
         Steer(15, rng.normal(size=576), 2.0),
         DirectionAblation("resid_mid", 6, rng.normal(size=576)),

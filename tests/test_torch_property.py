@@ -12,11 +12,12 @@ from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
     Edit,
     HeadAblation,
-    HeadMask,
     KScaler,
+    PerLayer,
     QScaler,
     SpectraScaler,
     Steer,
@@ -44,9 +45,9 @@ def config(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def value(rng: np.random.Generator, shape: list[int]) -> np.ndarray:
-    """Broadcasts to `shape`: some leading axes left out, some axes of one."""
-    kept = shape[rng.integers(0, len(shape)) :]
-    return rng.normal(size=[1 if rng.random() < 0.3 else size for size in kept]).astype(np.float32)
+    """Of the rank of `shape`, some axes of one; or a number."""
+    kept = [] if rng.random() < 0.1 else [1 if rng.random() < 0.4 else size for size in shape]
+    return rng.normal(size=kept).astype(np.float32)
 
 
 def intervention(rng: np.random.Generator, c: Any, n_tokens: int, n_real: int) -> Any:
@@ -60,14 +61,14 @@ def intervention(rng: np.random.Generator, c: Any, n_tokens: int, n_real: int) -
     places = int(rng.integers(n_real)), rng.integers(0, n_real, 2).tolist()
     dense = (sizes["L"], *shape) if site.layered else tuple(shape)
     return [
-        lambda: HeadAblation(layer, head, value(rng, [n_tokens, sizes["D"]])),
-        lambda: HeadMask(rng.random((sizes["L"], sizes["H"]))),
+        lambda: HeadAblation([layer], head, value(rng, [sizes["D"]])),
+        lambda: Blend("z", rng.random((sizes["L"], sizes["H"]))),
         lambda: QScaler(layer, head, float(rng.normal())),
         lambda: KScaler(layer, kv_head, float(rng.normal())),
         lambda: SpectraScaler(layer, head, float(rng.random() * 3 + 0.1)),
         lambda: ActivationPatch(name, at, value(rng, shape), positions=positions),
-        lambda: ActivationPatch("z", layer, rng.normal(size=(sizes["L"], sizes["H"], n_tokens, 6)), head, positions),
-        lambda: Steer(at, value(rng, shape), float(rng.normal()), name, positions),
+        lambda: ActivationPatch("z", range(layer + 1), PerLayer(rng.normal(size=(sizes["L"], sizes["H"], n_tokens, 6))), head, positions),
+        lambda: Steer(at, value(rng, shape[-1:]), float(rng.normal()), name, positions),
         lambda: DirectionAblation("resid_mid", layer, rng.normal(size=sizes["E"]), positions),
         lambda: AttentionKnockout(layer, head, *places),
         lambda: Ablation(name, at),

@@ -13,7 +13,7 @@ import pytest
 from oculi_jax import forward, plan, sweep
 from oculi_jax.causal import CausalTracer, activation_patching
 from oculi_jax.causal.noise import Noise
-from oculi_jax.intervention import ActivationPatch, AttentionKnockout, Edit, HeadAblation, KScaler, Steer
+from oculi_jax.intervention import ActivationPatch, AttentionKnockout, Edit, HeadAblation, KScaler, PerLayer, Steer
 from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, rank
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 
@@ -30,12 +30,12 @@ RUN = RNG.normal(size=(3, 4, 13, 6)).astype(np.float32)
 FAMILIES: dict[str, Any] = {
     "heads": [HeadAblation(np.arange(3)[:, None], np.arange(4)[None])],
     "heads beside a patch of a whole run": [
-        ActivationPatch("z", np.arange(3)[:, None], RUN, head=np.arange(4)[None]),
+        ActivationPatch("z", np.arange(3)[:, None], PerLayer(RUN), head=np.arange(4)[None]),
         Steer(0, RNG.normal(size=24), 0.3),
     ],
-    "positions": [ActivationPatch("resid_pre", np.arange(3)[:, None], RNG.normal(size=(3, 13, 24)), positions=np.arange(9)[None])],
+    "positions": [ActivationPatch("resid_pre", np.arange(3)[:, None], PerLayer(RNG.normal(size=(3, 13, 24))), positions=np.arange(9)[None])],
     "late positions": [Steer(1, RNG.normal(size=24), np.linspace(0, 2, 4), positions=[-1, -2])],
-    "values": [Steer(2, RNG.normal(size=(5, 1, 24)), np.ones(5), "mlp_out")],
+    "values": [Steer(2, RNG.normal(size=(5, 24)), np.ones(5), "mlp_out")],
     "edges": [AttentionKnockout(np.array([0, 2]), 1, -1, [0, 1]), KScaler(1, 0, np.array([0.5, 2.0]))],
     "embeddings": [Steer(None, RNG.normal(size=24), np.arange(3.0), "embed", positions=2)],
     "final norm": [Edit("final_norm", "scale", None, True, 2.0), HeadAblation(2, np.arange(4))],
@@ -89,7 +89,7 @@ def test_a_row_is_the_single_run_however_it_is_grouped(pair: tuple[Any, Llama]) 
 
 
 def test_what_precedes_the_first_edit_is_run_once(pair: tuple[Any, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import network
+    from oculi_jax.backends.torch import layers as network
 
     ran: list[tuple[int, int, int]] = []
     block = network._block

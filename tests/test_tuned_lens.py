@@ -13,7 +13,7 @@ import pytest
 
 from oculi_jax import LogitConfig, forward, lens
 from oculi_jax.analysis.logit_lens import LogitLensAnalysis
-from oculi_jax.lens import lens_layers
+from oculi_jax.backends import jax as programs
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.training import TunedLens, train_tuned_lens, tuned_lens_kl
 from oculi_jax.training.tuned_lens import _step
@@ -62,7 +62,7 @@ def test_it_begins_as_the_logit_lens() -> None:
         moved = identity.translate(resid.astype(dtype), (0, 1, 2))
         assert moved.dtype == dtype
         np.testing.assert_array_equal(moved, resid.astype(dtype))
-    plain, tuned = (lens_layers(MODEL, x, None, None) for x in (resid, identity.translate(resid, (0, 1, 2))))
+    plain, tuned = (programs.lens(MODEL, x, ("logits",)) for x in (resid, identity.translate(resid, (0, 1, 2))))
     np.testing.assert_array_equal(tuned["logits"], plain["logits"])
 
 

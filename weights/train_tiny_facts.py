@@ -31,7 +31,7 @@ from tiny_facts_score import scores
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from oculi_jax import forward
-from oculi_jax.intervention import HeadMask
+from oculi_jax.intervention import Blend
 from oculi_jax.models.llama import Llama, LlamaConfig
 from oculi_jax.models.llama.parameters import parameter_table
 from oculi_jax.utils.files import read_tensors, write_aside, write_tensors
@@ -155,7 +155,7 @@ def train_step(
 ) -> tuple[Llama, Any, jax.Array]:
     def loss(model: Llama) -> jax.Array:
         # Computing each layer anew for its gradient is a quarter quicker here than reading what was kept.
-        logits = jax.vmap(lambda row, keep: forward(model, row, HeadMask(keep), remat=True).logits[:-1])(tokens, keep)
+        logits = jax.vmap(lambda row, keep: forward(model, row, Blend("z", keep), remat=True).logits[:-1])(tokens, keep)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jaxtyping import Float
 
 from .. import prompts
 from ..arrays import listing
-from ..capture import check_layers, readings_of
-from ..forward import find_model, program, run
+from ..backends import find_model, programs_of
+from ..capture import Reading, check_layers, readings_of
+from ..decoding.continuation import both, continue_ids, continue_texts
 from ..intervention.canonical import canonical, sweep_axes
 from ..intervention.context import active
 from ..intervention.frame import Frame
-from ..intervention.protocol import as_list
-from ..intervention.rows import along_rows, stack_rows
-from ..lens import lens_layers
-from ..models.continuation import both, continue_ids, continue_texts
+from ..intervention.rows import Rows
 from ..models.llama.model import Llama
 from ..utils import tokens as token_utils
 from .configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
-from .parts import Wanted, merged, select, trim
+from .parts import merged, parts_of, trim
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ class LlamaAttentionAdapter:
 
     def __init__(self, model: Any, tokenizer: Any = None):
         self.model, self.tokenizer = find_model(model), tokenizer
-        if hasattr(type(self.model), "backend"):
-            from ..doctor import warn_once
+        if not programs_of(self.model).traceable:
+            from ..trust import warn_once
 
             warn_once(self.model.device)
 
@@ -206,7 +206,7 @@ class LlamaAttentionAdapter:
             model.config,
             attention_mask=attention_mask,
             allow_longer=allow_longer,
-            exact=program(model, captured) is not captured,
+            exact=not programs_of(model).compiles_per_length,
         )
         for name, config in configs.items():
             if not isinstance(config, _CONFIGS[name]):
@@ -220,31 +220,26 @@ class LlamaAttentionAdapter:
         shortest = int(batch.mask.sum(axis=1).min())
         wanted = {name: readings_of(config.specs(), model.config, shortest) for name, config in configs.items()}
         interventions = active(self)
-        if axes := sweep_axes(as_list(interventions)):
+        if axes := sweep_axes(interventions, len(batch.tokens)):
             raise ValueError(
                 f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars. "
                 "generate decodes variants side by side, and sweep measures them."
             )
-        frames = [Frame(model.config, model.dtype, batch.n_tokens, row, len(row)) for row in batch.mask]
-        tokens, mask = batch.tokens, batch.mask
-        if batch.single:
-            tokens, mask, leads = tokens[0], mask[0], ()
-            stacked = canonical(interventions, frames[0])
-        else:
-            stacked, leads, _ = stack_rows([interventions] * len(frames), frames)
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
-        ids = None if lens.tokens is None else np.array(lens.tokens, np.int32)
         if tuned_lens is not None:
             if not hasattr(tuned_lens, "translate"):
                 raise TypeError(f"tuned_lens is a {type(tuned_lens).__name__}, and a TunedLens is needed.")
             tuned_lens.check(model.config)
-        values = program(model, captured)(
-            model, tokens, mask, stacked, ids, tuned_lens, leads,
-            tuple(wanted.items()), lens.top_k, lens.dtype,
-        )  # fmt: skip
+        tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
+        wanted_parts = tuple(wanted.items())
+        seen = self._seen(batch, interventions, readings_of(merged(wanted_parts), model.config, batch.tokens.shape[1]))
+        values = parts_of(seen, mask, wanted_parts)
+        if "logits" in values:
+            layers = dict(wanted)["logits"][0].layers
+            values["logits"] = _lens_of(model, values["logits"]["resid_post"], lens, tuned_lens, layers)
         if batch.n_tokens != batch.tokens.shape[1]:
-            values = trim(values, tuple(wanted.items()), batch.n_tokens, lead=0 if batch.single else 1)
+            values = trim(values, wanted_parts, batch.n_tokens, lead=0 if batch.single else 1)
         prompt_arrays = {
             "tokens": jax.device_put(tokens[..., : batch.n_tokens]),
             "mask": jax.device_put(mask[..., : batch.n_tokens]),
@@ -252,41 +247,35 @@ class LlamaAttentionAdapter:
         kind = "logit" if tuned_lens is None else "tuned"
         return {name: _structure(model, config, values[name], prompt_arrays, kind) for name, config in configs.items()}
 
+    def _seen(
+        self, batch: prompts.Prompts, interventions: tuple[Any, ...], readings: tuple[Reading, ...]
+    ) -> Mapping[str, Array]:
+        """What readings find in one pass over each prompt; of several prompts, all lead with `B`."""
+        model = self.model
+        frames = [Frame(model.config, model.dtype, batch.n_tokens, row, len(row)) for row in batch.mask]
+        programs = programs_of(model)
+        if batch.single:
+            own = canonical(interventions, frames[0])
+            return programs.run(model, batch.tokens[0], batch.mask[0], own, readings).activations
+        rows, _ = Rows.of(interventions, frames)
+        found = programs.run_variants(model, batch.tokens, batch.mask, rows, readings=readings).activations
+        return {name: x.reshape(x.shape[0], *x.shape[2:]) for name, x in found.items()}
 
-@partial(jax.jit, static_argnums=(6, 7, 8, 9))
-def captured(
-    model: Llama,
-    tokens: Array,
-    mask: Array,
-    interventions: tuple[Any, ...],
-    ids: Array | None,
-    tuned_lens: TunedLens | None,
-    leads: tuple[bool, ...],
-    wanted: Wanted,
-    top_k: int | None,
-    dtype: Any,
-) -> dict[str, dict[str, Array]]:
-    """Part of the capture → site → values, in one pass; of the part `logits`, what is kept of the lens."""
-    specs = merged(wanted)
-    readings = readings_of(specs, model.config, tokens.shape[-1])
 
-    def one(interventions: Any, tokens: Array, mask: Array) -> dict[str, dict[str, Array]]:
-        activations = run(model, tokens, mask, interventions, readings).activations
-        full = {spec.sites: spec for spec in specs}
-        parts = {
-            part: {r.site.name: select(activations[r.site.name], full[r.site.name], r, mask) for r in readings}
-            for part, readings in wanted
-        }
-        if "logits" in parts:
-            resid = parts["logits"]["resid_post"]
-            if tuned_lens is not None:
-                resid = tuned_lens.translate(resid, dict(wanted)["logits"][0].layers)
-            parts["logits"] = lens_layers(model, resid, top_k, ids, dtype)
-        return parts
-
-    if tokens.ndim == 1:
-        return one(interventions, tokens, mask)
-    return along_rows(one, interventions, leads)(tokens, mask)
+def _lens_of(
+    model: Any, resid: Float[Array, "*B L T E"], config: LogitConfig, tuned_lens: Any, layers: tuple[int, ...]
+) -> dict[str, Array]:
+    """What a `LogitCapture` keeps of the lens, each leading with `[*B, L, T]`."""
+    if tuned_lens is not None:
+        translate = partial(tuned_lens.translate, layers=layers)
+        resid = translate(resid) if resid.ndim == 3 else jnp.stack([translate(row) for row in resid])
+    keep = ["normalized", "log_normalizer"]
+    keep += ["probabilities"] if config.tokens is not None else []
+    keep += ["logits"] if config.top_k is None else ["top_k_logits", "top_k_indices"]
+    ids = None if config.tokens is None else np.array(config.tokens, np.int32)
+    rows = resid.reshape(-1, *resid.shape[-2:])
+    found = programs_of(model).lens(model, rows, tuple(keep), top_k=config.top_k, tokens=ids, dtype=str(config.dtype))
+    return {name: x.reshape(*resid.shape[:-2], *x.shape[1:]) for name, x in found.items()}
 
 
 def _structure(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Bool
 
 from ..capture import CaptureSpec, Reading, at_positions
 
@@ -25,13 +29,34 @@ def merged(wanted: Wanted) -> tuple[CaptureSpec, ...]:
     return tuple(CaptureSpec(name, r.layers or None, r.positions, r.dtype) for name, r in found.items())
 
 
-def select(value: Array, spec: CaptureSpec, reading: Reading, mask: Array) -> Array:
-    """What a part wants, out of what was captured for all parts."""
-    if spec.layers is not None and tuple(spec.layers) != reading.layers:
-        value = value[np.array([list(spec.layers).index(layer) for layer in reading.layers])]
-    if reading.positions is not None and spec.positions is None:
-        value = at_positions(value, 1 + reading.site.axes.index("T"), reading.positions, mask)
-    return value if reading.dtype is None else value.astype(reading.dtype)
+def parts_of(
+    activations: Mapping[str, Array], mask: Bool[Array, "*B T"], wanted: Wanted
+) -> dict[str, dict[str, Array]]:
+    """Part of the capture → site → what the part wants, out of what was captured for all parts."""
+    names = [reading.site.name for _, readings in wanted for reading in readings]
+    if len(set(names)) == len(names):  # each part has its own sites, captured as it wants them
+        return {part: {r.site.name: activations[r.site.name] for r in readings} for part, readings in wanted}
+    return _selected(dict(activations), mask, wanted)
+
+
+@partial(jax.jit, static_argnames=("wanted",))
+def _selected(
+    activations: Mapping[str, Array], mask: Bool[Array, "*B T"], wanted: Wanted
+) -> dict[str, dict[str, Array]]:
+    full = {spec.sites: spec for spec in merged(wanted)}
+
+    def one(activations: Mapping[str, Array], mask: Array) -> dict[str, dict[str, Array]]:
+        def select(reading: Reading) -> Array:
+            spec, value = full[reading.site.name], activations[reading.site.name]
+            if spec.layers is not None and tuple(spec.layers) != reading.layers:
+                value = value[np.array([list(spec.layers).index(layer) for layer in reading.layers])]
+            if reading.positions is not None and spec.positions is None:
+                value = at_positions(value, 1 + reading.site.axes.index("T"), reading.positions, mask)
+            return value if reading.dtype is None else value.astype(reading.dtype)
+
+        return {part: {r.site.name: select(r) for r in readings} for part, readings in wanted}
+
+    return one(activations, mask) if mask.ndim == 1 else jax.vmap(one)(activations, mask)
 
 
 def trim(values: dict[str, dict[str, Array]], wanted: Wanted, n_tokens: int, lead: int) -> dict[str, dict[str, Array]]:

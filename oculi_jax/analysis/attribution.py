@@ -140,7 +140,9 @@ class AttributionMethods:
         weight = captured_rows(attention, model, "attn.o", z.shape[1], z.shape[3])
         gain, parts = _gain(attention, model, token, position, residual)
         values = (_at(attention, z, 2, position).astype(jnp.float32) * _through(weight, gain)).sum(axis=-1)
-        return _of_units("head_attribution", attention, values, model.layers.attn.o, gain, parts, "mlp")
+        return _of_units(
+            "head_attribution", attention, values, model.layers.attn.o, gain=gain, parts=parts, other="mlp"
+        )
 
     @staticmethod
     def neuron_attribution(
@@ -164,7 +166,9 @@ class AttributionMethods:
         weight = captured_rows(mlp, model, "mlp.down", neurons.shape[2])
         gain, parts = _gain(mlp, model, token, position, residual)
         values = _at(mlp, neurons, 1, position).astype(jnp.float32) * _through(weight, gain)
-        return _of_units("neuron_attribution", mlp, values, model.layers.mlp.down, gain, parts, "attention")
+        return _of_units(
+            "neuron_attribution", mlp, values, model.layers.mlp.down, gain=gain, parts=parts, other="attention"
+        )
 
     @staticmethod
     def top_attributions(result: Result, k: int = 10) -> list[dict[str, Any]]:
@@ -271,9 +275,9 @@ def _shares(residual: Any, direction: Float[Array, "E"], position: int, last: in
         _read(parts.embedding, gain),
         _read(parts.attn, gain),
         _read(parts.mlp, gain),
-        _read(parts.edits, gain),
-        norm_edit,
-        _read(final_norm, direction),
+        edits=_read(parts.edits, gain),
+        norm_edit=norm_edit,
+        logit=_read(final_norm, direction),
     )
 
 

@@ -1,1 +1,58 @@
-"""Other backends than JAX: each keeps the contract for its own kind of model, and is imported when a model asks for it."""
+"""What runs layers. A backend is a module of five programs that satisfies `Programs`; a model finds its own here.
+
+Checks, canonical interventions, plans and metrics are the same for all backends.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .protocol import Programs
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
+
+__all__ = ["Programs", "check_model", "find_model", "programs_of"]
+
+
+def programs_of(model: Any) -> Programs:
+    """The programs that run a model that `find_model` returned."""
+    if model.backend == "torch":
+        from . import torch
+
+        return torch
+    from . import jax
+
+    return jax
+
+
+def find_model(model: Any) -> Any:
+    """A model as the programs of its backend take it: a `Llama`, or a `TorchLlama`, also of a Hugging Face module.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if _is_of_transformers(model):
+        from .torch import TorchLlama
+
+        return TorchLlama.of(model)
+    if getattr(model, "backend", None) != "torch":
+        check_model(model)
+    return model
+
+
+def check_model(model: Any) -> LlamaConfig:
+    """The config of a JAX model; TypeError for what is none."""
+    if _is_of_transformers(model) or getattr(model, "backend", None) == "torch":
+        raise TypeError(
+            "This differentiates or reads the model as a JAX pytree, and was given one that torch runs: load it with "
+            "Llama.from_pretrained(directory)."
+        )
+    if isinstance(model, type) or not hasattr(model, "config") or not hasattr(model, "embed_tokens"):
+        what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise TypeError(f"The model is {what}; give a Llama, as Llama.from_pretrained(source) makes.")
+    return model.config
+
+
+def _is_of_transformers(model: Any) -> bool:
+    return any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__)

@@ -4,7 +4,7 @@ from .attribution import AttributionResult, attribution_patching
 from .noise import Noise
 from .patching import PatchingResult, activation_patching
 from .tracer import CausalTracer, TraceResult
-from .verification import Verification
+from .verification import Verification, verify
 
 __all__ = [
     "AttributionResult",
@@ -15,4 +15,5 @@ __all__ = [
     "Verification",
     "activation_patching",
     "attribution_patching",
+    "verify",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +14,16 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import listing
+from ..backends import check_model
+from ..backends.jax.programs import measure, run
 from ..capture import Reading, readings_of
-from ..forward import check_model, run
+from ..intervention.each import PerLayer
 from ..intervention.edit import Edit
-from ..metrics import Metric
+from ..metrics import check_metric, of_prompt
+from ..prompts import check_prompts
 from ..pytrees import pytree
-from ..replay import measure
 from ..sites import SITES, Site, find_site
-from ..sweep_inputs import check_metric, check_prompts
-from .verification import Entries, Verification, rerun
+from .verification import count, entries_of, number_of
 
 if TYPE_CHECKING:
     from ..models.llama.model import Llama
@@ -44,7 +44,7 @@ def attribution_patching(
 
     The metric is not linear in the sites. The estimate is poor for large changes (a whole residual stream early on), for
     queries and keys where attention is saturated, so that the softmax has no gradient, and where direct and indirect effects
-    cancel (Kramár et al. 2024, arXiv:2403.00745). `AttributionResult.verify` measures how poor.
+    cancel (Kramár et al. 2024, arXiv:2403.00745). `verify` measures how poor.
 
     Args:
         model: a `Llama`.
@@ -61,8 +61,8 @@ def attribution_patching(
         ValueError, TypeError: something that can be seen to be wrong, before anything runs; a metric without a gradient.
     """
     config = check_model(model)
-    clean, real, single = check_prompts(model, clean, mask)
-    corrupted, _, other = check_prompts(model, corrupted, None)
+    clean, real, single = check_prompts(config, clean, mask)
+    corrupted, _, other = check_prompts(config, corrupted, None)
     if (single, clean.shape) != (other, corrupted.shape):
         shapes = (listing(x.shape[alone:]) for x, alone in ((clean, single), (corrupted, other)))
         raise ValueError(
@@ -72,35 +72,19 @@ def attribution_patching(
     readings = _readings(sites, config)
     metric, _ = check_metric(metric, config.vocab_size, clean, real)
     at_once, remat = _schedule(model, *clean.shape)
-    found = AttributionResult(*_attribute(model, clean, corrupted, real, metric, readings, single, at_once, remat))
-    runs = _Runs(model, clean, corrupted, real, metric)
-    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((model, clean, corrupted, real, metric, found))):
-        object.__setattr__(found, "_runs", runs)
+    found = AttributionResult(
+        *_attribute(
+            model, clean, corrupted, real, metric=metric, readings=readings, single=single, at_once=at_once, remat=remat
+        )
+    )
     return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """What a result came from, for `verify`: prompts `[B, T]`, their masks `[B, T]` or None."""
-
-    model: Llama
-    clean: Int[Array, "B T"]
-    corrupted: Int[Array, "B T"]
-    mask: Bool[Array, "B T"] | None
-    metric: Any
-
-    def prompt(self, number: int) -> tuple[Any, Any, Any, Any, Any]:
-        """The model, and clean, corrupted, mask and metric of one pair."""
-        mask = None if self.mask is None else self.mask[number]
-        return self.model, self.clean[number], self.corrupted[number], mask, _of_prompt(self.metric, number)
 
 
 @pytree
 class AttributionResult:
     """What `attribution_patching` returns. An entry is what one patch would replace: all of the site's last axis.
 
-    A pytree of its three arrays. One that comes out of `jit`, `vmap` or `tree.map` has left its model and prompts behind, and
-    cannot be verified.
+    A pytree of its three arrays. `verify` measures how poor the estimates are.
 
     Attributes:
         values: site → float32, the site's axes less the last, after `L` for a site of the layers: `[L, H, T]` for `z`,
@@ -112,7 +96,6 @@ class AttributionResult:
     values: Mapping[str, Float[Array, "..."]]
     clean: Float[Array, "..."]
     corrupted: Float[Array, "..."]
-    _runs: ClassVar[_Runs | None] = None  # of one result that this process made; no leaf
 
     def top(self, n: int = 10, site: str | None = None, prompt: int | None = None) -> list[dict[str, Any]]:
         """The n entries of largest |value|, largest first. Host function.
@@ -125,75 +108,9 @@ class AttributionResult:
         Returns:
             Dicts of `"site"`, then `"layer"`, `"head"`, `"position"` as far as the site has them, and `"value"`.
         """
-        entries = self._entries(site, self._number(prompt))
-        order = np.argsort(-np.abs(entries.values), kind="stable")[: _count(n, "n")]
+        entries = entries_of(self, site, number_of(self, prompt))
+        order = np.argsort(-np.abs(entries.values), kind="stable")[: count(n, "n")]
         return [{**entries.place(i), "value": float(entries.values[i])} for i in order]
-
-    def verify(
-        self,
-        top: int = 10,
-        sample: int = 50,
-        seed: int = 0,
-        site: str | None = None,
-        prompt: int | None = None,
-        progress: Callable[[int, int], None] | bool | None = None,
-    ) -> Verification:
-        """Reruns the entries of largest |value|, and some others at random, as exact patches. Host function.
-
-        Entries where the two runs do not differ at all, and padding, are left out: a patch there changes nothing.
-
-        Args:
-            top: how many of the largest.
-            sample: how many of the others, drawn without replacement; fewer where there are no more.
-            seed: of the draw.
-            site: one of the sites; None for all of them together.
-            prompt: which pair, of several.
-            progress: as in `sweep`, of all entries.
-
-        Returns:
-            A `Verification`.
-
-        Raises:
-            ValueError: a result that left its model behind; nothing to verify.
-        """
-        runs = self._runs
-        if runs is None:
-            raise ValueError(
-                "This result came out of a transformation (jit, vmap, tree.map), and has left its model and prompts behind. "
-                "Verify what attribution_patching itself returns, outside of them."
-            )
-        number = self._number(prompt)
-        entries, (clean, corrupted) = self._entries(site, number), self._ends(number)
-        top, sample = _count(top, "top"), _count(sample, "sample")
-        return rerun(entries, *runs.prompt(number), clean, corrupted, top, sample, seed, progress)
-
-    def _ends(self, number: int) -> tuple[float, float]:
-        """The metric of the clean and the corrupted run of one pair."""
-        clean, corrupted = (float(np.ravel(np.asarray(x))[number]) for x in (self.clean, self.corrupted))
-        return clean, corrupted
-
-    def _number(self, prompt: int | None) -> int:
-        """The number of a pair; 0 where there is but one."""
-        if self.clean.ndim == 0:
-            if prompt is not None:
-                raise ValueError(f"prompt is {prompt!r}, and this result is of one pair of prompts: leave it out.")
-            return 0
-        n = self.clean.shape[0]
-        if prompt is None or isinstance(prompt, bool) or not hasattr(prompt, "__index__") or not 0 <= prompt < n:
-            raise ValueError(
-                f"prompt is {prompt!r}, and this result is of {n} pairs of prompts: it must be 0 to {n - 1}."
-            )
-        return int(prompt)
-
-    def _entries(self, site: str | None, prompt: int) -> Entries:
-        if site is not None and site not in self.values:
-            raise ValueError(f"There are no values of {site!r}; there are those of {', '.join(self.values)}.")
-        arrays = {
-            name: np.asarray(x if self.clean.ndim == 0 else x[prompt])
-            for name, x in self.values.items()
-            if site in (None, name)
-        }
-        return Entries({name: x.shape for name, x in arrays.items()}, np.concatenate([*map(np.ravel, arrays.values())]))
 
     def __repr__(self) -> str:
         def short(x: Any) -> str:
@@ -250,12 +167,15 @@ def _attribute(
     def one(number: Int[Array, ""]) -> tuple[dict[str, Array], Array, Array]:
         pair = jnp.stack([clean[number], corrupted[number]])
         real = None if mask is None else mask[number]
-        own = _of_prompt(metric, number)
+        own = of_prompt(metric, number)
         zeros = {reading.site.name: jnp.zeros(reading.shape(config, n_tokens)) for reading in readings}
 
         def measured(added: dict[str, Array], tokens: Array) -> tuple[Array, dict[str, Array]]:
-            edits = tuple(Edit(name, "add", None, True, value) for name, value in added.items())
-            found = run(model, tokens, real, edits, wanted, "none", remat).activations
+            edits = tuple(
+                Edit(name, "add", None, True, PerLayer(value) if SITES[name].layered else value)
+                for name, value in added.items()
+            )
+            found = run(model, tokens, real, edits, wanted, remat=remat).activations
             value = measure(model, found["final_norm"], real, own)
             _check_scalar(value)
             return value, {name: found[name].astype(jnp.float32) for name in zeros}
@@ -289,14 +209,6 @@ def _schedule(model: Llama, n_prompts: int, n_tokens: int) -> tuple[int, bool]:
     return min(n_prompts, max(1, _KEPT_BYTES // kept)), kept > _KEPT_BYTES
 
 
-def _of_prompt(metric: Any, number: Any) -> Any:
-    """The metric of one prompt, of a metric with targets for several."""
-    if not isinstance(metric, Metric):
-        return metric
-    axes = metric.per_prompt()
-    return jax.tree.map(lambda axis, x: x if axis is None else x[number], axes, metric, is_leaf=lambda x: x is None)
-
-
 def _check_scalar(value: Any) -> None:
     leaves = jax.tree.leaves(value)
     if len(leaves) == 1 and leaves[0] is value and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
@@ -305,9 +217,3 @@ def _check_scalar(value: Any) -> None:
     raise TypeError(
         f"The metric gives {what or 'nothing'}, and attribution needs one floating-point number, which has a gradient."
     )
-
-
-def _count(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
-        raise ValueError(f"{what} is {value!r}, and must be an integer of 0 or more.")
-    return int(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,11 @@ from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import as_array, listing, on_device
-from ..generate import check_key
-from ..intervention import Steer
+from ..decoding.generation import check_key
+from ..intervention import Edit, PerPrompt
+from ..intervention.fields import Strength, Values
+from ..intervention.fields import field as of_kind
+from ..intervention.indices import Positions
 from ..pytrees import pytree, static
 
 if TYPE_CHECKING:
@@ -55,25 +59,40 @@ class Noise:
             raise TypeError("Noise.key is None, and a JAX random key is needed: jax.random.key(seed).")
         return check_key(self.key)
 
-    def draws(self, model: Llama, mask: Bool[Array, "B T"] | None, n_prompts: int, n_tokens: int) -> list[Steer]:
-        """The corruption of every prompt in every sample, prompts outermost."""
-        key = self.check()
-        places = position_rows(self.positions, n_prompts, "Noise.positions")
+    def intervention(self, model: Llama, mask: Bool[Array, "B T"] | None, n_prompts: int, n_tokens: int) -> AddedNoise:
+        """The corruption of every prompt in every sample, `B · samples` rows with the prompts outermost."""
+        key, samples = self.check(), int(self.samples)
         real = np.ones((1, n_tokens), bool) if mask is None else mask
-        drawn = _draw(model.embed[...], key, real, int(self.samples))
-        drawn = drawn * n_prompts if mask is None else drawn
-        return [
-            Steer(None, vector, self.scale, "embed", place)
-            for place, vectors in zip(places, drawn, strict=True)
-            for vector in vectors
-        ]
+        drawn = _draw(model.embed[...], key, real, samples)
+        drawn = drawn if mask is not None else jnp.tile(drawn, (n_prompts, 1, 1))
+        places = positions_of(self.positions, n_prompts, "Noise.positions", samples)
+        return AddedNoise(PerPrompt(drawn), self.scale, places)
+
+
+@pytree
+class AddedNoise:
+    """`embed ← embed + scale · value` at some tokens.
+
+    Args:
+        value: `[T, E]`.
+        scale: strength.
+        positions: which tokens; None for all.
+        site: static.
+    """
+
+    value: Any = of_kind(Values())
+    scale: Any = of_kind(Strength())
+    positions: Any = of_kind(Positions(optional=True), default=None)
+    site: str = of_kind(None, default="embed")
+
+    def edits(self, sizes: Mapping[str, int]) -> tuple[Edit, ...]:
+        value = jnp.asarray(self.value).astype(jnp.float32) * self.scale
+        return (Edit(self.site, "add", None, jnp.asarray(self.positions)[:, None], value),)
 
 
 @partial(jax.jit, static_argnums=(3,), inline=True)
-def _draw(
-    table: Float[Array, "V E"], key: Array, real: Bool[Array, "P T"], samples: int
-) -> tuple[tuple[Float[Array, "T E"], ...], ...]:
-    """σ ε for every prompt and sample."""
+def _draw(table: Float[Array, "V E"], key: Array, real: Bool[Array, "P T"], samples: int) -> Float[Array, "N T E"]:
+    """σ ε for every prompt and sample, prompts outermost."""
     wide = table.astype(jnp.float32)
     # Means of rows first: one sum over so many numbers would lose digits.
     mean = jnp.mean(jnp.mean(wide, axis=-1))
@@ -85,13 +104,16 @@ def _draw(
     ranks = jnp.maximum(jnp.cumsum(real, axis=-1) - 1, 0)
     each = jax.vmap(jax.vmap(token, in_axes=(None, 0)), in_axes=(0, None))
     drawn = jax.vmap(each, in_axes=(None, 0))(jnp.arange(samples), ranks)
-    return tuple(tuple(prompt[sample] for sample in range(samples)) for prompt in drawn)
+    return drawn.reshape(-1, *drawn.shape[2:])
 
 
-def position_rows(positions: Any, n_prompts: int, where: str) -> list[Any]:
-    """A set of positions for each prompt, as an intervention takes it, from one for all or bool `[B, T]`."""
-    if positions is None or isinstance(positions, list | tuple):
-        return [positions] * n_prompts
+def positions_of(positions: Any, n_prompts: int, where: str, each: int = 1) -> Any:
+    """A set of positions as a field of an intervention takes it, of prompts that are `each` so many rows.
+
+    From one set for all prompts, or bool `[B, T]`.
+    """
+    if positions is None or isinstance(positions, list | tuple | range):
+        return positions
     array = as_array(positions)
     array = array if isinstance(array, Tracer) else np.asarray(array)
     if array.dtype != bool:
@@ -99,11 +121,11 @@ def position_rows(positions: Any, n_prompts: int, where: str) -> list[Any]:
             raise ValueError(
                 f"{where} has shape {listing(array.shape)}: give an integer, a list of them, or bool [T] or [B, T]."
             )
-        return [list(array) if array.ndim else array] * n_prompts
+        return list(array) if array.ndim else array
     if array.ndim < 2:
-        return [array] * n_prompts
+        return array
     if array.ndim > 2 or len(array) != n_prompts:
         raise ValueError(
             f"{where} has shape {listing(array.shape)}, and there are {n_prompts} prompts: give bool [B, T]."
         )
-    return list(array)
+    return PerPrompt((jnp if on_device(array) else np).repeat(array, each, axis=0))

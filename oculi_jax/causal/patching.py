@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,25 +13,24 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from ..arrays import listing
+from ..backends import find_model, programs_of
 from ..capture import Reading
-from ..forward import find_model, program, run
-from ..intervention import ActivationPatch
-from ..intervention.canonical import sweep_axes
+from ..intervention import ActivationPatch, PerLayer, PerPrompt
 from ..intervention.frame import Frame
 from ..intervention.protocol import are_interventions, as_list
-from ..intervention.rows import along_rows, stack_rows
-from ..metrics import Metric
+from ..intervention.rows import Rows
+from ..metrics import Metric, check_metric
+from ..prompts import check_prompts
 from ..pytrees import pytree, static
-from ..replay import measure
-from ..sites import SITES, Site, find_site
-from ..sweep import Progress, sweep_prompts
-from ..sweep_inputs import check_metric, check_prompts
-from .noise import Noise, position_rows
+from ..sites import Site, find_site, site_of
+from ..sweeps.sweeping import Progress, sweep_prompts
+from .noise import Noise, positions_of
 
 if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
     from ..models.llama.model import Llama
 
 # Two metrics that differ by less than this share of the larger are one to rounding: float32's own, of two programs.
@@ -163,62 +162,58 @@ def patch_sites(
     if direction not in ("denoising", "noising"):
         raise ValueError(f"direction is {direction!r}, and must be 'denoising' (clean into corrupted) or 'noising'.")
     by = (by,) if isinstance(by, str) else tuple(by)
-    where = [check_grid(name, by) for name in sites]
-    clean, mask, single = check_prompts(model, clean, mask)
+    where = [check_grid(name, by, config) for name in sites]
+    clean, mask, single = check_prompts(config, clean, mask)
     n_prompts, n_tokens = clean.shape
     metric, _ = check_metric(metric, config.vocab_size, clean, mask)
     if mesh is not None and not isinstance(mesh, Mesh):
         raise TypeError(
             f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
         )
-    if mesh is not None and program(model, observe) is observe:
+    if mesh is not None and programs_of(model).traceable:
         table = model.embed[...]
         if not isinstance(table, Tracer) and not isinstance(table.sharding, NamedSharding):
             model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
 
-    plain = _Runs(clean, mask, [background] * n_prompts, metric)
+    plain = _Runs(clean, mask, background, metric)
     if isinstance(corrupted, Noise):
-        draws = corrupted.draws(model, mask, n_prompts, n_tokens)
-        plain_rows = plain.repeated(int(corrupted.samples))
-        spoilt = replace(plain_rows, interventions=[(*background, draw) for draw in draws])
+        samples = int(corrupted.samples)
+        rows = plain.repeated(samples)
+        noise = corrupted.intervention(model, mask, n_prompts, n_tokens)
+        spoilt = replace(rows, interventions=(*background, noise))
     else:
-        plain_rows = plain
+        samples, rows = None, plain
         spoilt = _spoilt(model, plain, corrupted, background, single)
-    samples = int(corrupted.samples) if isinstance(corrupted, Noise) else None
-    if axes := sweep_axes(as_list(spoilt.interventions[0])):
-        raise ValueError(
-            f"The interventions of the corrupted run have axes {listing(axes)}, and it is one run: use scalars."
-        )
 
     readings = tuple(_reading(site, config.num_hidden_layers) for site in where)
     of_clean = plain.observe(model, readings if direction == "denoising" else ())
     of_spoilt = spoilt.observe(model, readings if direction == "noising" else ())
-    target, (_, captured) = (spoilt, of_clean) if direction == "denoising" else (plain_rows, of_spoilt)
+    target, (_, captured) = (spoilt, of_clean) if direction == "denoising" else (rows, of_spoilt)
     at_clean, at_spoilt = _tidied(of_clean[0], None, single), _tidied(of_spoilt[0], samples, single)
 
     differs = _differs(plain, spoilt) if not isinstance(corrupted, Noise) and not background else None
-    places = position_rows(positions, n_prompts, "positions")
+    places = positions_of(positions, n_prompts, "positions", samples or 1)
+    if "position" in by:
+        places = np.eye(n_tokens, dtype=bool)
+        places = places if differs is None else np.stack([np.diag(row) for row in differs])
     results = []
     for number, site in enumerate(where):
-        each = len(target.tokens) // len(captured)  # a clean prompt's values serve all samples of its noise
-        patches = []
-        for row, interventions in enumerate(target.interventions):
-            value = captured[row // each][site.name]
-            place = places[row * n_prompts // len(target.tokens)]
-            if "position" in by:
-                place = np.eye(n_tokens, dtype=bool) if differs is None else np.diag(differs[row])
-            patches.append((*interventions, _patch(site, by, value, place, {**config.sizes, "T": n_tokens})))
+        value = captured[site.name]
+        if len(value) > 1:  # a clean prompt's values serve all samples of its noise
+            value = jnp.repeat(value, len(target.tokens) // len(value), axis=0)
+        patch = _patch(site, by, value, places, {**config.sizes, "T": n_tokens})
         found = sweep_prompts(
-            model, target.tokens, target.mask, patches, target.metric,
+            model, target.tokens, target.mask, (*target.interventions, patch), target.metric,
             batch_size=batch_size, progress=_part(progress, number, len(where)), mesh=mesh,
         )  # fmt: skip
         results.append(PatchingResult(_tidied(found, samples, single), at_clean, at_spoilt, site.name, by, direction))
     return results
 
 
-def check_grid(name: Any, by: tuple[str, ...]) -> Site:
-    """The site of that name; ValueError where it cannot be patched by these axes."""
+def check_grid(name: Any, by: tuple[str, ...], config: LlamaConfig) -> Site:
+    """The site of that name; ValueError where it cannot be patched by these axes, or the model has none of that name."""
     site, layer = find_site(name)
+    site_of(site.name, config.sites)
     if layer is not None:
         raise ValueError(f"The site {name!r} names layer {layer}, and every layer is patched: give {site.name!r}.")
     if site.name == "allowed":
@@ -234,7 +229,7 @@ def check_grid(name: Any, by: tuple[str, ...]) -> Site:
     if site.layered and by == ("position",):
         raise ValueError(f"The site {site.name!r} is in every layer: patch it by ('layer', 'position').")
     if "head" in by and site.head_axis is None:
-        have = ", ".join(name for name, row in SITES.items() if row.head_axis is not None)
+        have = ", ".join(name for name, row in config.sites.items() if row.head_axis is not None)
         raise ValueError(f"The site {site.name!r} has no heads: it is {site.shape}. Those with heads are {have}.")
     return site
 
@@ -246,13 +241,13 @@ class _Runs:
     Attributes:
         tokens: `[N, T]`.
         mask: `[N, T]` or None.
-        interventions: each row's.
+        interventions: of all rows; what rows have of their own is in each a `PerPrompt`.
         metric: whose targets, where it has them for each row, lead with `N`.
     """
 
     tokens: Any
     mask: Any
-    interventions: list[tuple[Any, ...]]
+    interventions: tuple[Any, ...]
     metric: Any
 
     def repeated(self, n: int) -> _Runs:
@@ -268,22 +263,30 @@ class _Runs:
         axes = jax.tree.leaves(_metric_axes(self.metric), is_leaf=lambda x: x is None)
         metric = jax.tree.unflatten(tree, list(map(leaf, leaves, axes)))
         mask = None if self.mask is None else repeat(self.mask)
-        return _Runs(repeat(self.tokens), mask, [row for row in self.interventions for _ in range(n)], metric)
+        return _Runs(repeat(self.tokens), mask, self.interventions, metric)
 
-    def observe(self, model: Llama, readings: tuple[Reading, ...]) -> tuple[Array, tuple[dict[str, Array], ...]]:
-        """The metric `[N]`, and for each row site → its capture."""
+    def observe(self, model: Llama, readings: tuple[Reading, ...]) -> tuple[Array, dict[str, Array]]:
+        """The metric `[N]`, and site → what it captures, leading with the rows."""
         masks = [None] * len(self.tokens) if self.mask is None else self.mask
         frames = [Frame(model.config, model.dtype, self.tokens.shape[1], row) for row in masks]
-        stacked, leads, _ = stack_rows(self.interventions, frames)
-        values, seen = program(model, observe)(model, self.tokens, self.mask, stacked, self.metric, leads, readings)
-        return check_number(values), seen
+        rows, axes = Rows.of(self.interventions, frames)
+        if axes:
+            raise ValueError(
+                f"The interventions of the corrupted run have axes {listing(axes)}, and it is one run: use scalars."
+            )
+        leads = tuple(axis == 0 for axis in jax.tree.leaves(_metric_axes(self.metric), is_leaf=lambda x: x is None))
+        seen = programs_of(model).run_variants(
+            model, self.tokens, self.mask, rows, metric=self.metric, metric_by_prompt=leads, readings=readings
+        )
+        values, found = jax.tree.map(lambda x: x.reshape(len(x), *x.shape[2:]), (seen.value, dict(seen.activations)))
+        return check_number(values), found
 
 
 def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, ...], single: bool) -> _Runs:
     """The corrupted runs that interventions or other tokens make."""
     if are_interventions(corrupted):
-        return replace(plain, interventions=[(*background, *as_list(corrupted))] * len(plain.tokens))
-    tokens, _, alone = check_prompts(model, corrupted, None)
+        return replace(plain, interventions=(*background, *as_list(corrupted)))
+    tokens, _, alone = check_prompts(model.config, corrupted, None)
     if tokens.shape != plain.tokens.shape or alone != single:
         shapes = [listing(x.shape[int(one) :]) for x, one in ((plain.tokens, single), (tokens, alone))]
         raise ValueError(
@@ -298,7 +301,7 @@ def _differs(plain: _Runs, spoilt: _Runs) -> np.ndarray | None:
 
     Before it a patch puts in what is there, so that nothing need run. None where that cannot be told.
     """
-    if spoilt.interventions != plain.interventions or isinstance(plain.mask, jax.Array):
+    if len(spoilt.interventions) > len(plain.interventions) or isinstance(plain.mask, jax.Array):
         return None
     if isinstance(plain.tokens, jax.Array) or isinstance(spoilt.tokens, jax.Array):
         return None
@@ -314,29 +317,6 @@ def _metric_axes(metric: Any) -> Any:
     return metric.per_prompt() if isinstance(metric, Metric) else jax.tree.map(lambda _: None, metric)
 
 
-@partial(jax.jit, static_argnums=(5, 6), inline=True)
-def observe(
-    model: Llama,
-    tokens: Int[Array, "N T"],
-    mask: Bool[Array, "N T"] | None,
-    interventions: tuple[Any, ...],
-    metric: Any,
-    leads: tuple[bool, ...],
-    readings: tuple[Reading, ...],
-) -> tuple[Array, tuple[dict[str, Array], ...]]:
-    """See `_Runs.observe`."""
-    final = _reading(SITES["final_norm"], 0)
-
-    def one(items: tuple[Any, ...], tokens: Array, mask: Array | None) -> dict[str, Array]:
-        return dict(run(model, tokens, mask, items, (*readings, final)).activations)
-
-    seen = along_rows(one, interventions, leads)(tokens, mask)
-    judge = jax.vmap(lambda x, real, metric: measure(model, x, real, metric), in_axes=(0, 0, _metric_axes(metric)))
-    values = judge(seen["final_norm"], mask, metric)
-    # Apart, not as one array: each is the value of its own prompt's patch.
-    return values, tuple({r.site.name: seen[r.site.name][row] for r in readings} for row in range(len(tokens)))
-
-
 def check_number(values: Any) -> Array:
     """A metric's values `[N]`, one number for each row; ValueError for anything else."""
     if not isinstance(values, jax.Array) or values.ndim != 1:
@@ -345,17 +325,32 @@ def check_number(values: Any) -> Array:
     return values
 
 
-def _patch(site: Site, by: tuple[str, ...], value: Array, positions: Any, sizes: dict[str, int]) -> ActivationPatch:
-    """The family of patches whose axes are `by`."""
+def _patch(
+    site: Site, by: tuple[str, ...], value: Float[Array, "N ..."], positions: Any, sizes: Mapping[str, int]
+) -> ActivationPatch:
+    """The family of patches whose axes are `by`.
 
-    def along(name: str, x: Any) -> Any:
-        """`x` with its first axis where `by` has `name`."""
-        return None if name not in by else np.expand_dims(x, [i for i, other in enumerate(by) if other != name])
+    Args:
+        value: of each prompt.
+        positions: as the field takes them; bool `[T, T]`, or `[N, T, T]` for each prompt, where `by` has positions.
+    """
+
+    def along(name: str, x: Any, own: int = 0) -> Any:
+        """`x` with the last axis before `own` of its own where `by` has `name`."""
+        if name not in by:
+            return None
+        lead = [1 if other != name else x.shape[-1 - own] for other in by]
+        return x.reshape(*x.shape[: -1 - own], *lead, *x.shape[x.ndim - own :])
 
     n_heads = 0 if site.head_axis is None else sizes[site.head_axis]
-    positions = along("position", positions) if "position" in by else positions
-    layer, head = along("layer", np.arange(sizes["L"])), along("head", np.arange(n_heads))
-    return ActivationPatch(site.name, layer, value, head, positions)
+    if "position" in by:
+        apart, positions = positions.ndim == 3, along("position", positions, 1)
+        positions = PerPrompt(positions) if apart else positions
+    given: Any = PerLayer(value) if site.layered else value
+    given = PerPrompt(given) if len(value) > 1 else jax.tree.map(lambda x: x[0], given)
+    return ActivationPatch(
+        site.name, along("layer", np.arange(sizes["L"])), given, along("head", np.arange(n_heads)), positions
+    )
 
 
 def _part(progress: Any, number: int, of: int) -> Any:

@@ -18,7 +18,7 @@ from ..intervention.context import active
 from ..intervention.protocol import are_interventions
 from ..pytrees import pytree, static
 from ..sites import find_site
-from ..sweep import Progress
+from ..sweeps.sweeping import Progress
 from .noise import Noise
 from .patching import patch_sites, recovery
 

@@ -1,20 +1,27 @@
-"""`Verification`: how well estimates of patching agree with exact patches of the same entries."""
+"""`verify`: how well estimates of patching agree with exact patches of the same entries."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 
-from ..forward import forward
-from ..intervention.named import ActivationPatch
+from ..arrays import listing
+from ..intervention import ActivationPatch, PerLayer
+from ..metrics import of_prompt
+from ..prompts import check_prompts
+from ..run import forward
 from ..sites import SITES, Site
-from ..sweep import sweep
+from ..sweeps.sweeping import Progress, sweep
 
 if TYPE_CHECKING:
     from ..models.llama.model import Llama
+    from .attribution import AttributionResult
 
 # Effects below this share of the metric are rounding of float32, and have no sign.
 ROUNDING = 1e-5
@@ -46,6 +53,36 @@ class Verification:
             f"Verification({len(self.entries)} entries, rank correlation {self.rank_correlation:.3f}, "
             f"{len(self.sign_errors)} of wrong sign, {len(self.missed)} missed)"
         )
+
+
+def count(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
+        raise ValueError(f"{what} is {value!r}, and must be an integer of 0 or more.")
+    return int(value)
+
+
+def number_of(result: AttributionResult, prompt: int | None) -> int:
+    """The number of a pair; 0 where there is but one."""
+    if result.clean.ndim == 0:
+        if prompt is not None:
+            raise ValueError(f"prompt is {prompt!r}, and this result is of one pair of prompts: leave it out.")
+        return 0
+    n = result.clean.shape[0]
+    if prompt is None or isinstance(prompt, bool) or not hasattr(prompt, "__index__") or not 0 <= prompt < n:
+        raise ValueError(f"prompt is {prompt!r}, and this result is of {n} pairs of prompts: it must be 0 to {n - 1}.")
+    return int(prompt)
+
+
+def entries_of(result: AttributionResult, site: str | None, number: int) -> Entries:
+    """The values of one pair, of one site or of all."""
+    if site is not None and site not in result.values:
+        raise ValueError(f"There are no values of {site!r}; there are those of {', '.join(result.values)}.")
+    arrays = {
+        name: np.asarray(x if result.clean.ndim == 0 else x[number])
+        for name, x in result.values.items()
+        if site in (None, name)
+    }
+    return Entries({name: x.shape for name, x in arrays.items()}, np.concatenate([*map(np.ravel, arrays.values())]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +117,61 @@ def _index_names(site: Site) -> list[str]:
     return ["layer", *names] if site.layered else names
 
 
-def rerun(
-    entries: Entries, model: Llama, clean: Any, corrupted: Any, mask: Any, metric: Any, clean_value: float,
-    corrupted_value: float, top: int, sample: int, seed: int, progress: Any,
-) -> Verification:  # fmt: skip
-    """Patches the entries of largest |value|, and some of the others, one at a time.
+def verify(
+    result: AttributionResult,
+    model: Llama,
+    clean: Any,
+    corrupted: Any,
+    metric: Callable[..., Any],
+    *,
+    mask: Any = None,
+    top: int = 10,
+    sample: int = 50,
+    seed: int = 0,
+    site: str | None = None,
+    prompt: int | None = None,
+    progress: Progress | bool | None = None,
+) -> Verification:
+    """Reruns the entries of largest |value|, and some others at random, as exact patches. Host function.
+
+    Entries where the two runs do not differ at all, and padding, are left out: a patch there changes nothing.
 
     Args:
-        entries: with their estimates.
-        clean, corrupted, mask: one pair of prompts, `[T]`.
-        clean_value, corrupted_value: the metric of the two runs.
-        top, sample, seed, progress: as in `AttributionResult.verify`.
+        result: of `attribution_patching`.
+        model, clean, corrupted, metric, mask: what it was given.
+        top: how many of the largest.
+        sample: how many of the others, drawn without replacement; fewer where there are no more.
+        seed: of the draw.
+        site: one of the result's sites; None for all of them together.
+        prompt: which pair, of several.
+        progress: as in `sweep`, of all entries.
+
+    Returns:
+        A `Verification`.
+
+    Raises:
+        ValueError: other prompts than the result is of; nothing to verify.
+
+    Example:
+        guess = attribution_patching(model, clean, corrupted, metric, ("z",))
+        verify(guess, model, clean, corrupted, metric, top=10)
     """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((result, model, clean, corrupted))):
+        raise TypeError("verify runs on the host, and was called inside a trace (jit, vmap, grad): call it outside.")
+    number = number_of(result, prompt)
+    clean, real, single = check_prompts(model.config, clean, mask)
+    corrupted, _, _ = check_prompts(model.config, corrupted, None)
+    n_prompts = len(np.atleast_1d(result.clean))
+    if single != (result.clean.ndim == 0) or len(clean) != n_prompts or clean.shape != corrupted.shape:
+        given = " and ".join(listing(x.shape[int(single) :]) for x in (clean, corrupted))
+        raise ValueError(
+            f"This result is of {n_prompts} pair(s) of prompts, and prompts {given} were given: give its own."
+        )
+    entries = entries_of(result, site, number)
+    clean_value, corrupted_value = (float(np.ravel(np.asarray(x))[number]) for x in (result.clean, result.corrupted))
+    top, sample = count(top, "top"), count(sample, "sample")
+    clean, corrupted, mask = clean[number], corrupted[number], None if real is None else real[number]
+    metric = of_prompt(metric, number)
     sites = list(entries.shapes)
     source, before = (
         forward(model, tokens, capture=sites, logits="none", mask=mask).activations for tokens in (clean, corrupted)
@@ -115,7 +195,7 @@ def rerun(
         def report(n: int, _: int, done: int = done) -> None:
             progress(done + n, len(chosen))
 
-        patches = _patches(site, entries.index(chosen[mine]), source[site], len(corrupted))
+        patches = _patches(SITES[site], entries.index(chosen[mine]), source[site], len(corrupted))
         patched[mine] = np.ravel(
             sweep(model, corrupted, patches, metric, mask=mask, progress=report if callable(progress) else progress)
         )
@@ -133,14 +213,14 @@ def _differs(site: Site, clean: Array, corrupted: Array, mask: Any) -> np.ndarra
     return differs.ravel()
 
 
-def _patches(site: str, index: dict[str, np.ndarray], value: Array, n_tokens: int) -> ActivationPatch:
-    """The patches of N entries, a sweep of axes `[N, 1, 1]`: more than `value` could lead with, so that it is shared."""
+def _patches(site: Site, index: dict[str, np.ndarray], value: Array, n_tokens: int) -> ActivationPatch:
+    """The patches of N entries of a run's capture, a sweep of axes `[N]`."""
     n = len(next(iter(index.values()), [0]))
-    fields = {name: i[:, None, None] for name, i in index.items()}
-    positions = np.ones((n, 1, 1, n_tokens), bool)
-    if "position" in fields:
-        positions = np.arange(n_tokens) == fields["position"][..., None]
-    return ActivationPatch(site, fields.get("layer"), value, fields.get("head"), positions)
+    positions = np.ones((n, n_tokens), bool)
+    if "position" in index:
+        positions = np.arange(n_tokens) == index["position"][:, None]
+    given = PerLayer(value) if site.layered else value
+    return ActivationPatch(site.name, index.get("layer"), given, index.get("head"), positions)
 
 
 def _compare(entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int, rounding: float) -> Verification:

@@ -4,33 +4,66 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
-from .attribute import attribute
-from .capture import capture
-from .doctor import doctor
-from .generate import generate
-from .heads import heads
-from .lens import lens
-from .patch import patch
-from .report import report
-from .sites import sites
-from .sweep import sweep
+# What each command is for, as the list of them says it: the first sentence of its own help, which is imported with it alone.
+COMMANDS = {
+    "lens": "Layer by layer, what the model would say if it stopped there, and how the final answer comes up.",
+    "capture": "Writes chosen sites of one prompt as a safetensors file: arrays, and axes, model and tokens as metadata.",
+    "heads": "Every attention head, classified: what it does on random tokens that are repeated once, where nothing but the "
+    "repetition can be known.",
+    "attribute": "Which heads and MLPs an answer comes from: direct logit attribution at the last token.",
+    "sweep": "What becomes of an answer without each attention head: the output z of one head at a time is set to zero.",
+    "patch": "Where two prompts' runs carry what makes their answers differ: one run's values are put into the other, place by "
+    "place.",
+    "generate": "Continues a text, plain and, with --intervene, under interventions, side by side.",
+    "report": "A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.",
+    "sites": "The sites: every value of the forward pass that can be read and edited, with its axes.",
+    "doctor": "Whether what this machine's devices compute can be trusted: each site of one prompt beside the CPU's float32.",
+}
 
-app = typer.Typer(
-    help="Look inside a Llama.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
-app.command()(lens)
-app.command()(capture)
-app.command()(heads)
-app.command()(attribute)
-app.command()(sweep)
-app.command()(patch)
-app.command()(generate)
-app.command()(report)
-app.command()(sites)
-app.command()(doctor)
+
+def load(command: str) -> Callable[..., Any]:
+    """The function of a command, imported when it is asked for: most of them bring the whole library."""
+    match command:
+        case "lens":
+            from .lens import lens as found
+        case "capture":
+            from .capture import capture as found
+        case "heads":
+            from .heads import heads as found
+        case "attribute":
+            from .attribute import attribute as found
+        case "sweep":
+            from .sweep import sweep as found
+        case "patch":
+            from .patch import patch as found
+        case "generate":
+            from .generate import generate as found
+        case "report":
+            from .report import report as found
+        case "sites":
+            from .sites import sites as found
+        case _:
+            from .doctor import doctor as found
+    return found
+
+
+def app_for(chosen: str | None) -> typer.Typer:
+    """The command line, of which one command can run; the others are there by name and help."""
+    app = typer.Typer(
+        help="Look inside a Llama.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    for name, summary in COMMANDS.items():
+        if name == chosen:
+            app.command(name)(load(name))
+        else:
+            app.command(name, help=summary)(lambda: None)
+    return app
+
 
 # What the library raises at input that it refuses; anything else is a bug and keeps its traceback.
 REFUSALS = (ValueError, TypeError, KeyError, IndexError, OSError, NotImplementedError, ModuleNotFoundError)
@@ -52,7 +85,7 @@ def main() -> None:
     try:
         if wrong := [word for word in sys.argv if _not_text(word)]:
             raise ValueError(f"{wrong[0]!r} is not valid text in UTF-8.")
-        app()
+        app_for(next((word for word in sys.argv[1:] if not word.startswith("-")), None))()
     except REFUSALS as error:
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         option = message.replace("pass allow_longer=True", "give --allow-longer")

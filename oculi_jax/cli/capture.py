@@ -12,8 +12,8 @@ import typer
 
 from ..adapter.files import save
 from ..capture import CaptureSpec, readings_of
-from ..forward import forward
 from ..prompts import prepare
+from ..run import forward
 from ..sites import SITES, unknown_site
 from .common import Dtype, Longer, Model, Text, check_output, console, integers, open_adapter, working
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .. import doctor as checks
+from .. import trust as checks
 from ..embedded import embedded_directory
 from ..utils.devices import get_device_info
 from .common import Dtype, Model, console, keep_programs, working

@@ -8,7 +8,8 @@ import math
 from typing import Any
 
 from ..intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler
-from ..intervention.fields import Index, Strength
+from ..intervention.fields import Strength
+from ..intervention.indices import Index
 from ..sites import find_site
 
 # What can be written in a line: those whose fields are numbers (and a site's name).

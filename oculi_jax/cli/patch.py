@@ -83,7 +83,7 @@ def patch(
     out.print(TextCell(f"Metric: {name}."))
     out.print(TextCell(f"{site}, one {' × '.join(axes)} at a time: {DIRECTIONS[direction]}."))
     tokens = [shown(a) if a == b else f"{shown(a)}→{shown(b)}" for a, b in zip(run, source, strict=True)]
-    out.print(_table(patched, effects, axes, SITES[site].head_axis or "", tokens, noun, top))
+    out.print(_table(patched, effects, axes, SITES[site].head_axis or "", tokens=tokens, noun=noun, top=top))
     one, zero = ("clean", "corrupted") if denoising else ("corrupted", "clean")
     out.print(f"{noun} 1: as the {one} run; 0: as the {zero} one", style="dim")
     if picture:

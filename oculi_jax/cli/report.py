@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..report import report as make_report
+from ..pages import report as make_report
 from ..utils.files import write_aside
 from .common import Dtype, Longer, Model, Text, check_output, console, open_adapter
 from .effects import counting

@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
-from ..forward import forward
 from ..intervention import HeadAblation
-from ..sweep import sweep as run_sweep
+from ..run import forward
+from ..sweeps.sweeping import sweep as run_sweep
 from .common import (
     Dtype,
     Longer,

@@ -2,15 +2,18 @@
 
 from ..pytrees import pytree
 from .context import InterventionContext
+from .each import PerLayer, PerPrompt
 from .edit import Edit, site_shaped
-from .fields import Index, Positions, Strength, Values, field
+from .fields import Strength, Table, Values, Vector, field
+from .indices import Head, Index, Last, Layer, Positions
 from .named import (
     Ablation,
     ActivationPatch,
     AttentionKnockout,
+    Blend,
     DirectionAblation,
+    Freeze,
     HeadAblation,
-    HeadMask,
     KScaler,
     QScaler,
     SpectraScaler,
@@ -22,20 +25,28 @@ __all__ = [
     "Ablation",
     "ActivationPatch",
     "AttentionKnockout",
+    "Blend",
     "DirectionAblation",
     "Edit",
+    "Freeze",
+    "Head",
     "HeadAblation",
-    "HeadMask",
     "Index",
     "Intervention",
     "InterventionContext",
     "KScaler",
+    "Last",
+    "Layer",
+    "PerLayer",
+    "PerPrompt",
     "Positions",
     "QScaler",
     "SpectraScaler",
     "Steer",
     "Strength",
+    "Table",
     "Values",
+    "Vector",
     "field",
     "pytree",
     "site_shaped",

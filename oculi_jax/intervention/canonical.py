@@ -1,65 +1,105 @@
-"""The canonical form of interventions: of one run, or of a family of them whose fields have the axes of a sweep."""
+"""The canonical form of interventions: every field checked, of one run or of the variants and prompts of a sweep."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-from ..arrays import listing
+from ..arrays import listing, on_device
 from .broadcast import Carried
-from .fields import Index, Positions, Strength, Table, owner_site
+from .each import PerPrompt
+from .fields import Kind, Strength, Table
 from .frame import Frame
+from .indices import Index, Positions, is_set
 from .protocol import as_list
 
-
-@dataclass(frozen=True)
-class Family:
-    """Interventions in canonical form, `N` variants of them side by side.
-
-    Attributes:
-        interventions: their leaves lead with `N`, or are shared by all variants.
-        leads: for each leaf, whether it leads with `N`.
-        axes: what `N` is the product of.
-    """
-
-    interventions: tuple[Any, ...]
-    leads: tuple[bool, ...]
-    axes: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.axes)
+# Fields that are small, and are checked by value also where they lie on a device.
+_SMALL = (Index, Strength, Positions, Table)
 
 
 def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
     """Every intervention of one run with its fields checked and in canonical form; one error lists all problems."""
-    return _canonical(as_list(interventions), dataclasses.replace(frame, axes=()))[0]
+    frame = dataclasses.replace(frame, axes=())
+    items = as_list(interventions)
+    problems: list[Exception] = []
+    done = []
+    for item, where in zip(items, names(items), strict=True):
+        try:
+            check(item, where)
+        except (ValueError, TypeError) as error:
+            problems.append(error)
+            continue
+        leaves = {}
+        for data in data_fields(item):
+            value, place = getattr(item, data.name), f"{where}.{data.name}"
+            try:
+                if isinstance(value, PerPrompt):
+                    raise ValueError(
+                        f"{place} is a PerPrompt, one entry for each of several prompts [B, T], and this is one run: give the "
+                        "entry itself; sweep, generate and the adapter take several prompts."
+                    )
+                leaves[data.name] = data.metadata["kind"].canonical(value, item, frame, place)
+            except (ValueError, TypeError) as error:
+                problems.append(error)
+        if not problems:
+            done.append(dataclasses.replace(item, **leaves))
+    raise_all(problems)
+    return tuple(done)
 
 
-def family(interventions: Any, frame: Frame) -> Family:
-    """Interventions whose fields have axes as a `Family`; Raises as `canonical` does."""
-    given = [_by_value(item) for item in as_list(interventions)]
-    axes = sweep_axes(given)
-    tree, leads = _canonical(given, dataclasses.replace(frame, axes=axes))
-    return Family(tree, leads, axes)
+def names(items: Sequence[Any]) -> list[str]:
+    """What interventions are called in messages."""
+    each = [type(item).__name__ for item in items]
+    return each if len(items) == 1 else [f"{name} (number {number})" for number, name in enumerate(each)]
 
 
-def sweep_axes(interventions: list[Any]) -> tuple[int, ...]:
-    """The axes to which all index, strength and position fields broadcast together."""
+def check(item: Any, where: str) -> None:
+    """Raises ValueError or TypeError for static fields that make no intervention, and for fields of no kind."""
+    if not all("kind" in data.metadata for data in dataclasses.fields(item)):
+        raise TypeError(
+            f"{where} has fields that oculi_jax.intervention.field did not declare; lower it to Edits yourself."
+        )
+    try:
+        getattr(item, "check", lambda: None)()
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def raise_all(problems: list[Exception]) -> None:
+    """Raises what was found, in one error."""
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        kind = TypeError if all(isinstance(p, TypeError) for p in problems) else ValueError
+        raise kind("These interventions cannot be run:\n  " + "\n  ".join(map(str, problems)))
+
+
+def data_fields(item: Any) -> list[Any]:
+    """The fields of an intervention that are data."""
+    if not dataclasses.is_dataclass(item) or isinstance(item, type):
+        return []
+    return [data for data in dataclasses.fields(item) if data.metadata.get("kind") is not None]
+
+
+def sweep_axes(interventions: Any, n_prompts: int = 1) -> tuple[int, ...]:
+    """The axes of a sweep to which all fields broadcast together; () where it is one run of each prompt."""
+    items = as_list(interventions)
     axes: tuple[int, ...] = ()
     found: dict[str, tuple[int, ...]] = {}
-    for number, item in enumerate(interventions):
+    for item, name in zip(items, names(items), strict=True):
         for data in data_fields(item):
-            shape = data.metadata["kind"].axes(getattr(item, data.name))
+            value = getattr(item, data.name)
+            if isinstance(value, PerPrompt):
+                value.check(n_prompts, f"{name}.{data.name}")
+                value = value.of(0)
+            shape = data.metadata["kind"].axes(value, item)
             if not shape:
                 continue
-            name = type(item).__name__ if len(interventions) == 1 else f"{type(item).__name__} (number {number})"
             found[f"{name}.{data.name}"] = shape
             try:
                 axes = np.broadcast_shapes(axes, shape)
@@ -71,62 +111,60 @@ def sweep_axes(interventions: list[Any]) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def data_fields(item: Any) -> list[Any]:
-    """The fields of an intervention that are data; none where it is no intervention, which `canonical` then says."""
-    if not dataclasses.is_dataclass(item) or isinstance(item, type):
-        return []
-    return [data for data in dataclasses.fields(item) if data.metadata.get("kind") is not None]
-
-
-def _by_value(item: Any) -> Any:
-    """The intervention with what makes the axes of a sweep on the host, where it is small and can be checked by value."""
+def by_value(item: Any) -> Any:
+    """The intervention with what is small on the host, where it can be checked by value."""
     changes = {}
     for data in data_fields(item):
         value = getattr(item, data.name)
-        small = isinstance(data.metadata["kind"], Index | Strength | Positions | Table)
-        leaves = jax.tree.leaves(value) if small else []
-        if any(isinstance(x, jax.Array) for x in leaves) and not any(isinstance(x, Tracer) for x in leaves):
-            # A list stays one: of positions it is a set.
-            changes[data.name] = (
-                [np.asarray(x) for x in value] if isinstance(value, list | tuple) else np.asarray(value)
-            )
+        leaves = jax.tree.leaves(value) if isinstance(data.metadata["kind"], _SMALL) else []
+        if any(map(on_device, leaves)) and not any(isinstance(x, Tracer) for x in leaves):
+            changes[data.name] = jax.tree.map(np.asarray, value)
     return dataclasses.replace(item, **changes) if changes else item
 
 
-def _canonical(interventions: list[Any], frame: Frame) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-    problems: list[Exception] = []
-    done = []
-    leads: list[bool] = []
-    for number, intervention in enumerate(interventions):
-        name = type(intervention).__name__
-        where = name if len(interventions) == 1 else f"{name} (number {number})"
-        if not all("kind" in item.metadata for item in dataclasses.fields(intervention)):
-            raise TypeError(
-                f"{where} has fields that oculi_jax.intervention.field did not declare; lower it to Edits yourself."
-            )
-        try:
-            getattr(intervention, "check", lambda: None)()
-            if hasattr(intervention, "site"):
-                owner_site(intervention)
-        except (ValueError, TypeError) as error:
-            problems.append(type(error)(f"{where}: {error}"))
-            continue
-        leaves = {}
-        for data in data_fields(intervention):
-            try:
-                value = getattr(intervention, data.name)
-                leaf = data.metadata["kind"].canonical(value, intervention, frame, f"{where}.{data.name}")
-            except (ValueError, TypeError) as error:
-                problems.append(error)
-                continue
-            carried = isinstance(leaf, Carried)
-            leaves[data.name] = leaf.rows if carried else leaf
-            leads += [carried] * len(jax.tree.leaves(leaves[data.name]))
-        if not problems:
-            done.append(dataclasses.replace(intervention, **leaves))  # type: ignore[type-var]
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        kind = TypeError if all(isinstance(p, TypeError) for p in problems) else ValueError
-        raise kind("These interventions cannot be run:\n  " + "\n  ".join(map(str, problems)))
-    return tuple(done), tuple(leads)
+def of_prompt(item: Any, number: int) -> Any:
+    """The intervention that one prompt is under."""
+    changes = {
+        data.name: value.of(number)
+        for data in data_fields(item)
+        if isinstance(value := getattr(item, data.name), PerPrompt)
+    }
+    return dataclasses.replace(item, **changes) if changes else item
+
+
+def field_of_prompts(
+    kind: Kind, value: Any, items: Sequence[Any], frames: Sequence[Frame], where: str
+) -> tuple[Any, bool]:
+    """The canonical leaf of one field of several prompts, and whether it leads with them.
+
+    Args:
+        value: as given.
+        items: the intervention of each prompt.
+        frames: of each prompt.
+    """
+    alike = not kind.by_prompt or all(frame.mask is None for frame in frames)
+    if not isinstance(value, PerPrompt):
+        if alike:
+            return kind.canonical(value, items[0], frames[0], where), False
+        values = [value] * len(items)
+        return _stacked([kind.canonical(x, i, f, where) for x, i, f in zip(values, items, frames, strict=True)]), True
+    leaves = jax.tree.leaves(value.x)
+    if alike and not is_set(value.x) and all(map(on_device, leaves)):  # checked by shape alone: all at once
+        return jax.vmap(lambda x: kind.canonical(x, items[0], frames[0], where))(value.x), True
+    each = [value.of(number) for number in range(len(items))]
+    if any(map(is_set, each)):  # one index is a set of one
+        each = [x if is_set(x) else [x] for x in each]
+    parts = zip(each, items, frames, strict=True)
+    rows = [kind.canonical(x, i, f, f"{where} of prompt {n}") for n, (x, i, f) in enumerate(parts)]
+    if len({isinstance(row, Carried) for row in rows}) == 2:
+        raise ValueError(
+            f"{where} has axes of a sweep for some prompts and none for others; give all of them the same axes."
+        )
+    return _stacked(rows), True
+
+
+def _stacked(rows: Sequence[Any]) -> Any:
+    def stack(*leaves: Any) -> Any:
+        return jax.numpy.stack(leaves) if any(map(on_device, leaves)) else np.stack(leaves)
+
+    return jax.tree.map(stack, *rows)

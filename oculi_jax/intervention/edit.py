@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +12,27 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from ..pytrees import pytree
-from .fields import Anything, Index, Mask, Values, field, owner_site
+from ..sites import SITES, Site, site_of
+from .each import PerLayer
+from .fields import Anything, Mask, Values, field
+from .indices import Layer
 
 OPS = ("set", "add", "scale", "apply")
 
 
+@dataclasses.dataclass(frozen=True)
 class _EditValue(Values):
     """An edit's value: fits the site, unless a function of the user's own reads it."""
 
+    layer: str | None = "layer"
+
+    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+        return () if owner.op == "apply" else super().axes(value, owner)
+
     def canonical(self, value: Any, owner: Any, frame: Any, where: str) -> Any:
-        kind = Anything() if owner.op == "apply" else Values(per_layer=False)
-        return kind.canonical(value, owner, frame, where)
+        if owner.op == "apply":
+            return Anything().canonical(value, owner, frame, where)
+        return super().canonical(value, owner, frame, where)
 
 
 @pytree
@@ -34,20 +44,20 @@ class Edit:
     Args:
         site: a name of the site table; static.
         op: `"set"`, `"add"`, `"scale"`, or `"apply"`; static.
-        layer: which layer, from 0. None is every layer: the dense form, in which `mask` and `value` are scalars or
-            lead with `L`. A site outside the layers (`embed`, `final_scale`, `final_norm`) takes None.
-        mask: bool, broadcasts to the site's axes.
-        value: broadcasts to the site's axes; for `apply` any pytree of arrays (in the dense form, leaves with axes lead
-            with `L`).
+        layer: which layer, from 0, or a set of layers. None is every layer: the dense form, in which `mask` and `value` are
+            scalars or lead with `L`. A site outside the layers (`embed`, `final_scale`, `final_norm`) takes None.
+        mask: bool, of the site's axes, each whole or 1.
+        value: of the site's axes, each whole or 1 (a mean over tokens is `mean[None]`); a `PerLayer` of that. For `apply` any
+            pytree of arrays, handed over as it is (in the dense form, leaves with axes lead with `L`).
         fn: for `apply`, `fn(x, value) → x` of the same shape: anything JAX can trace. Static: a new function is a new
             program. It is to treat each token by itself: padding is ones to it, rows of the last axis that `mask` leaves
             alone are constants without a gradient, and in decoding `x` is of one token, `value` being passed whole. A sweep
-            runs all tokens where there is one.
+            runs all tokens where there is one, unless `site_shaped` says that it can be cut.
     """
 
     site: str = field(None)
     op: str = field(None)
-    layer: Any = field(Index("L", optional=True))
+    layer: Any = field(Layer(site="site", optional=True))
     mask: Any = field(Mask(), default=True)
     value: Any = field(_EditValue(), default=0.0)
     fn: Callable[[Array, Any], Array] | None = field(None, default=None)
@@ -64,6 +74,59 @@ class Edit:
 
     def edits(self, sizes: Mapping[str, int]) -> tuple[Edit, ...]:
         return (self,)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The letters of the site's axes."""
+        return SITES[self.site].axes
+
+
+def lower(
+    interventions: tuple[Any, ...],
+    sizes: Mapping[str, int],
+    n_covered: Any = None,
+    sites: Mapping[str, Site] = SITES,
+) -> list[tuple[int, Edit]]:
+    """The edits of canonical interventions, numbered by these, for a run of `sizes` on a model that has `sites`.
+
+    Their arrays cover `n_covered` tokens (None: all).
+
+    Raises:
+        ValueError: an edit at a site that the model does not have.
+    """
+    edits = [(number, edit) for number, item in enumerate(interventions) for edit in item.edits(sizes)]
+    edits = [(number, _dense(edit, site_of(edit.site, sites), sizes)) for number, edit in edits]
+    if n_covered is None:
+        return edits
+    return [(number, limit_to_covered(edit, n_covered, sizes)) for number, edit in edits]
+
+
+def _dense(edit: Edit, site: Site, sizes: Mapping[str, int]) -> Edit:
+    """The edit with what leads with `L` because it acts at every layer as `PerLayer`."""
+    if edit.layer is not None or not site.layered:
+        return edit
+
+    def leaf(x: Any) -> Any:
+        if is_per_layer(x) or not jnp.ndim(x):
+            return x
+        if jnp.shape(x)[0] != sizes["L"]:
+            raise ValueError(
+                f"An Edit at {site.name!r} acts at every layer with an array {list(jnp.shape(x))}, which must lead with "
+                f"L = {sizes['L']}; or name the layers, all of them in a list."
+            )
+        return PerLayer(x)
+
+    value = jax.tree.map(leaf, edit.value, is_leaf=is_per_layer)
+    return dataclasses.replace(edit, mask=leaf(edit.mask), value=value)
+
+
+def is_per_layer(x: Any) -> bool:
+    return isinstance(x, PerLayer)
+
+
+def at_layer(tree: Any, layer: Int[Array, ""] | None) -> Any:
+    """What arrays of a `PerLayer` hold for one layer; others as they are."""
+    return jax.tree.map(lambda x: x.x[layer] if is_per_layer(x) else x, tree, is_leaf=is_per_layer)
 
 
 def apply_edit(
@@ -82,43 +145,19 @@ def apply_edit(
         real: True at real tokens; padding is never edited, so that nothing of it can reach them. None where all are.
         keys: the same for the key positions, where they are not the tokens that run: in decoding, all so far.
     """
-    mask, value = edit.mask, edit.value
     here: Bool[Array, ""] | None = None
-    if layer is not None:
-        if edit.layer is None:
-            mask, value = jax.tree.map(lambda leaf: leaf[layer] if jnp.ndim(leaf) else leaf, (mask, value))
-        else:
-            here = layer == edit.layer
-            if leaves := cuttable(edit):  # a whole run's capture: this layer's row, shared by all variants of a sweep
-                n_axes = len(owner_site(edit).axes)
-                rows = [leaf[layer] if jnp.ndim(leaf) > n_axes else leaf for leaf in leaves]
-                value = jax.tree.unflatten(jax.tree.structure(value), rows)
-    chosen = jnp.asarray(mask)
-    if here is not None:
-        chosen = chosen & here
-    chosen = _broadcast(chosen, x)
+    if layer is not None and edit.layer is not None:
+        given = jnp.asarray(edit.layer)
+        here = given[layer] if given.dtype == bool else layer == given
+    chosen, value = at_layer((edit.mask, edit.value), layer)
+    chosen = jnp.asarray(chosen)
+    chosen = _broadcast(chosen if here is None else chosen & here, x)
     if real is not None:
-        axes = owner_site(edit).axes
-        visible = _broadcast(real if keys is None else keys, x) if "S" in axes else True
-        real = _broadcast(real.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T"))), x) & visible
+        visible = _broadcast(real if keys is None else keys, x) if "S" in edit.axes else True
+        real = _broadcast(real.reshape(-1, *(1,) * (len(edit.axes) - 1 - edit.axes.index("T"))), x) & visible
         chosen = chosen & real
     if edit.op == "apply":
-        assert edit.fn is not None
-        # Where the edit is off, nothing may flow back through fn: its derivative there may be infinite.
-        x_in = _only_if(jnp.any(chosen, axis=-1, keepdims=True), x)
-        if real is not None:  # z of padding is exactly zero, where a norm or a logarithm has no derivative
-            x_in = jnp.where(real, x_in, jnp.ones_like(x_in))
-        if here is not None:
-            value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
-        if hasattr(edit.fn, "site_shaped"):
-            x_in = x_in.astype(jnp.float32)
-            value = jax.tree.map(lambda leaf: _broadcast(leaf.astype(jnp.float32), x), value)
-        new = edit.fn(x_in, value)
-        if jnp.shape(new) != x.shape:
-            raise ValueError(
-                f"The function of an Edit at {edit.site!r} returned shape {list(jnp.shape(new))}, "
-                f"and the site's value {owner_site(edit).shape} is {list(x.shape)} at a layer."
-            )
+        new = _applied(edit, x, value, chosen, here, real)
     else:
         wide = x.dtype if jnp.asarray(value).dtype == x.dtype else jnp.float32
         operand = _broadcast(jnp.asarray(value).astype(wide), x)
@@ -130,6 +169,27 @@ def apply_edit(
             case _:
                 new = x.astype(wide) * operand
     return jnp.where(chosen, jnp.asarray(new).astype(x.dtype), x)
+
+
+def _applied(edit: Edit, x: Array, value: Any, chosen: Array, here: Array | None, real: Array | None) -> Array:
+    """What the function of an `apply` edit makes of a site's value."""
+    assert edit.fn is not None
+    # Where the edit is off, nothing may flow back through fn: its derivative there may be infinite.
+    x_in = _only_if(jnp.any(chosen, axis=-1, keepdims=True), x)
+    if real is not None:  # z of padding is exactly zero, where a norm or a logarithm has no derivative
+        x_in = jnp.where(real, x_in, jnp.ones_like(x_in))
+    if here is not None:
+        value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
+    if is_site_shaped(edit):
+        x_in = x_in.astype(jnp.float32)
+        value = jax.tree.map(lambda leaf: _broadcast(jnp.asarray(leaf).astype(jnp.float32), x), value)
+    new = edit.fn(x_in, value)
+    if jnp.shape(new) != x.shape:
+        raise ValueError(
+            f"The function of an Edit at {edit.site!r} returned shape {list(jnp.shape(new))}, "
+            f"and the site's value {SITES[edit.site].shape} is {list(x.shape)} at a layer."
+        )
+    return new
 
 
 def _broadcast(value: Array, x: Array) -> Array:
@@ -150,6 +210,11 @@ def site_shaped(fn: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Arr
     return fn
 
 
+def is_site_shaped(edit: Edit) -> bool:
+    """Whether the arrays of an edit's value broadcast to the site's axes, and are not a function's own business."""
+    return edit.op != "apply" or hasattr(edit.fn, "site_shaped")
+
+
 def limit_to_covered(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
     """The edit in a run that has room for more tokens than its arrays cover: it leaves the others alone.
 
@@ -158,50 +223,39 @@ def limit_to_covered(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int
         n_covered: how many tokens the user's arrays cover.
         sizes: letter → size of the run, `T` and `S` among them.
     """
-    n_axes = len(owner_site(edit).axes)
+    if not is_site_shaped(edit):
+        return edit
+    n_axes = len(edit.axes)
     inside = jnp.arange(sizes["T"]) < n_covered
     covered = jnp.ones((1,) * n_axes, bool)
-    n_layers = 0
-    for leaf in map(jnp.asarray, cuttable(edit)):
-        for axis in token_axes(edit, leaf, sizes["T"], "TS"):
+    for leaf in jax.tree.leaves(edit.value, is_leaf=is_per_layer):
+        shape = jnp.shape(leaf.x)[1:] if is_per_layer(leaf) else jnp.shape(leaf)
+        for axis in token_axes(edit, shape, sizes["T"], "TS"):
             covered = covered & inside.reshape(*(1,) * (n_axes + axis), -1, *(1,) * (-axis - 1))
-            n_layers = leaf.shape[0] if is_dense(edit) else 0
     if covered.size == 1:
         return edit
-    mask = jnp.asarray(edit.mask)
-    if n_layers:
-        mask = jnp.broadcast_to(mask, (n_layers,)) if mask.ndim == 0 else mask
+    if is_per_layer(edit.mask):
+        mask = jnp.asarray(edit.mask.x)
         mask = mask.reshape(mask.shape[0], *(1,) * (n_axes + 1 - mask.ndim), *mask.shape[1:])
-        return dataclasses.replace(edit, mask=mask & covered[None])
+        return dataclasses.replace(edit, mask=PerLayer(mask & covered[None]))
+    mask = jnp.asarray(edit.mask)
     return dataclasses.replace(edit, mask=mask.reshape(*(1,) * (n_axes - mask.ndim), *mask.shape) & covered)
 
 
 def cut_rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) -> Edit:
     """The edit for `n_rows` tokens of the run that begin at `start`; key axes stay whole."""
 
-    def cut(leaf: Any) -> Array:
-        leaf = jnp.asarray(leaf)
-        for axis in token_axes(edit, leaf, sizes["T"], "T"):
-            leaf = jax.lax.dynamic_slice_in_dim(leaf, start, n_rows, leaf.ndim + axis)
-        return leaf
+    def cut(leaf: Any) -> Any:
+        array = jnp.asarray(leaf.x if is_per_layer(leaf) else leaf)
+        for axis in token_axes(edit, array.shape[int(is_per_layer(leaf)) :], sizes["T"], "T"):
+            array = jax.lax.dynamic_slice_in_dim(array, start, n_rows, array.ndim + axis)
+        return PerLayer(array) if is_per_layer(leaf) else array
 
-    value = jax.tree.map(cut, edit.value) if cuttable(edit) else edit.value
+    value = jax.tree.map(cut, edit.value, is_leaf=is_per_layer) if is_site_shaped(edit) else edit.value
     return dataclasses.replace(edit, mask=cut(edit.mask), value=value)
 
 
-def cuttable(edit: Edit) -> list[Any]:
-    """The leaves of the edit's value that have the site's axes; none where they are a function's own business."""
-    return jax.tree.leaves(edit.value) if edit.op != "apply" or hasattr(edit.fn, "site_shaped") else []
-
-
-def is_dense(edit: Edit) -> bool:
-    """Whether the edit acts at every layer, so that its arrays lead with `L`."""
-    return owner_site(edit).layered and edit.layer is None
-
-
-def token_axes(edit: Edit, leaf: Any, length: int, letters: str) -> list[int]:
-    """Which axes, counted from the end, are token axes of the edit's site and `length` long; an axis of one broadcasts."""
-    axes = owner_site(edit).axes
-    rank = leaf.ndim - is_dense(edit)
-    found = [i - len(axes) for i, letter in enumerate(axes) if letter in letters]
-    return [axis for axis in found if length > 1 and rank >= -axis and leaf.shape[axis] == length]
+def token_axes(edit: Edit, shape: Sequence[int], length: int, letters: str) -> list[int]:
+    """Which axes, counted from the end, of an array of a layer's values are token axes `length` long; one of 1 broadcasts."""
+    found = [i - len(edit.axes) for i, letter in enumerate(edit.axes) if letter in letters]
+    return [axis for axis in found if length > 1 and len(shape) >= -axis and shape[axis] == length]

@@ -1,17 +1,20 @@
 """Kinds of fields of an intervention: what each accepts, and the one canonical form it has inside a program.
 
-A field has a declared rank: an index and a strength 0, a set of positions or its mask `[T]` 1 (an integer 0), an array that
-of its site's axes. What stands in front of that are the axes of a sweep. Index, strength and position fields broadcast to
-them; an array carries all of them or none.
+What an array means is written, never guessed. A field has a rank: an index and a strength 0, a direction 1, a table 2, a value
+that of its site. A plain array has that rank, or the axes of a sweep in front of it; a number is a number anywhere; what leads
+with the layers is a `PerLayer`, with the prompts a `PerPrompt`. A list, a tuple or a range of indices is a set: all of them in
+one run.
 
 A value that the host can see (Python, NumPy) is checked by value; a JAX array by shape and dtype, since reading it would
-wait for the device; a tracer by shape. After that an index is a strong int32 scalar, a strength a float32 scalar, a set of
-positions a bool `[T]`, and an array has its site's dtype: so numbers of any Python type share one compiled program.
+wait for the device; a tracer by shape. After that an index is a strong int32 scalar, a set a bool mask over its axis, a
+strength a float32 scalar, positions a bool `[T]`, and an array has its site's dtype: so numbers of any Python type, and any two
+sets, share one compiled program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,93 +23,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..arrays import as_array, listing, on_device
-from ..sites import SITES, Site, unknown_site
-from .broadcast import (
-    Carried,
-    broadcast_to_site,
-    cast_to,
-    first_wrong,
-    is_real,
-    is_whole,
-    same_either_way,
-    to_sweep_axes,
-)
+from ..sites import SITES, Site
+from .broadcast import cast_to, first_wrong, fit, is_real, leading_axes, to_sweep_axes
+from .each import PerLayer
 from .frame import Frame
-
-WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residual dimensions", "F": "neurons",
-         "D": "head dimensions", "T": "tokens", "S": "key positions"}  # fmt: skip
 
 
 class Kind:
-    """How one field becomes canonical. `owner` is the intervention, for fields that depend on its site or head."""
+    """How one field becomes canonical. `owner` is the intervention, for fields that depend on another one of its fields.
 
-    def axes(self, value: Any) -> tuple[int, ...]:
-        """The axes of a sweep that a value makes; () for kinds whose arrays only follow those of the others."""
+    Attributes:
+        by_prompt: whether the canonical form depends on the prompt, also where the value does not.
+    """
+
+    by_prompt = False
+
+    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+        """The axes of a sweep that a value makes."""
         return ()
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
         """The leaf, or `Carried` rows of leaves where it has the axes of a sweep, `frame.axes`."""
         raise NotImplementedError
-
-
-def owner_site(owner: Any) -> Site:
-    """The site of an intervention; ValueError where it names none."""
-    site = SITES.get(owner.site) if isinstance(owner.site, str) else None
-    if site is None:
-        raise ValueError(unknown_site(owner.site))
-    return site
-
-
-@dataclass(frozen=True)
-class Index(Kind):
-    """A position on an axis, counted from 0.
-
-    Attributes:
-        of: the axis's letter; `"head"` for the site's own head axis, `"last"` for its last one.
-        optional: whether None is allowed.
-    """
-
-    of: str
-    optional: bool = False
-
-    def axes(self, value: Any) -> tuple[int, ...]:
-        return () if value is None else as_array(value).shape
-
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        letter: str | None = self.of
-        if letter == "head":
-            letter = owner_site(owner).head_axis
-            if letter is None and value is not None:
-                raise ValueError(
-                    f"{where} is given, but the site {owner.site!r} has no heads: it is {owner_site(owner).shape}."
-                )
-        elif letter == "last":
-            letter = owner_site(owner).axes[-1]
-        elif letter == "L" and hasattr(owner, "site") and not owner_site(owner).layered:
-            if value is not None:
-                raise ValueError(
-                    f"{where} is {value}, but the site {owner.site!r} occurs once, outside the layers: use None."
-                )
-            return None
-        if value is None:
-            if self.optional:
-                return None
-            raise TypeError(f"{where} is None, and an integer is needed.")
-        assert letter is not None
-        size = frame.sizes[letter]
-        array = as_array(value)
-        if on_device(array):
-            if not jnp.issubdtype(array.dtype, jnp.integer):
-                raise TypeError(f"{where} is an array of {array.dtype}, and integers are needed.")
-            return to_sweep_axes(jax.lax.convert_element_type(array, np.int32), 0, frame, where)
-        if isinstance(value, bool) or array.dtype.kind not in "iu":
-            raise TypeError(f"{where} is {value!r}, and an integer is needed.")
-        wrong = (array < 0) | (array >= size)
-        if wrong.any():
-            raise ValueError(
-                f"{where} is {first_wrong(array, wrong)}, but there are {size} {WORDS[letter]}: it must be 0 to {size - 1}."
-            )
-        return to_sweep_axes(array.astype(np.int32), 0, frame, where)
 
 
 @dataclass(frozen=True)
@@ -115,185 +53,221 @@ class Strength(Kind):
 
     positive: bool = False
 
-    def axes(self, value: Any) -> tuple[int, ...]:
-        return as_array(value).shape
+    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+        return leading_axes(value, 0)
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        array = as_array(value)
+        given = value.x if isinstance(value, PerLayer) else value
+        array = as_array(given)
         if on_device(array):
             if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):
                 raise TypeError(f"{where} is an array of {array.dtype}, and a number is needed.")
-            return to_sweep_axes(jax.lax.convert_element_type(array, np.float32), 0, frame, where)
-        if isinstance(value, bool) or not is_real(array):
-            raise TypeError(f"{where} is {value!r}, and a number is needed.")
-        with np.errstate(over="ignore"):
-            small = array.astype(np.float32)
-        if not np.isfinite(small).all():
-            raise ValueError(
-                f"{where} is {first_wrong(array, ~np.isfinite(small))}, and a number that is finite in float32 is needed."
-            )
-        if self.positive and not (small > 0).all():
-            raise ValueError(f"{where} is {first_wrong(array, ~(small > 0))}, and must be above 0 (1 changes nothing).")
-        return to_sweep_axes(small, 0, frame, where)
-
-
-@dataclass(frozen=True)
-class Positions(Kind):
-    """A set of token positions: an integer, a list of them, or a bool mask `[T]`; None, where `optional`, is all.
-
-    Integers count real tokens, negative ones from the last; a mask lies along the token array, padding included. A list is
-    a set of positions, an integer array positions of a sweep.
-    """
-
-    optional: bool = False
-
-    def axes(self, value: Any) -> tuple[int, ...]:
-        if value is None or isinstance(value, list | tuple):
-            return ()
-        array = as_array(value)
-        return array.shape[:-1] if array.dtype == bool else array.shape
-
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        if value is None:
-            if self.optional:
-                return np.ones(frame.slots, bool)
-            raise TypeError(f"{where} is None, and a position is needed.")
-        if isinstance(value, list | tuple) and len({isinstance(v, bool) for v in value}) == 2:
-            raise TypeError(f"{where} is {value!r}, which mixes positions and yes or no.")
-        array = as_array(value)
-        if array.dtype == bool:
-            if array.shape[-1:] != (frame.n_tokens,):
-                raise ValueError(
-                    f"{where} is a mask of shape {listing(array.shape)}, and the prompt is [{frame.n_tokens}]."
-                )
-            if not on_device(array) and not array.any():
-                raise ValueError(f"{where} is a mask without a True: no position would be edited.")
-            if frame.n_slots is not None:
-                xp = jnp if on_device(array) else np
-                array = xp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, frame.slots - frame.n_tokens)])
-            return to_sweep_axes(array, 1, frame, where)
-        if isinstance(value, list | tuple) and not value:
-            raise ValueError(f"{where} is empty: no position would be edited. Leave it out for all positions.")
-        if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{where} is {value!r}, and an integer, a list of integers or a bool mask [T] is needed.")
-        if isinstance(value, list | tuple):
-            if array.ndim != 1:
-                raise TypeError(f"{where} is {value!r}, and a flat list of integers is needed.")
-            return frame.positions(array, where)
-        if array.ndim and not frame.axes:
-            raise ValueError(
-                f"{where} is an integer array {listing(array.shape)}, which is a sweep over positions, for oculi_jax.sweep; "
-                "for a set of positions give a list."
-            )
-        ranks = to_sweep_axes(array, 0, frame, where)
-        return Carried(frame.positions(ranks.rows[:, None], where)) if array.ndim else frame.positions(ranks, where)
+        elif isinstance(given, bool) or not is_real(array):
+            raise TypeError(f"{where} is {given!r}, and a number is needed.")
+        else:
+            with np.errstate(over="ignore"):
+                small = array.astype(np.float32)
+            if not np.isfinite(small).all():
+                wrong = first_wrong(array, ~np.isfinite(small))
+                raise ValueError(f"{where} is {wrong}, and a number that is finite in float32 is needed.")
+            if self.positive and not (small > 0).all():
+                wrong = first_wrong(array, ~(small > 0))
+                raise ValueError(f"{where} is {wrong}, and must be above 0 (1 changes nothing).")
+        return fit(value, (), frame, np.dtype(np.float32), where, what="one number")
 
 
 @dataclass(frozen=True)
 class Values(Kind):
-    """An array that broadcasts to the site's axes, in the site's dtype.
-
-    It leaves out the head axis where the intervention names a head, and leads with `L` (or is a scalar) where the
-    intervention acts at every layer. A whole run's capture, with `L` and the head axis, serves every head.
+    """An array of a site's rank, in the site's dtype; each axis whole or 1.
 
     Attributes:
-        site: the site, where the intervention is about a fixed one.
-        per_layer: whether it may lead with `L`, by having one axis more than the site, also where one layer is named.
+        site: the field that names the site.
+        head: the field that may name one head, whose values then have no head axis; a `PerLayer` keeps it, as a capture does.
+        layer: the field that, where it is None at a site of the layers, stands for all of them: then arrays lead with `L`.
     """
 
-    site: str | None = None
-    per_layer: bool = True
+    site: str = "site"
+    head: str | None = None
+    layer: str | None = None
+
+    def _letters(self, value: Any, owner: Any, site: Site) -> tuple[tuple[str, ...], bool]:
+        """The letters of the field's own axes, and whether `L` leads."""
+        dense = self.layer is not None and site.layered and getattr(owner, self.layer) is None
+        one_head = self.head is not None and site.head_axis is not None and getattr(owner, self.head) is not None
+        return site.axes[1:] if one_head and not isinstance(value, PerLayer) else site.axes, dense
+
+    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+        name = getattr(owner, self.site)
+        if not isinstance(name, str) or name not in SITES:  # `canonical` says so
+            return ()
+        letters, dense = self._letters(value, owner, SITES[name])
+        return leading_axes(value, len(letters) + dense)
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        site = SITES[self.site] if self.site else owner_site(owner)
-        sizes = frame.site_axes(site)
-        one_head = getattr(owner, "head", None) is not None and site.head_axis is not None
-        dense = site.layered and getattr(owner, "layer", None) is None
-        lead = "must" if dense else self.per_layer and site.layered
-        shape = tuple(as_array(value).shape)
-        if one_head and lead is True and is_whole(shape, sizes, frame):
-            if frame.axes == shape[:2]:
-                same_either_way(owner, 2, frame, where)
-            return broadcast_to_site(value, sizes, frame, frame.site_dtype(site), where, site, lead=True)
-        return broadcast_to_site(
-            value, sizes[one_head:], frame, frame.site_dtype(site), where, site, lead=lead, owner=owner
+        site = frame.site(getattr(owner, self.site))
+        letters, dense = self._letters(value, owner, site)
+        what = f"those of {site.name!r}{'' if len(letters) == len(site.axes) else ' at one head'}"
+        return fit(
+            value,
+            letters,
+            frame,
+            self.dtype(site, frame),
+            where,
+            what=what,
+            dense=dense and not isinstance(value, PerLayer),
         )
+
+    def dtype(self, site: Site, frame: Frame) -> np.dtype:
+        return frame.site_dtype(site)
 
 
 @dataclass(frozen=True)
-class Mask(Kind):
-    """A bool array that broadcasts to the site's axes, leading with `L` where the edit acts at every layer."""
+class Mask(Values):
+    """A bool array of a site's rank: where an edit acts."""
+
+    layer: str | None = "layer"
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        site = owner_site(owner)
-        value = as_array(value)
-        dtype = np.dtype(value.dtype)
-        if dtype != np.dtype(bool):
-            raise TypeError(f"{where} has dtype {dtype}, and bool is needed.")
-        dense = site.layered and owner.layer is None
-        return broadcast_to_site(
-            value, frame.site_axes(site), frame, np.dtype(bool), where, site, lead="must" if dense else False
-        )
+        given = as_array(value.x if isinstance(value, PerLayer) else value)
+        if given.dtype != np.dtype(bool):
+            raise TypeError(f"{where} has dtype {given.dtype}, and bool is needed.")
+        return super().canonical(value, owner, frame, where)
+
+    def dtype(self, site: Site, frame: Frame) -> np.dtype:
+        return np.dtype(bool)
+
+
+@dataclass(frozen=True)
+class Vector(Kind):
+    """An array over the last axis of a site, in the site's dtype.
+
+    Attributes:
+        site: the field that names the site; or a site's own name where `fixed`.
+        fixed: whether it is one.
+        heads: whether a `PerLayer` may have a head axis, `[L, H, D]`.
+        nonzero: whether it is a direction, whose length may not be 0.
+    """
+
+    site: str = "site"
+    fixed: bool = False
+    heads: bool = False
+    nonzero: bool = False
+
+    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+        return leading_axes(value, 1)
+
+    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+        site = frame.site(self.site if self.fixed else getattr(owner, self.site))
+        letters: tuple[str, ...] = site.axes[-1:]
+        if self.heads and isinstance(value, PerLayer) and as_array(value.x).ndim == 3:
+            letters = (str(site.head_axis), *letters)
+        given = as_array(value.x if isinstance(value, PerLayer) else value)
+        leaf = fit(value, letters, frame, frame.site_dtype(site), where, what=f"the last axis of {site.name!r}")
+        if self.nonzero and not on_device(given) and (np.abs(np.atleast_1d(given)).max(axis=-1) == 0).any():
+            raise ValueError(f"{where} is zero, and a direction of some length is needed.")
+        return leaf
 
 
 @dataclass(frozen=True)
 class Table(Kind):
-    """An array of exactly these letters' sizes; float32."""
+    """A float32 array `[L, n]`: for each layer one number for each of a site's heads; or, where it has none, for each place
+    on its last axis, or 1. `[1, n]` for a site outside the layers.
 
-    letters: str
+    Attributes:
+        site: the field that names the site.
+    """
 
-    def axes(self, value: Any) -> tuple[int, ...]:
-        return as_array(value).shape[: -len(self.letters)]
+    site: str = "site"
+
+    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+        return leading_axes(value, 2)
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        want = tuple(frame.sizes[letter] for letter in self.letters)
+        site = frame.site(getattr(owner, self.site))
+        n_layers = frame.sizes["L"] if site.layered else 1
+        widths = {frame.sizes[site.head_axis]} if site.head_axis else {1, frame.sizes[site.axes[-1]]}
         array = as_array(value)
-        if array.shape[-len(want) :] != want:
+        if array.ndim < 2 or array.shape[-2] != n_layers or array.shape[-1] not in widths:
+            word = f"its heads {site.head_axis}" if site.head_axis else f"1, or its last axis {site.axes[-1]}"
+            need = f"[{n_layers}, {' or '.join(map(str, sorted(widths)))}]"
             raise ValueError(
-                f"{where} has shape {listing(array.shape)}, and {listing(self.letters)} = {listing(want)} is needed."
+                f"{where} has shape {listing(array.shape)}, and {need} is needed for {site.name!r}: "
+                f"{'layers' if site.layered else 'one row'} and {word}."
             )
-        return to_sweep_axes(cast_to(array, np.dtype(np.float32), where), len(want), frame, where)
+        return to_sweep_axes(cast_to(array, np.dtype(np.float32), where), 2, frame, where)
 
 
 @dataclass(frozen=True)
-class Direction(Values):
-    """A value whose last axis is a direction: of any length but zero."""
+class Capture(Kind):
+    """What another run had at some sites: its `Output`, or site → capture, of all layers.
+
+    Attributes:
+        sites: the field that names them.
+    """
+
+    sites: str = "sites"
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        array, given = super().canonical(value, owner, frame, where), as_array(value)
-        if not on_device(given) and (np.abs(np.atleast_1d(given).astype(np.float64)).max(axis=-1) == 0).any():
-            raise ValueError(f"{where} is zero, and a direction of some length is needed.")
-        return array
+        found = getattr(value, "activations", value)
+        if not isinstance(found, Mapping):
+            raise TypeError(
+                f"{where} is a {type(value).__name__}, and the Output of a run, or its activations, is needed."
+            )
+        leaves = {}
+        for name in getattr(owner, self.sites):
+            site = frame.site(name)
+            if name not in found:
+                raise ValueError(f"{where} has no {name!r}; it has {', '.join(map(str, found)) or 'nothing'}.")
+            want = [frame.sizes[letter] for letter in (*("L" * site.layered), *site.axes)]
+            if list(np.shape(found[name])) != want:
+                raise ValueError(
+                    f"{where}[{name!r}] has shape {listing(np.shape(found[name]))}, and {site.shape} = {listing(want)} is "
+                    "needed: captured in all layers, at all positions, of a prompt of this length."
+                )
+            given = PerLayer(found[name]) if site.layered else found[name]
+            what = f"those of {name!r}"
+            leaves[name] = fit(given, site.axes, frame, frame.site_dtype(site), f"{where}[{name!r}]", what=what)
+        return leaves
 
 
 @dataclass(frozen=True)
 class Anything(Kind):
-    """Any pytree of arrays, for an `apply` edit's own function; leaves with axes lead with `L` in the dense form."""
+    """Any pytree of arrays, for an `apply` edit's own function, handed over as it is: no rank, no axes of a sweep.
+
+    Where the edit acts at every layer, arrays with axes lead with `L`.
+    """
 
     def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        n_layers = frame.sizes["L"] if owner_site(owner).layered and owner.layer is None else None
+        dense = frame.site(owner.site).layered and owner.layer is None
+        n_layers = frame.sizes["L"]
 
         def leaf(x: Any) -> Any:
-            array = x if on_device(x) else np.asarray(x)
-            if n_layers is not None and array.shape and array.shape[0] != n_layers:
+            per_layer = isinstance(x, PerLayer) or (dense and np.ndim(x) > 0)
+            x = x.x if isinstance(x, PerLayer) else x
+            if per_layer and np.shape(x)[:1] != (n_layers,):
                 raise ValueError(
-                    f"{where} holds an array {listing(array.shape)}; acting at every layer, it must be a scalar or lead "
-                    f"with L = {n_layers}."
+                    f"{where} holds an array {listing(np.shape(x))}; "
+                    f"{'acting at every layer' if dense else 'in a PerLayer'}, it must be a scalar or lead with L = {n_layers}."
                 )
-            if on_device(x):
-                return x
-            if array.dtype == bool or array.dtype == jnp.bfloat16:
-                return array
-            if array.dtype.kind == "f":
-                return cast_to(array, np.dtype(np.float32), where)
-            if array.dtype.kind not in "iu":
-                raise TypeError(f"{where} holds {x!r}, which is not an array of numbers.")
-            small = array.astype(np.int32)
-            if not np.array_equal(small, array):
-                raise ValueError(f"{where} holds {np.abs(array).max()}, which int32 cannot hold.")
-            return small
+            array = self._cast(x, where)
+            return PerLayer(array) if per_layer else array
 
-        return jax.tree.map(leaf, value)
+        return jax.tree.map(leaf, value, is_leaf=lambda x: isinstance(x, PerLayer))
+
+    def _cast(self, x: Any, where: str) -> Any:
+        if on_device(x):
+            return x
+        array = np.asarray(x)
+        if array.dtype == bool or array.dtype == jnp.bfloat16:
+            return array
+        if array.dtype.kind == "f":
+            return cast_to(array, np.dtype(np.float32), where)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{where} holds {x!r}, which is not an array of numbers.")
+        small = array.astype(np.int32)
+        if not np.array_equal(small, array):
+            raise ValueError(f"{where} holds {np.abs(array).max()}, which int32 cannot hold.")
+        return small
 
 
 def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:

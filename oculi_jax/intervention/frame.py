@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from ..arrays import on_device
-from ..sites import Site
+from ..sites import Site, site_of
 
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
@@ -49,8 +49,9 @@ class Frame:
     def slots(self) -> int:
         return self.n_tokens if self.n_slots is None else self.n_slots
 
-    def site_axes(self, site: Site) -> list[int]:
-        return [self.sizes[letter] for letter in site.axes]
+    def site(self, name: Any) -> Site:
+        """The site of that name; ValueError where this model has none."""
+        return site_of(name, self.config.sites)
 
     def site_dtype(self, site: Site) -> np.dtype:
         return self.dtype if site.dtype == "model" else np.dtype(site.dtype)

@@ -1,7 +1,8 @@
 """The interventions that researchers name, each a small pytree that lowers to `Edit`s.
 
-Layers, heads and neurons count from 0. Positions count real tokens and may be negative, from the last one. Index and
-strength fields are scalars in one run, and carry the axes of a `sweep`. Float fields are differentiable.
+Layers, heads and neurons count from 0. Positions count real tokens and may be negative, from the last one. Index fields take a
+set too: a list, a tuple or a range, all of it in one run. Every field carries the axes of a `sweep` in front of its own. Float
+fields are differentiable.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from jax import Array
 
 from ..pytrees import pytree
 from ..sites import SITES
-from .edit import Edit, site_shaped
-from .fields import Direction, Index, Positions, Strength, Table, Values, field
+from .each import PerLayer
+from .edit import Edit, is_per_layer, site_shaped
+from .fields import Capture, Strength, Table, Values, Vector, field
+from .indices import Head, Index, Last, Layer, Positions
 
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
@@ -25,17 +28,20 @@ if TYPE_CHECKING:
 Sizes = Mapping[str, int]
 
 
-def _at(site: str, sizes: Sizes, *, head: Any = None, positions: Any = None) -> Array | bool:
-    """A mask on the site's axes: one entry of its head axis, some of its token axis."""
+def _chosen(index: Any, size: int) -> Array:
+    """bool `[size]`: the place or the places that an index means."""
+    index = jnp.asarray(index)
+    return index if index.dtype == bool else jnp.arange(size) == index
+
+
+def _at(site: str, sizes: Sizes, *, head: Any = None, positions: Any = None, last: Any = None) -> Array | bool:
+    """A mask on the site's axes: some of its heads, of its tokens, of its last axis."""
     axes = SITES[site].axes
     mask: Any = True
-    if head is not None:
-        chosen = jnp.arange(sizes[axes[0]]) == head
-        mask = chosen.reshape(-1, *(1,) * (len(axes) - 1))
-    if positions is not None:
-        along = jnp.asarray(positions)
-        along = along.reshape(-1, *(1,) * (len(axes) - 1 - axes.index("T")))
-        mask = along if mask is True else mask & along[None]
+    for axis, index in ((0, head), (axes.index("T"), positions), (len(axes) - 1, last)):
+        if index is not None:
+            chosen = _chosen(index, sizes[axes[axis]])
+            mask = mask & chosen.reshape(*(-1 if axis == i else 1 for i in range(len(axes))))
     return mask
 
 
@@ -44,30 +50,27 @@ def _refuse_table(site: str) -> None:
         raise ValueError("'allowed' is a table of yes and no: it has no directions. AttentionKnockout forbids an edge.")
 
 
-def _with_head(value: Any, site: str) -> Array:
-    """Room for the head axis in a value that leaves it out: one of rank `[T, D]`, `[L, T, D]`; a whole capture has it."""
-    value, rank = jnp.asarray(value), len(SITES[site].axes)
-    return value[..., None, :, :] if rank - 1 <= value.ndim <= rank else value
-
-
 @pytree
 class HeadAblation:
-    """Replaces the output `z` of one head: by zero, or by `replacement`.
+    """Replaces the output `z` of a head, or of several: by zero, or by `replacement`.
 
     Args:
-        layer: from 0.
-        head: query head, from 0.
-        replacement: what `z` becomes: a scalar, `[D]` (a mean over a data set, for instance) or `[T, D]`; it may lead
-            with `L`, and then its row of `layer` is taken.
+        layer: from 0, or a set.
+        head: query head, from 0, or a set.
+        replacement: what `z` becomes: a number, or `[D]` (a mean over a data set, for instance). A `PerLayer` of `[L, D]`, or
+            of `[L, H, D]`, each head its own. (A value for each token is an `ActivationPatch`.)
+
+    Example:
+        forward(model, tokens, HeadAblation(5, [1, 2, 3]))
     """
 
-    layer: Any = field(Index("L"))
+    layer: Any = field(Layer())
     head: Any = field(Index("H"))
-    replacement: Any = field(Values("z"), default=0.0)
+    replacement: Any = field(Vector("z", fixed=True, heads=True), default=0.0)
 
     @classmethod
     def grid(cls, config: LlamaConfig, replacement: Any = 0.0) -> HeadAblation:
-        """Every head of a model, for `sweep`: axes `[L, H]`. A capture's mean `[L, H, 1, D]` replaces each by its own."""
+        """Every head of a model, for `sweep`: axes `[L, H]`. A mean of each head, `PerLayer` of `[L, H, D]`, is shared by all."""
         if not hasattr(config, "num_hidden_layers") or not hasattr(config, "num_attention_heads"):
             raise TypeError(
                 f"HeadAblation.grid takes a model's config, and was given a {type(config).__name__}: model.config."
@@ -76,38 +79,87 @@ class HeadAblation:
         return cls(layers[:, None], heads[None, :], replacement)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        value = _with_head(self.replacement, "z")
+        value = self.replacement
+        if is_per_layer(value):
+            x = jnp.asarray(value.x)
+            value = PerLayer(x[:, :, None, :] if x.ndim == 3 else x[:, None, None, :])
         return (Edit("z", "set", self.layer, _at("z", sizes, head=self.head), value),)
 
 
 @site_shaped
-def _blend(z: Array, value: tuple[Array, Array]) -> Array:
-    keep, replacement = value
-    return keep * z + (1.0 - keep) * replacement
+def _blend(x: Array, value: tuple[Array, Array]) -> Array:
+    keep, other = value
+    return keep * x + (1.0 - keep) * other
 
 
 @pytree
-class HeadMask:
-    """Many heads at once, as one table: `z ← keep · z + (1 − keep) · replacement`.
+class Blend:
+    """Many heads, neurons or whole components at once, as one table: `x ← keep · x + (1 − keep) · other`.
 
     Args:
-        keep: `[L, H]`, 1 (or True) for heads that stay, 0 for heads that are replaced; values between mix, so the table
-            has a gradient (Michel, Levy and Neubig 2019, arXiv:1905.10650).
-        replacement: a scalar, or an array that leads with `L` and then broadcasts to `[H, T, D]`: `[L, H, 1, D]` for a
-            mean per head.
+        site: static.
+        keep: `[L, n]`, n the site's heads where it has heads (`z`: `[L, H]`), else its last axis (`act`: neurons) or 1 (a whole
+            component); `[1, n]` for a site outside the layers. 1 (or True) stays, 0 is replaced; values between mix, so the
+            table has a gradient (Michel, Levy and Neubig 2019, arXiv:1905.10650).
+        other: a number; an array of the site's axes; another run's capture, or a mean, as `PerLayer`.
+
+    Example:
+        sweep(model, tokens, Blend("z", masks), metric)   # masks [N, L, H]: a thousand of them are one program
     """
 
-    keep: Any = field(Table("LH"))
-    replacement: Any = field(Values("z"), default=0.0)
+    site: str = field(None)
+    keep: Any = field(Table())
+    other: Any = field(Values(), default=0.0)
+
+    def check(self) -> None:
+        """Raises ValueError where the site cannot be mixed."""
+        _refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        keep = jnp.asarray(self.keep)[:, :, None, None]
-        replacement = jnp.asarray(self.replacement)
-        if replacement.ndim:  # a row of the right rank for every layer
-            replacement = replacement.reshape(-1, *(1,) * (4 - replacement.ndim), *replacement.shape[1:])
-        else:
-            replacement = jnp.broadcast_to(replacement, (sizes["L"], 1, 1, 1))
-        return (Edit("z", "apply", None, True, (keep, replacement), _blend),)
+        site, keep = SITES[self.site], jnp.asarray(self.keep)
+        n = len(site.axes)
+        shape = (keep.shape[1], *(1,) * (n - 1)) if site.head_axis else (*(1,) * (n - 1), keep.shape[1])
+        keep = keep.reshape(keep.shape[0], *shape)
+        layers, keep = (np.ones(sizes["L"], bool), PerLayer(keep)) if site.layered else (None, keep[0])
+        return (Edit(self.site, "apply", layers, True, (keep, self.other), _blend),)
+
+
+@pytree
+class Freeze:
+    """Holds sites to what another run had there: attention patterns, norms' scales, whole components.
+
+    Args:
+        run: the `Output` of a run that captured these sites in all layers, or its `activations`; of a prompt as long.
+        sites: names, one or several; static.
+        layers: where it acts, a layer or a set; None for all. Sites outside the layers take None alone.
+
+    Example:
+        run = forward(model, tokens, capture=("pattern", "attn_scale", "mlp_scale"))
+        forward(model, tokens, [Freeze(run, ("pattern", "attn_scale", "mlp_scale")), HeadAblation(3, 1)])
+    """
+
+    run: Any = field(Capture())
+    sites: tuple[str, ...] = field(None)
+    layers: Any = field(Layer(optional=True), default=None)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sites, str | list):  # hashable, since it is a part of the program
+            object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+
+    def check(self) -> None:
+        """Raises ValueError or TypeError where there is nothing to hold, or where `layers` says nothing about a site."""
+        if not isinstance(self.sites, tuple) or not all(isinstance(name, str) for name in self.sites):
+            raise TypeError(f"sites is {self.sites!r}, and a site name or several are needed.")
+        if not self.sites:
+            raise ValueError("sites is empty; name at least one, such as 'pattern'.")
+        outside = [name for name in self.sites if name in SITES and not SITES[name].layered]
+        if outside and self.layers is not None:
+            raise ValueError(
+                f"layers is given, and {', '.join(outside)} occurs once, outside the layers: freeze it by itself."
+            )
+
+    def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
+        return tuple(Edit(name, "set", self.layers, True, self.run[name]) for name in self.sites)
 
 
 @pytree
@@ -115,12 +167,12 @@ class QScaler:
     """Scales the rotated queries of one head: `q ← α q`.
 
     Args:
-        layer: from 0.
-        head: query head, from 0.
+        layer: from 0, or a set.
+        head: query head, from 0, or a set.
         alpha: any finite number; 1 changes nothing.
     """
 
-    layer: Any = field(Index("L"))
+    layer: Any = field(Layer())
     head: Any = field(Index("H"))
     alpha: Any = field(Strength())
 
@@ -133,12 +185,12 @@ class KScaler:
     """Scales the rotated keys of one key/value head, `k ← α k`: for all the query heads that read it.
 
     Args:
-        layer: from 0.
-        kv_head: key/value head, from 0 to K − 1.
+        layer: from 0, or a set.
+        kv_head: key/value head, from 0 to K − 1, or a set.
         alpha: any finite number; 1 changes nothing.
     """
 
-    layer: Any = field(Index("L"))
+    layer: Any = field(Layer())
     kv_head: Any = field(Index("K"))
     alpha: Any = field(Strength())
 
@@ -153,12 +205,12 @@ class SpectraScaler:
     Heads that share its keys under grouped-query attention do not move.
 
     Args:
-        layer: from 0.
-        head: query head, from 0.
+        layer: from 0, or a set.
+        head: query head, from 0, or a set.
         alpha: above 0; 1 changes nothing.
     """
 
-    layer: Any = field(Index("L"))
+    layer: Any = field(Layer())
     head: Any = field(Index("H"))
     alpha: Any = field(Strength(positive=True))
 
@@ -172,24 +224,36 @@ class ActivationPatch:
 
     Args:
         site: a name of the site table; static.
-        layer: from 0; None for a site outside the layers.
-        value: broadcasts to the site's axes, without the head axis where `head` is given. It may lead with `L`, as a
-            whole run's capture does: the row of `layer` is taken inside the program.
-        head: one entry of the site's head axis (`K` for k and v); None for all.
-        positions: which tokens are patched: an integer, a list, or a bool mask `[T]`; None for all. They only mask:
+        layer: from 0, or a set; None for a site outside the layers.
+        value: of the site's axes, each whole or 1, without the head axis where `head` is given; or a number. A `PerLayer` is a
+            whole run's capture as it is: the row of the layer, and of the head, is taken inside the program.
+        head: one entry of the site's head axis (`K` for k and v), or a set; None for all.
+        positions: which tokens are patched: an integer, a set, or a bool mask `[T]`; None for all. They only mask:
             `value` keeps its token axis.
+
+    Example:
+        run = forward(model, tokens, capture="mlp_out")
+        forward(model, other, ActivationPatch("mlp_out", range(4, 8), PerLayer(run["mlp_out"])))
     """
 
     site: str = field(None)
-    layer: Any = field(Index("L"))
-    value: Any = field(Values())
-    head: Any = field(Index("head", optional=True), default=None)
+    layer: Any = field(Layer(site="site"))
+    value: Any = field(Values(head="head"))
+    head: Any = field(Head(), default=None)
     positions: Any = field(Positions(optional=True), default=None)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        value = self.value if self.head is None else _with_head(self.value, self.site)
+        value = self.value
+        if self.head is not None and not is_per_layer(value) and jnp.ndim(value):
+            value = jnp.asarray(value)[None]  # room for the head axis
         mask = _at(self.site, sizes, head=self.head, positions=self.positions)
         return (Edit(self.site, "set", self.layer, mask, value),)
+
+
+@site_shaped
+def _add(x: Array, value: tuple[Array, Array]) -> Array:
+    vector, scale = value
+    return x + scale * vector
 
 
 @pytree
@@ -197,15 +261,16 @@ class Steer:
     """Adds a direction: `x ← x + scale · vector`.
 
     Args:
-        layer: from 0; None for a site outside the layers.
-        vector: broadcasts to the site's axes (`[E]` for the residual stream); it may lead with `L`.
+        layer: from 0, or a set; None for a site outside the layers.
+        vector: over the site's last axis (`[E]` for the residual stream); a direction for each layer is a `PerLayer` of `[L, E]`.
+            (One for each token is an `Edit` with `op="add"`.)
         scale: strength.
         site: static.
         positions: which tokens; None for all.
     """
 
-    layer: Any = field(Index("L"))
-    vector: Any = field(Values())
+    layer: Any = field(Layer(site="site"))
+    vector: Any = field(Vector())
     scale: Any = field(Strength(), default=1.0)
     site: str = field(None, default="resid_pre")
     positions: Any = field(Positions(optional=True), default=None)
@@ -215,11 +280,8 @@ class Steer:
         _refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        vector = jnp.asarray(self.vector)
-        if vector.ndim > len(SITES[self.site].axes):  # the layer's row, before each variant has its own strength
-            vector = vector[self.layer]
-        value = vector.astype(jnp.float32) * self.scale
-        return (Edit(self.site, "add", self.layer, _at(self.site, sizes, positions=self.positions), value),)
+        mask = _at(self.site, sizes, positions=self.positions)
+        return (Edit(self.site, "apply", self.layer, mask, (_rows(self.vector, self.site), self.scale), _add),)
 
 
 @site_shaped
@@ -237,14 +299,14 @@ class DirectionAblation:
 
     Args:
         site: static.
-        layer: from 0; None for a site outside the layers.
-        direction: broadcasts to the site's axes, of any length but zero; it may lead with `L`.
+        layer: from 0, or a set; None for a site outside the layers.
+        direction: over the site's last axis, of any length but zero; one for each layer is a `PerLayer` of `[L, E]`.
         positions: which tokens; None for all.
     """
 
     site: str = field(None)
-    layer: Any = field(Index("L"))
-    direction: Any = field(Direction())
+    layer: Any = field(Layer(site="site"))
+    direction: Any = field(Vector(nonzero=True))
     positions: Any = field(Positions(optional=True), default=None)
 
     def check(self) -> None:
@@ -253,7 +315,15 @@ class DirectionAblation:
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         mask = _at(self.site, sizes, positions=self.positions)
-        return (Edit(self.site, "apply", self.layer, mask, self.direction, _project_out),)
+        return (Edit(self.site, "apply", self.layer, mask, _rows(self.direction, self.site), _project_out),)
+
+
+def _rows(vector: Any, site: str) -> Any:
+    """A vector over a site's last axis; of a `PerLayer`, with the site's other axes as ones after `L`."""
+    if not is_per_layer(vector):
+        return vector
+    x = jnp.asarray(vector.x)
+    return PerLayer(x.reshape(x.shape[0], *(1,) * (len(SITES[site].axes) - 1), x.shape[-1]))
 
 
 @pytree
@@ -261,15 +331,15 @@ class AttentionKnockout:
     """Forbids a head to look from `query` at `key`; the rest of the row renormalises (Geva et al. 2023, arXiv:2304.14767).
 
     It edits which keys are allowed, not the scores; a row with nothing left is zero. `query` and `key` are positions: an
-    integer, or a list for every edge between two sets.
+    integer, or a set: every edge between the two.
 
     Args:
-        layer: from 0.
-        head: query head, from 0.
+        layer: from 0, or a set.
+        head: query head, from 0, or a set.
         query, key: who may not look, and at whom.
     """
 
-    layer: Any = field(Index("L"))
+    layer: Any = field(Layer())
     head: Any = field(Index("H"))
     query: Any = field(Positions())
     key: Any = field(Positions())
@@ -282,21 +352,17 @@ class AttentionKnockout:
 
 @pytree
 class Ablation:
-    """Sets a whole component to zero, or one index of the site's last axis (a neuron of `act`, a dimension of a stream).
+    """Sets a whole component to zero, or some of the site's last axis (a neuron of `act`, a dimension of a stream).
 
     Args:
         site: static.
-        layer: from 0; None for a site outside the layers.
-        index: from 0; None for everything.
+        layer: from 0, or a set; None for a site outside the layers.
+        index: from 0, or a set; None for everything.
     """
 
     site: str = field(None)
-    layer: Any = field(Index("L"))
-    index: Any = field(Index("last", optional=True), default=None)
+    layer: Any = field(Layer(site="site"))
+    index: Any = field(Last(), default=None)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        mask: Any = True
-        if self.index is not None:
-            axes = SITES[self.site].axes
-            mask = (jnp.arange(sizes[axes[-1]]) == self.index).reshape(*(1,) * (len(axes) - 1), -1)
-        return (Edit(self.site, "set", self.layer, mask, 0.0),)
+        return (Edit(self.site, "set", self.layer, _at(self.site, sizes, last=self.index), 0.0),)

@@ -1,4 +1,4 @@
-"""Interventions of several rows of one program: what rows share is one array, what differs leads with the rows."""
+"""`Rows`: interventions of prompts × variants, as every program takes them."""
 
 from __future__ import annotations
 
@@ -7,59 +7,116 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from ..arrays import on_device
-from .canonical import Family, data_fields, family
-from .fields import Positions
+from ..pytrees import pytree, static
+from .broadcast import Carried
+from .canonical import by_value, check, data_fields, field_of_prompts, names, of_prompt, raise_all, sweep_axes
 from .frame import Frame
 from .protocol import as_list
 
 
-def stack_rows(
-    interventions: Sequence[Any], frames: Sequence[Frame]
-) -> tuple[tuple[Any, ...], tuple[bool, ...], Family]:
-    """Families of several rows, one of prompts for instance, as one tree.
+@pytree
+class Rows:
+    """Canonical interventions of prompts × variants: what they share is there once, what differs leads with their axes.
 
-    Args:
-        interventions: for each row, its interventions; rows differ in values only.
-        frames: for each row, its frame.
-
-    Returns:
-        The tree, and for each of its leaves whether it leads with the rows (the others are what all rows share: one object
-        in all of them, and no set of positions, which depends on the frame); and the family of the first row, with which leaves
-        lead with the variants after that.
+    Attributes:
+        leaves: of their tree; each has an axis of prompts, one of variants, both in this order, or neither.
+        tree: the tree.
+        by_prompt, by_variant: for each leaf, whether it has the axis.
     """
-    families = [family(row, frame) for row, frame in zip(interventions, frames, strict=True)]
-    given = [as_list(row) for row in interventions]
-    trees: list[Any] = []
-    leads: list[bool] = []
-    for number, item in enumerate(families[0].interventions):
-        leaves = {}
-        for data in data_fields(item):
-            values = [getattr(row.interventions[number], data.name) for row in families]
-            own = [getattr(row[number], data.name) for row in given]
-            shared = not isinstance(data.metadata["kind"], Positions) and all(value is own[0] for value in own)
-            leaves[data.name] = values[0] if shared else jax.tree.map(lambda *xs: _stacked(xs), *values)
-            leads += [not shared] * len(jax.tree.leaves(values[0]))
-        trees.append(dataclasses.replace(item, **leaves))
-    return tuple(trees), tuple(leads), families[0]
 
+    leaves: list[Any]
+    tree: Any = static()
+    by_prompt: tuple[bool, ...] = static()
+    by_variant: tuple[bool, ...] = static()
 
-def along_rows(fn: Callable[..., Any], interventions: tuple[Any, ...], leads: tuple[bool, ...]) -> Callable[..., Any]:
-    """`vmap` of `fn(interventions, *arguments)` over rows, sharing what they share; every argument leads with the rows."""
-    leaves, tree = jax.tree.flatten(interventions)
+    @classmethod
+    def single(cls, interventions: tuple[Any, ...]) -> Rows:
+        """Canonical interventions of one run, as those of one prompt and one variant."""
+        leaves, tree = jax.tree.flatten(interventions)
+        return cls(leaves, tree, (False,) * len(leaves), (False,) * len(leaves))
 
-    def one(leaves: list[Any], *arguments: Any) -> Any:
-        return fn(jax.tree.unflatten(tree, leaves), *arguments)
+    @classmethod
+    def of(cls, interventions: Any, frames: Sequence[Frame]) -> tuple[Rows, tuple[int, ...]]:
+        """Checks interventions and makes them canonical.
 
-    def call(*arguments: Any) -> Any:
-        axes = ([0 if lead else None for lead in leads], *(0 for _ in arguments))
-        return jax.vmap(one, in_axes=axes)(leaves, *arguments)
+        Args:
+            interventions: one or a list, as users give them.
+            frames: of each prompt.
 
-    return call
+        Returns:
+            The rows, and the axes that their variants make.
+        """
+        given = [by_value(item) for item in as_list(interventions)]
+        axes = sweep_axes(given, len(frames))
+        frames = [dataclasses.replace(frame, axes=axes) for frame in frames]
+        problems: list[Exception] = []
+        done: list[Any] = []
+        by_prompt: list[bool] = []
+        by_variant: list[bool] = []
+        for item, where in zip(given, names(given), strict=True):
+            leaves = {}
+            try:
+                check(item, where)
+            except (ValueError, TypeError) as error:
+                problems.append(error)
+                continue
+            each = [of_prompt(item, number) for number in range(len(frames))]
+            for data in data_fields(item):
+                value, kind = getattr(item, data.name), data.metadata["kind"]
+                try:
+                    leaf, leads = field_of_prompts(kind, value, each, frames, f"{where}.{data.name}")
+                except (ValueError, TypeError) as error:
+                    problems.append(error)
+                    continue
+                carried = isinstance(leaf, Carried)
+                leaves[data.name] = leaf.rows if carried else leaf
+                n_leaves = len(jax.tree.leaves(leaf))
+                by_prompt += [leads] * n_leaves
+                by_variant += [carried] * n_leaves
+            if not problems:
+                done.append(dataclasses.replace(item, **leaves))
+        raise_all(problems)
+        flat, tree = jax.tree.flatten(tuple(done))
+        return cls(flat, tree, tuple(by_prompt), tuple(by_variant)), axes
 
+    @property
+    def n_interventions(self) -> int:
+        return len(jax.tree.unflatten(self.tree, list(range(len(self.leaves)))))
 
-def _stacked(values: Sequence[Any]) -> Any:
-    return jnp.stack(values) if any(map(on_device, values)) else np.stack(values)
+    def split(self) -> tuple[Rows, Rows]:
+        """The interventions without an axis of variants, and the others; all of them where none has one."""
+        numbers = jax.tree.unflatten(self.tree, list(range(len(self.leaves))))
+        varies = [any(self.by_variant[i] for i in jax.tree.leaves(item)) for item in numbers]
+        if not any(varies):
+            varies = [True] * len(varies)
+
+        def of(which: bool) -> Rows:
+            chosen = tuple(item for item, own in zip(numbers, varies, strict=True) if own == which)
+            places, tree = jax.tree.flatten(chosen)
+            by_prompt, by_variant = (tuple(leads[i] for i in places) for leads in (self.by_prompt, self.by_variant))
+            return Rows([self.leaves[i] for i in places], tree, by_prompt, by_variant)
+
+        return of(False), of(True)
+
+    def map(self, fn: Callable[..., Any], size: int, axis_name: str | None = None) -> Callable[..., Any]:
+        """`fn(interventions, prompt, *own)` over prompts and, inside, `size` variants.
+
+        Returns:
+            A function of `prompt`; of its axes (0 for what leads with the prompts, else None; a tree of those where it is a
+            tree); and of arrays that lead with prompts × variants. What it returns leads with these two axes.
+        """
+        variant_axes = [0 if lead else None for lead in self.by_variant]
+        prompt_axes = [0 if lead else None for lead in self.by_prompt]
+
+        def of_prompt(leaves: list[Any], prompt: Any, own: tuple[Any, ...]) -> Any:
+            def one(leaves: list[Any], own: tuple[Any, ...]) -> Any:
+                return fn(jax.tree.unflatten(self.tree, leaves), prompt, *own)
+
+            axes = (variant_axes, 0)
+            return jax.vmap(one, in_axes=axes, axis_size=size, spmd_axis_name=axis_name)(leaves, own)
+
+        def call(prompt: Any, axes: Any, *own: Any) -> Any:
+            return jax.vmap(of_prompt, in_axes=(prompt_axes, axes, 0))(self.leaves, prompt, own)
+
+        return call

@@ -19,9 +19,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import as_array, listing
+from ..backends import check_model
 from ..capture import CaptureSpec
-from ..forward import check_model, check_tokens, forward
+from ..prompts import check_tokens
 from ..pytrees import pytree
+from ..run import forward
 from ..utils.files import read_tensors, write_aside, write_tensors
 from ..utils.progress import progress
 

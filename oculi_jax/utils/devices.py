@@ -166,8 +166,12 @@ def recommend_device_for_model(model: Any, dtype: str = "auto") -> Recommendatio
             tried.append(f"{kind} on {name} ({needed / 1e9:.1f} GB of weights, {room})")
             reason = f"{tried[-1]}" + (f", since there is no room for {'; '.join(tried[:-1])}." if tried[1:] else ".")
             if fits:
-                return Recommendation("jax" if of_jax else "torch", device, kind, needed, free, True, reason)
-    return Recommendation("jax", cpu, kind, needed, free, False, f"Nowhere on this machine: {'; '.join(tried)}.")
+                return Recommendation(
+                    "jax" if of_jax else "torch", device, kind, needed, free_bytes=free, fits=True, reason=reason
+                )
+    return Recommendation(
+        "jax", cpu, kind, needed, free_bytes=free, fits=False, reason=f"Nowhere on this machine: {'; '.join(tried)}."
+    )
 
 
 def _count(model: Any) -> int:

@@ -93,7 +93,7 @@ def attribution_bars(
         names = [f"L{number}{end}" for number in numbers for end in ends]
     if k is None and unit not in ("head", "neuron"):
         return _upright(values, numbers if labels is None else names, unit and "layer", label, ax, title)
-    return _ranked(values.reshape(-1), names, 20 if k is None else int(k), unit, label, ax, title)
+    return _ranked(values.reshape(-1), names, 20 if k is None else int(k), unit, label=label, ax=ax, title=title)
 
 
 def _upright(

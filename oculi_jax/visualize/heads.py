@@ -58,7 +58,17 @@ def head_heatmap(
     Raises:
         ValueError, TypeError: a shape, or a number of layers, that cannot be.
     """
-    return _heatmap(as_values(values, "values", "L H"), label, layers, diverging, limits, None, "head", ax, title)
+    return _heatmap(
+        as_values(values, "values", "L H"),
+        label,
+        layers,
+        diverging,
+        limits=limits,
+        columns=None,
+        xlabel="head",
+        ax=ax,
+        title=title,
+    )
 
 
 def entropy_heatmap(
@@ -75,7 +85,9 @@ def entropy_heatmap(
     """
     hint = "Of entropies [L, H, T], draw the mean: entropy.mean(axis=-1)."
     values = as_values(entropy, "entropy", "L H", hint=hint)
-    return _heatmap(values, "attention entropy (nats)", layers, False, None, None, "head", ax, title)
+    return _heatmap(
+        values, "attention entropy (nats)", layers, False, limits=None, columns=None, xlabel="head", ax=ax, title=title
+    )
 
 
 def sweep_heatmap(
@@ -118,7 +130,7 @@ def sweep_heatmap(
     elif sources is not None:
         raise ValueError("sources are the other run's tokens; give those of the patched run as tokens.")
     xlabel = xlabel or ("head" if tokens is None else "token")
-    return _heatmap(values, label, layers, True, None, columns, xlabel, ax, title)
+    return _heatmap(values, label, layers, True, limits=None, columns=columns, xlabel=xlabel, ax=ax, title=title)
 
 
 def _heatmap(

@@ -2,11 +2,34 @@
 
 Nothing of a Hugging Face module is called or changed: its weights are read, at each call, where they lie. What is checked, made
 canonical, lowered to edits, judged and chosen from logits is the JAX programs' own code. Here are the network, the few operations
-of edits, and programs by the names and signatures that they have there, which `forward.program` finds.
+of edits, and the five programs.
 """
 
-from .model import TorchLlama
-from .programs import captured, decode, run, run_lens
-from .sweeps import observe, run_base, run_group
+from __future__ import annotations
 
-__all__ = ["TorchLlama", "captured", "decode", "observe", "run", "run_base", "run_group", "run_lens"]
+from ...utils.devices import memory
+from .decode import decode_rows
+from .model import TorchLlama
+from .programs import lens, run
+from .variants import run_base, run_variants
+
+__all__ = [
+    "TorchLlama",
+    "compiles_per_length",
+    "decode_rows",
+    "lens",
+    "room",
+    "run",
+    "run_base",
+    "run_variants",
+    "traceable",
+]
+
+compiles_per_length = False
+traceable = False
+
+
+def room(model: TorchLlama) -> tuple[str, int]:
+    """The platform that a model runs on, and how many bytes are free there."""
+    free = memory(model.device)[1]
+    return model.device.type, 4 << 30 if free is None else free

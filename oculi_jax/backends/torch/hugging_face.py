@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,18 +16,24 @@ from ...arrays import listing
 from ...intervention.canonical import sweep_axes
 from ...intervention.context import active_in
 from ...intervention.frame import Frame
-from ...intervention.rows import stack_rows
-from ...replay import Rows
-from ..rows import along
-from .model import TorchLlama, llama_class
-from .network import blocks, embed, lay_out
-from .taps import Taps, n_interventions, prepare
+from ...intervention.rows import Rows
+from .layers import embed, run_layers
+from .layout import lay_out
+from .taps import Taps, prepare
+
+if TYPE_CHECKING:
+    from .model import TorchLlama
 
 # Room for new tokens is made for so many at a time, since interventions are made canonical for a number of slots.
 _ROOM = 256
 _lock = threading.Lock()
 # Module (by id) → how many contexts are entered on it, and the forward that was set on it before, if one was.
 _entered: dict[int, list[Any]] = {}
+
+
+def llama_class(hf: Any) -> Any:
+    """The class of transformers that a module is of, found without importing transformers; None where it is of another."""
+    return next((kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM"), None)
 
 
 @contextmanager
@@ -101,7 +107,7 @@ def _run(
             f"Inside an InterventionContext the model's forward has no {', '.join(kept)}, which its config asks for: use the "
             "adapter's capture."
         )
-    if axes := sweep_axes(list(interventions)):
+    if axes := sweep_axes(interventions, len(input_ids)):
         raise ValueError(
             f"The interventions of this context have axes {listing(axes)}; the adapter's generate decodes variants side by side."
         )
@@ -125,7 +131,7 @@ def _run(
         )
     layout = lay_out(config, real, n_keys, w.embed.device, first)
     edits, rows = _edits(model, interventions, real, first, cache)
-    taps = Taps(edits, n_interventions(rows), n_rows, layout)
+    taps = Taps(edits, rows.n_interventions, n_rows, layout)
 
     def remember(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         assert cache is not None
@@ -137,7 +143,7 @@ def _run(
         return found
 
     resid = embed(w, tokens, layout, taps)
-    resid = blocks(w, resid, layout, taps, range(len(w.layers)), None if cache is None else remember)
+    resid = run_layers(w, resid, layout, taps, range(len(w.layers)), None if cache is None else remember)
     keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
     keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else keep
     logits = w.logits(w.normalise(resid, taps)[:, keep]).to(w.unembed.dtype)
@@ -178,7 +184,7 @@ def _edits(
     n_covered, n_slots = n_keys if kept is None else kept.n_covered, n_keys + _ROOM
     slots = np.concatenate([real, np.ones((n_rows, _ROOM), bool)], axis=1)
     frames = [Frame(model.config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
-    rows = along(*stack_rows([interventions] * n_rows, frames)[:2])
+    rows, _ = Rows.of(interventions, frames)
     edits = prepare(model.weights(), rows, n_rows, 1, n_slots, n_covered)
     if cache is not None:
         cache._oculi_edits = _Kept(interventions, n_slots, n_covered, edits, rows, real)

@@ -18,7 +18,9 @@ from ...models.llama.config import KNOWN_FIELDS, LlamaConfig
 from ...models.llama.model import Llama, RMSNorm, Unembedding
 from ...models.llama.parameters import Parameter, parameter_table
 from .arrays import DTYPES, from_numpy, to_jax, to_numpy
-from .network import Weights
+from .devices import find_device
+from .hugging_face import intervened, llama_class
+from .layers import Weights
 
 
 class TorchLlama:
@@ -29,7 +31,7 @@ class TorchLlama:
         hf: the Hugging Face module whose weights it reads, or None where it has its own.
     """
 
-    backend = "oculi_jax.backends.torch"
+    backend = "torch"
 
     def __init__(self, config: LlamaConfig, read: Callable[[str], Tensor], hf: Any = None):
         """`read` gives the tensor that a checkpoint calls by a name; it is asked anew for every run."""
@@ -53,6 +55,14 @@ class TorchLlama:
         # What this library does not know, transformers' Llama does not read.
         config = LlamaConfig.from_dict(fields, ignore_fields=[name for name in fields if name not in KNOWN_FIELDS])
         return cls(config, partial(_read_module, hf), hf)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, dtype: Any = "auto", device: Any = None, **options: Any) -> TorchLlama:
+        """Of a checkpoint; arguments as in `Llama.from_pretrained`."""
+        from ...models.llama.checkpoint import load
+
+        place = find_device(device)
+        return cls.from_arrays(*load(source, dtype=dtype, place=None, **options), place)
 
     @classmethod
     def from_arrays(cls, config: LlamaConfig, params: dict[str, np.ndarray], device: torch.device) -> TorchLlama:
@@ -138,25 +148,18 @@ class TorchLlama:
 
     def generate(self, input_ids: Any, max_new_tokens: int = 20, interventions: Any = (), **options: Any) -> np.ndarray:
         """As `Llama.generate`."""
+        from ...decoding.continuation import continue_ids
         from ...intervention.context import active_on
-        from ...models.continuation import continue_ids
 
         return continue_ids(self, input_ids, max_new_tokens, active_on(self), interventions, **options)
 
     def intervened(self) -> Any:
         """A context in which the Hugging Face module's forward is under the interventions that are active where it is called."""
-        from .hugging_face import intervened
-
         return nullcontext() if self.hf is None else intervened(self)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{letter}={self.config.sizes[letter]}" for letter in "LHKDEFV")
         return f"TorchLlama({self.n_params / 1e6:.1f}M parameters, {self.dtype}, {self.device}, {sizes})"
-
-
-def llama_class(hf: Any) -> Any:
-    """The class of transformers that a module is of, found without importing transformers; None where it is of another."""
-    return next((kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM"), None)
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 from ...capture import Reading
-from ...intervention.edit import Edit, is_dense, token_axes
-from ...intervention.fields import owner_site
-from ...replay import Rows
+from ...intervention.edit import Edit, is_per_layer, is_site_shaped, token_axes
+from ...intervention.rows import Rows
 from ...sites import SITES
-from ..rows import Leaf, lowered
 from .arrays import from_numpy, to_numpy
-from .network import Layout, Weights
+from .layers import Weights
+from .layout import Layout
+from .rows import Leaf, lowered
 
 
 class _Array:
     """A leaf of an edit on a device: cut to the tokens that run, and to the rows and the layer that it is asked for."""
 
-    def __init__(self, leaf: Leaf, edit: Edit, sizes: Mapping[str, int], device: torch.device, by_axes: bool):
+    def __init__(self, given: Any, edit: Edit, sizes: Mapping[str, int], device: torch.device, by_axes: bool):
+        self.by_layer = is_per_layer(given)
+        leaf: Leaf = given.x if self.by_layer else given
         self.tensor, self.which = from_numpy(leaf.array).to(device), leaf.which
-        rank, n_axes = len(leaf.shape), len(owner_site(edit).axes)
-        # Of a whole run's capture, and of what acts at every layer, there is a row for each layer.
-        self.by_layer = rank > 0 if is_dense(edit) else by_axes and owner_site(edit).layered and rank > n_axes
-        self.t_axes = token_axes(edit, leaf, sizes["T"], "T") if by_axes else []
-        self.s_axes = token_axes(edit, leaf, sizes["S"], "S") if by_axes else []
+        shape = leaf.shape[int(self.by_layer) :]
+        self.t_axes = token_axes(edit, shape, sizes["T"], "T") if by_axes else []
+        self.s_axes = token_axes(edit, shape, sizes["S"], "S") if by_axes else []
 
     def at(self, rows: np.ndarray, layer: int | None, layout: Layout, n_axes: int) -> Tensor:
         """What broadcasts to the site's value at these rows, `[n, *axes]`."""
@@ -55,19 +55,22 @@ class _Edit:
 
     def __init__(self, number: int, edit: Edit, n_rows: int, sizes: Mapping[str, int], device: torch.device):
         self.number, self.site, self.op, self.fn = number, SITES[edit.site], edit.op, edit.fn
-        self.site_shaped = edit.op != "apply" or hasattr(edit.fn, "site_shaped")
+        self.site_shaped = is_site_shaped(edit)
         self.layers: np.ndarray | None = None
         if edit.layer is not None:
             layer: Leaf = edit.layer
-            self.layers = np.broadcast_to(layer.array if layer.which is None else layer.array[layer.which], n_rows)
-        self.mask = _Array(edit.mask, edit, sizes, device, True)  # type: ignore[arg-type]
-        leaves, self.tree = jax.tree.flatten(edit.value, is_leaf=lambda x: isinstance(x, Leaf))
+            each = layer.array[None] if layer.which is None else layer.array[layer.which]
+            if each.dtype != bool:
+                each = each[:, None] == np.arange(sizes["L"])
+            self.layers = np.broadcast_to(each, (n_rows, sizes["L"]))
+        self.mask = _Array(edit.mask, edit, sizes, device, True)
+        leaves, self.tree = jax.tree.flatten(edit.value, is_leaf=lambda x: isinstance(x, Leaf) or is_per_layer(x))
         self.values = [_Array(leaf, edit, sizes, device, self.site_shaped) for leaf in leaves]
         self.every = np.arange(n_rows)
 
     def rows(self, layer: int | None) -> np.ndarray:
         """The rows that it is about here."""
-        return self.every if layer is None or self.layers is None else np.flatnonzero(self.layers == layer)
+        return self.every if layer is None or self.layers is None else np.flatnonzero(self.layers[:, layer])
 
     def apply(self, x: Tensor, layer: int | None, layout: Layout) -> tuple[Tensor, np.ndarray, Tensor]:
         """The value of the site after the edit, the rows that it was about, and in which of these it changed something."""
@@ -265,7 +268,3 @@ def prepare(
     sizes = {**w.config.sizes, "T": n_slots, "S": n_slots}
     found = lowered(rows, sizes, n_prompts, size, n_covered)
     return [_Edit(number, edit, n_prompts * size, sizes, w.embed.device) for number, edit in found]
-
-
-def n_interventions(rows: Rows) -> int:
-    return len(jax.tree.unflatten(rows.tree, list(range(len(rows.leaves)))))

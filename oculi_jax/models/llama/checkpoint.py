@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,10 @@ from ...utils.devices import find_device
 from ...utils.files import write_aside, write_tensors
 from ...utils.progress import progress
 from .config import LlamaConfig
-from .model import Llama
 from .parameters import Parameter, parameter_table
+
+if TYPE_CHECKING:
+    from .model import Llama
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # safetensors' names for the dtypes that a Llama's weights may have.
@@ -45,25 +47,15 @@ class Stored:
 def load(
     source: str | os.PathLike[str],
     *,
-    backend: str = "jax",
     dtype: Any,
-    device: Any,
-    mesh: jax.sharding.Mesh | None,
+    place: Callable[[Parameter], jax.sharding.Sharding] | None,
     revision: str | None,
     local_files_only: bool,
     ignore_fields: tuple[str, ...],
-) -> Any:
-    """See `Llama.from_pretrained`."""
-    if backend not in ("jax", "torch"):
-        raise ValueError(f"backend is {backend!r}, and must be 'jax' or 'torch'.")
-    if backend == "torch":
-        from ...backends.torch import TorchLlama, devices
-
-        if mesh is not None:
-            raise ValueError("A mesh is of JAX's devices: with backend='torch' give a device.")
-        torch_device, place = devices.find_device(device), None
-    else:
-        place = _placement(device, mesh)
+) -> tuple[LlamaConfig, dict[str, Any]]:
+    """The config of a checkpoint and its parameters by their names in the table: JAX arrays placed as `place` says, or, for
+    None, NumPy arrays. The other arguments are those of `Llama.from_pretrained`.
+    """
     directory = _find(source, revision, local_files_only)
     config = LlamaConfig.from_pretrained(directory, ignore_fields=ignore_fields)
     table = parameter_table(config)
@@ -85,8 +77,7 @@ def load(
                 continue
             params[row.name] = jax.make_array_from_callback(row.shape, place(row), read)
             params[row.name].block_until_ready()
-    config = dataclasses.replace(config, dtype=target.name)
-    return Llama(config, params) if place is not None else TorchLlama.from_arrays(config, params, torch_device)
+    return dataclasses.replace(config, dtype=target.name), params
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
@@ -117,7 +108,8 @@ def named_parameters(model: Llama) -> dict[str, Array]:
     return named
 
 
-def _placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Parameter], jax.sharding.Sharding]:
+def placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Parameter], jax.sharding.Sharding]:
+    """Where each parameter goes: onto a device (None: the default one), or over a mesh."""
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(find_device(device))
         return lambda row: single

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...sites import SITES, Site
 from .activations import ACTIVATIONS
 
 # Fields of a rotary type: (required, optional). `rope_theta` belongs to all of them.
@@ -102,6 +103,14 @@ class RopeConfig:
     long_factor: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True)
+class LayerKind:
+    """What the attention of a layer has: its rotary embedding, and how many tokens a token sees, itself among them (None: all)."""
+
+    rope: RopeConfig
+    window: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
     """The shape of a Llama. Field names are those of Hugging Face's `config.json`.
@@ -128,6 +137,16 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+
+    @property
+    def sites(self) -> Mapping[str, Site]:
+        """The sites that this model has, by name: rows of `oculi_jax.SITES`."""
+        return SITES
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer's attention sees and how it turns; here the same for all."""
+        return (LayerKind(self.rope),) * self.num_hidden_layers
 
     @property
     def sizes(self) -> dict[str, int]:

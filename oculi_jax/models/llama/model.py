@@ -1,13 +1,13 @@
 """`Llama`: the network itself, as an immutable pytree of parameters whose pieces call `tap(site, value)` at each site.
 
 The model knows one sequence `[T]` and nothing of edits or captures: whoever runs it decides what `tap` returns.
-Layers are one `Block` whose leaves lead with `L`; `forward.py` scans over it.
+Layers are one `Block` whose leaves lead with `L`; `backends/jax/layers.py` runs them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,27 @@ from jaxtyping import Bool, Float, Int
 
 from .activations import ACTIVATIONS
 from .config import LlamaConfig
-from .rope import rotary, rotate
+from .rope import rotate
 
 if TYPE_CHECKING:
     import os
 
-Tap = Callable[[str, Array], Array]
-# Keys and values of the tokens that run → those of all tokens so far: how decoding puts its cache in.
+
+class Tap(Protocol):
+    """Who runs the model, seen from inside: called with each site's value, it returns what the pass goes on with."""
+
+    def __call__(self, site: str, value: Array, /) -> Array: ...
+
+    def touches(self, *sites: str) -> bool:
+        """Whether anybody reads or edits one of these, known before anything runs: what nobody does need not exist."""
+        ...
+
+    def edits(self, *sites: str) -> bool:
+        """Whether anybody edits one of these."""
+        ...
+
+
+# Keys and values of the tokens that run → those of all that may be looked at: where a cache, or another run's, is put in.
 Remember = Callable[[Array, Array], tuple[Array, Array]]
 
 
@@ -98,20 +112,20 @@ class Attention(nnx.Module):
         rotation: tuple[Array, Array],
         allowed: Bool[Array, "T S"],
         tap: Tap,
-        remember: Remember | None = None,
+        remember: Remember,
     ) -> Float[Array, "T E"]:
         q = tap("q", rotate(tap("q_pre_rope", self.q("te,hde->htd", x)), rotation))
         k = tap("k", rotate(tap("k_pre_rope", self.k("te,kde->ktd", x)), rotation))
-        v = tap("v", self.v("te,kde->ktd", x))
-        if remember is not None:
-            k, v = remember(k, v)
+        k, v = remember(k, tap("v", self.v("te,kde->ktd", x)))
         n_heads, n_tokens, head_dim = q.shape
         n_kv, n_keys = k.shape[:2]
 
         grouped = q.reshape(n_kv, n_heads // n_kv, n_tokens, head_dim)
         scores = einsum("kgtd,ksd->kgts", grouped, k, dtype=jnp.float32) * head_dim**-0.5
         scores = tap("scores", scores.reshape(n_heads, n_tokens, n_keys))
-        may = tap("allowed", jnp.broadcast_to(allowed, scores.shape))
+        may = allowed[None]
+        if tap.touches("allowed"):
+            may = tap("allowed", jnp.broadcast_to(may, scores.shape))
         pattern = tap("pattern", masked_softmax(scores, may).astype(x.dtype))
         grouped = pattern.reshape(n_kv, n_heads // n_kv, n_tokens, n_keys)
         z = tap("z", einsum("kgts,ksd->kgtd", grouped, v).reshape(n_heads, n_tokens, head_dim))
@@ -163,7 +177,7 @@ class Block(nnx.Module):
         allowed: Bool[Array, "T S"],
         config: LlamaConfig,
         tap: Tap,
-        remember: Remember | None = None,
+        remember: Remember,
     ) -> Float[Array, "T E"]:
         resid = tap("resid_pre", resid)
         scale = tap("attn_scale", self.attn_norm.scale(resid, config.rms_norm_eps))
@@ -193,6 +207,8 @@ class Llama(nnx.Module):
         norm: the final norm.
         unembed: `[V, E]`, or None where tied. Read `lm_head.weight`, which serves both.
     """
+
+    backend = "jax"
 
     def __init__(self, config: LlamaConfig, params: Mapping[str, Array]):
         """Builds the model from its parameters, named and shaped as `parameters.parameter_table` says."""
@@ -248,12 +264,20 @@ class Llama(nnx.Module):
             OSError: something is not there or cannot be read. ValueError: it is there and is not a Llama that can be
                 loaded exactly; one message lists every missing, unexpected and mis-shaped tensor.
         """
-        from .checkpoint import load
+        from .checkpoint import load, placement
 
-        return load(
-            source, backend=backend, dtype=dtype, device=device, mesh=mesh, revision=revision, local_files_only=local_files_only,
-            ignore_fields=ignore_fields,
-        )  # fmt: skip
+        options: dict[str, Any] = dict(
+            revision=revision, local_files_only=local_files_only, ignore_fields=ignore_fields
+        )
+        if backend == "torch":
+            from ...backends.torch import TorchLlama
+
+            if mesh is not None:
+                raise ValueError("A mesh is of JAX's devices: with backend='torch' give a device.")
+            return TorchLlama.from_pretrained(source, dtype, device, **options)
+        if backend != "jax":
+            raise ValueError(f"backend is {backend!r}, and must be 'jax' or 'torch'.")
+        return cls(*load(source, dtype=dtype, place=placement(device, mesh), **options))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` in Hugging Face's layout; transformers loads the same bits.
@@ -280,8 +304,8 @@ class Llama(nnx.Module):
             int32 `[1, T + max_new_tokens]`, `[B, …]` for several prompts or for variants of the interventions; without
             the leading axis for ids `[T]`.
         """
+        from ...decoding.continuation import continue_ids
         from ...intervention.context import active_on
-        from ..continuation import continue_ids
 
         return continue_ids(self, input_ids, max_new_tokens, active_on(self), interventions, **options)
 
@@ -311,16 +335,12 @@ class Llama(nnx.Module):
         """Number of parameters, the embedding counted once where it is tied."""
         return self.config.n_params
 
-    def embed_tokens(self, tokens: Int[Array, "T"], tap: Tap) -> Float[Array, "T E"]:
+    def embed_tokens(self, tokens: Int[Array, "T"], tap: Callable[[str, Array], Array]) -> Float[Array, "T E"]:
         # An id beyond the vocabulary that only the device could see gives NaN, never a neighbour's embedding.
         rows = self.embed[...].at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return tap("embed", rows)
 
-    def rotation(self, positions: Int[Array, "T"], length: Array | int) -> tuple[Array, Array]:
-        """Cosines and sines `[T, D/2]` of the rotary embedding at these positions of a prompt of `length` tokens."""
-        return rotary(self.config, positions, length)
-
-    def normalise(self, resid: Float[Array, "T E"], tap: Tap) -> Float[Array, "T E"]:
+    def normalise(self, resid: Float[Array, "T E"], tap: Callable[[str, Array], Array]) -> Float[Array, "T E"]:
         """The final norm."""
         scale = tap("final_scale", self.norm.scale(resid, self.config.rms_norm_eps))
         return tap("final_norm", self.norm(resid, scale))

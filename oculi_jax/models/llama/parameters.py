@@ -10,9 +10,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .activations import ACTIVATION_PARAMETERS
-from .config import LlamaConfig
+
+if TYPE_CHECKING:
+    from .config import LlamaConfig
 
 
 @dataclass(frozen=True)

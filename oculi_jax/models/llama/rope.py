@@ -61,9 +61,9 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return (interpolated * ramp + extrapolated * (1 - ramp)).astype(np.float32)
 
 
-def _dynamic(config: LlamaConfig, length: Array | int) -> Array:
+def _dynamic(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Array:
     """NTK-aware scaling that starts where the context ends (bloc97 and emozilla, 2023)."""
-    rope, dim = config.rope, config.head_dim
+    dim = config.head_dim
     assert rope.factor
     longest = float(config.max_position_embeddings)
     reached = jnp.maximum(jnp.asarray(length, jnp.float32), longest)
@@ -71,9 +71,8 @@ def _dynamic(config: LlamaConfig, length: Array | int) -> Array:
     return 1.0 / base ** jnp.asarray(_exponents(dim))
 
 
-def _longrope(config: LlamaConfig, length: Array | int) -> Array:
+def _longrope(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Array:
     """LongRoPE, Ding et al. (2024), arXiv:2402.13753: one set of factors up to the original context, one past it."""
-    rope = config.rope
     powers = _powers(rope.theta, config.head_dim)
     short, long = (
         np.float32(1.0) / (np.asarray(factors, np.float32) * powers)
@@ -82,25 +81,26 @@ def _longrope(config: LlamaConfig, length: Array | int) -> Array:
     return jnp.where(jnp.asarray(length) > rope.original_max_position_embeddings, long, short)  # type: ignore[operator]
 
 
-def inverse_frequencies(config: LlamaConfig, length: Array | int) -> Float[Array, "D/2"] | np.ndarray:
+def inverse_frequencies(config: LlamaConfig, length: Array | int, rope: RopeConfig) -> Float[Array, "D/2"] | np.ndarray:
     """Radians per position for each pair of dimensions.
 
     Args:
         config: the model's config.
         length: number of real tokens; `dynamic` and `longrope` depend on it.
+        rope: of the layers in question.
     """
-    rope, dim = config.rope, config.head_dim
+    dim = config.head_dim
     match rope.type:
         case "linear":
             return _default(rope, dim) / np.float32(rope.factor)  # type: ignore[arg-type]
         case "dynamic":
-            return _dynamic(config, length)
+            return _dynamic(config, rope, length)
         case "llama3":
             return _llama3(rope, dim)
         case "yarn":
             return _yarn(rope, dim)
         case "longrope":
-            return _longrope(config, length)
+            return _longrope(config, rope, length)
         case _:
             return _default(rope, dim)
 
@@ -123,10 +123,12 @@ def attention_factor(rope: RopeConfig) -> float:
     return 1.0
 
 
-def rotary(config: LlamaConfig, positions: Int[Array, "T"], length: Array | int) -> tuple[Array, Array]:
-    """Cosines and sines `[T, D/2]`, float32, of the angles at each position."""
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, length))[None, :]
-    scale = attention_factor(config.rope)
+def rotary(
+    config: LlamaConfig, positions: Int[Array, "T"], length: Array | int, rope: RopeConfig
+) -> tuple[Array, Array]:
+    """Cosines and sines `[T, D/2]`, float32, of the angles at each position of a prompt of `length` tokens."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, length, rope))[None, :]
+    scale = attention_factor(rope)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 

@@ -1,4 +1,5 @@
-"""The network in torch, of many rows at once `[N, …]`; at each site it calls a tap, and knows nothing else of edits or captures.
+"""The network in torch, of many rows at once `[N, …]`, and the one loop over its layers. At each site it calls a tap, and
+knows nothing else of edits or captures.
 
 What an Apple GPU lacks or gets wrong is not used: no float64, no reduction of integers, no fused attention there.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...models.llama.config import LlamaConfig
-from ...models.llama.rope import attention_factor, inverse_frequencies
 from .activations import ACTIVATIONS
+from .layout import Layout
 
 # Rows of the unembedding that are widened to float32 at once.
 _VOCABULARY_AT_ONCE = 16384
@@ -27,7 +27,7 @@ Remember = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Taps(Protocol):
-    """A tap that knows the layer: what `blocks` calls.
+    """A tap that knows the layer: what `run_layers` calls.
 
     Attributes:
         layer: the layer that runs; None outside of them.
@@ -78,85 +78,15 @@ class Weights:
         return tap("final_norm", _norm(x.to(self.norm.device), self.norm, self.config.rms_norm_eps, "final_scale", tap))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of a run are. Axes of rows are as long as there are rows, or one long where all are alike.
-
-    Attributes:
-        first, n_tokens: the tokens that run are those of these slots; `n_tokens` of them from the first.
-        n_keys: how many slots they may look at.
-        real: bool `[n, S]` on the host, True at the slots that hold a token; None where all do.
-        cos, sin: `[n, 1, T, D/2]`.
-        queries, keys: `real` of the tokens that run `[n, T]`, and of all `[n, S]`, on the device; None where `real` is.
-    """
-
-    first: int
-    n_tokens: int
-    n_keys: int
-    real: np.ndarray | None
-    cos: Tensor
-    sin: Tensor
-    queries: Tensor | None
-    keys: Tensor | None
-
-    @cached_property
-    def allowed(self) -> Tensor:
-        """bool `[n, 1, T, S]`: which keys each token may look at."""
-        slots = torch.arange(self.n_keys, device=self.cos.device)
-        causal = (slots[None, :] <= slots[self.first : self.first + self.n_tokens, None])[None, None]
-        if self.queries is None or self.keys is None:
-            return causal
-        return causal & self.queries[:, None, :, None] & self.keys[:, None, None, :]
-
-    @cached_property
-    def bias(self) -> Tensor:
-        """float32 `[n, 1, T, S]`: what makes softmax zero where a key is not allowed, in rows that have an allowed one."""
-        return (~self.allowed).to(torch.float32) * (torch.finfo(torch.float32).min / 2)
-
-    def to(self, device: torch.device) -> Layout:
-        if device == self.cos.device:
-            return self
-        moved = (None if x is None else x.to(device) for x in (self.cos, self.sin, self.queries, self.keys))
-        return Layout(self.first, self.n_tokens, self.n_keys, self.real, *moved)  # type: ignore[arg-type]
-
-
-def lay_out(
-    config: LlamaConfig,
-    real: np.ndarray | None,
-    n_keys: int,
-    device: torch.device,
-    first: int = 0,
-    n_tokens: int | None = None,
-    lengths: np.ndarray | None = None,
-) -> Layout:
-    """The layout of `n_tokens` tokens from slot `first` on, all for None; `lengths` `[n]` are what rotary types read."""
-    n_tokens = n_keys - first if n_tokens is None else n_tokens
-    if real is not None:
-        real = real[:, :n_keys]
-        real = None if real.all() else real[:1] if (real == real[:1]).all() else real
-    slots = np.arange(n_keys)[None] if real is None else np.maximum(np.cumsum(real, axis=1) - 1, 0)
-    each = np.array([n_keys]) if real is None else real.sum(axis=1)
-    each = each if lengths is None else lengths
-    each = each[:1] if config.steady_length is None or (each == each[:1]).all() else each
-    frequencies = np.stack([np.asarray(inverse_frequencies(config, int(n)), np.float32) for n in each])
-    positions = slots[:, first : first + n_tokens].astype(np.float32)
-    angles = torch.from_numpy(positions[:, None, :, None] * frequencies[:, None, None, :])
-    scale = attention_factor(config.rope)
-    cos, sin = ((part * scale).to(device) for part in (angles.cos(), angles.sin()))
-    keys = None if real is None else torch.from_numpy(np.ascontiguousarray(real)).to(device)
-    queries = None if keys is None else keys[:, first : first + n_tokens].contiguous()
-    return Layout(first, n_tokens, n_keys, real, cos, sin, queries, keys)
-
-
 def _norm(x: Tensor, weight: Tensor, eps: float, site: str, tap: Tap) -> Tensor:
     wide = x.float()
     scale = tap(site, torch.rsqrt(wide.square().mean(-1) + eps))
     return weight * (wide * scale[..., None]).to(x.dtype)
 
 
-def _rotate(x: Tensor, layout: Layout) -> Tensor:
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = layout.cos, layout.sin
+    cos, sin = rotation
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
@@ -177,24 +107,27 @@ def _attention(
         y = F.linear(x, w[f"attn.{name}.weight"], w.get(f"attn.{name}.bias"))
         return y.view(n, n_tokens, heads, head_dim).transpose(1, 2)
 
-    q = tap("q", _rotate(tap("q_pre_rope", project("q", n_heads)), layout))
-    k = tap("k", _rotate(tap("k_pre_rope", project("k", n_kv)), layout))
+    layer = tap.layer
+    assert layer is not None
+    rotation = layout.rotation(layer)
+    q = tap("q", _rotate(tap("q_pre_rope", project("q", n_heads)), rotation))
+    k = tap("k", _rotate(tap("k_pre_rope", project("k", n_kv)), rotation))
     v = tap("v", project("v", n_kv))
     if remember is not None:
-        k, v = remember(tap.layer, k, v)
+        k, v = remember(layer, k, v)
     n_keys, groups = k.shape[2], n_heads // n_kv
     if may_fuse(x.device) and not tap.touches("scores", "allowed", "pattern"):
-        z = _fused(q, k, v, layout)
+        z = _fused(q, k, v, layout, layer)
     else:
         # Entry g of a key/value head's block of queries is query head k · G + g.
         rows = q.reshape(n, n_kv, groups * n_tokens, head_dim).float()
         scores = torch.matmul(rows, k.float().transpose(-1, -2)) * head_dim**-0.5
         scores = tap("scores", scores.view(n, n_heads, n_tokens, n_keys))
-        allowed = layout.allowed
+        allowed = layout.allowed(layer)
         if tap.touches("allowed"):
             allowed = tap("allowed", allowed.expand(scores.shape))
         if layout.queries is None and not tap.edits("scores", "allowed"):
-            pattern = torch.softmax(scores + layout.bias, dim=-1)
+            pattern = torch.softmax(scores + layout.bias(layer), dim=-1)
         else:
             pattern = _softmax(scores, allowed)
         pattern = tap("pattern", pattern.to(x.dtype))
@@ -208,7 +141,7 @@ def may_fuse(device: torch.device) -> bool:
     return device.type != "mps"
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int) -> Tensor:
     """Attention that nobody reads into; zero where the token is padding."""
     n, n_heads = q.shape[:2]
     if k.shape[1] != n_heads:
@@ -216,12 +149,13 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
             x[:, :, None].expand(-1, -1, n_heads // x.shape[1], -1, -1).reshape(n, n_heads, *x.shape[2:])
             for x in (k, v)
         )
+    if layout.is_causal(layer) and (layout.first == 0 or layout.n_tokens == 1):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=layout.n_tokens > 1)
+    allowed = layout.allowed(layer)
     if layout.queries is None:
-        if layout.first == 0:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=layout.n_tokens > 1)
-        return F.scaled_dot_product_attention(q, k, v, None if layout.n_tokens == 1 else layout.allowed)
+        return F.scaled_dot_product_attention(q, k, v, allowed)
     padding = ~layout.queries[:, None, :, None]
-    return F.scaled_dot_product_attention(q, k, v, layout.allowed | padding).masked_fill(padding, 0.0)
+    return F.scaled_dot_product_attention(q, k, v, allowed | padding).masked_fill(padding, 0.0)
 
 
 def _block(
@@ -255,7 +189,7 @@ def embed(w: Weights, tokens: np.ndarray, layout: Layout, tap: Tap) -> Tensor:
     return tap("embed", F.embedding(torch.from_numpy(tokens.astype(np.int64)).to(w.embed.device), w.embed))
 
 
-def blocks(
+def run_layers(
     w: Weights, resid: Tensor, layout: Layout, tap: Taps, layers: range, remember: Remember | None = None
 ) -> Tensor:
     """Runs layers, each where its weights are."""

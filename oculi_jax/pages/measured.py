@@ -18,12 +18,12 @@ from ..analysis.circuits import PATTERNS
 from ..analysis.inputs import check_integer
 from ..capture import CaptureSpec
 from ..diagnostics import HeadScores, head_scores
-from ..forward import forward
 from ..intervention import HeadAblation
 from ..intervention.context import active
 from ..metrics import logit_difference
 from ..prompts import prepare
-from ..sweep import sweep
+from ..run import forward
+from ..sweeps.sweeping import sweep
 
 if TYPE_CHECKING:
     from ..adapter.adapter import LlamaAttentionAdapter

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from .models.llama.config import LlamaConfig
+    from ..models.llama.config import LlamaConfig
 
 # A layer's weights are read once for a group: that costs as much time as the arithmetic of so many tokens.
 ROWS_OF_A_READ = {"cpu": 40}
@@ -54,6 +54,7 @@ class SweepPlan:
         naive_flops: the same for one whole run of every variant.
         bytes: the most memory that a device holds beside the model and the interventions' own arrays: the base runs and one
             call's own.
+        note: why all tokens run, where something that was given needs them; else "".
     """
 
     axes: tuple[int, ...]
@@ -68,6 +69,7 @@ class SweepPlan:
     flops: float
     naive_flops: float
     bytes: int
+    note: str = ""
 
     @property
     def batch_size(self) -> int:
@@ -85,7 +87,7 @@ class SweepPlan:
             f"SweepPlan({n_variants} variants × {self.n_prompts} prompt{'s' * (self.n_prompts > 1)} of {self.n_tokens} tokens, "
             f"{way}; {calls} calls of up to {self.batch_size} variants; {self.layer_evaluations:.0f} layer evaluations, "
             f"{share:.0%} of {self.naive_layer_evaluations:.0f}; {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB "
-            "beside the model)"
+            f"beside the model{f'; all tokens run: {self.note}' if self.note else ''})"
         )
 
 
@@ -184,7 +186,7 @@ def make_plan(
         for chosen in range(2 ** len(shares)):
             lengths = (*(share for bit, share in enumerate(shares) if chosen >> bit & 1), n_tokens)
             rows = np.array(lengths)[np.searchsorted(lengths, needed)]
-            way = _groups(cost, first_layers, rows, lengths, n_prompts, batch_size, budget)
+            way = _groups(cost, first_layers, rows, lengths, n_prompts=n_prompts, batch_size=batch_size, budget=budget)
             ways.append((way[0] + base, *way[1:]))
     number = min(range(len(ways)), key=lambda i: ways[i][0])
     _, prompts, groups = ways[number]
@@ -204,9 +206,19 @@ def make_plan(
         # While the base runs, what it keeps is there twice: as it is gathered, and as it is returned.
         held = max(held + kept, cost.bytes_of_call(prompts, n_tokens) + 2 * kept)
     return SweepPlan(
-        axes, n_prompts, n_tokens, n_layers, reuse, prompts, groups, evaluations, float(n * n_prompts * n_layers),
-        flops, n * n_prompts * (n_layers * cost.flops_of_rows(n_tokens) + cost.flops_of_logits), held,
-    )  # fmt: skip
+        axes,
+        n_prompts,
+        n_tokens,
+        n_layers,
+        reuse=reuse,
+        prompts=prompts,
+        groups=groups,
+        layer_evaluations=evaluations,
+        naive_layer_evaluations=float(n * n_prompts * n_layers),
+        flops=flops,
+        naive_flops=n * n_prompts * (n_layers * cost.flops_of_rows(n_tokens) + cost.flops_of_logits),
+        bytes=held,
+    )
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .arrays import as_array, on_device
-from .pytrees import pytree, static
+from ..arrays import as_array, on_device
+from ..pytrees import pytree, static
 
 
 @pytree
@@ -57,6 +58,17 @@ class Sampler:
             assert key is not None
             found = jnp.where(self.temperature > 0, jax.random.categorical(key, self.filter(logits)), found)
         return jnp.where(jnp.isnan(logits).any(), -1, found).astype(jnp.int32)
+
+
+@partial(jax.jit, inline=True)
+def choose(sampler: Sampler, keys: Array | None, step: Any, logits: Float[Array, "C N V"]) -> Int[Array, "C N"]:
+    """The next token of each row, from its key at this step."""
+
+    def one(row: Float[Array, "V"], key: Array | None) -> Int[Array, ""]:
+        return sampler.choose(row, None if key is None else jax.random.fold_in(key, step))
+
+    axes = (0, None if keys is None else 0)
+    return jax.vmap(jax.vmap(one, axes), axes)(logits, keys)
 
 
 def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: int) -> Sampler:

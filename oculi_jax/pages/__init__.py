@@ -1,6 +1,6 @@
 """One HTML page with a prompt's insides: lens, attention patterns, what heads do, what they matter, whence the answer."""
 
-from .measure import Measured, measure
-from .page import page, report
+from .html import page, report
+from .measured import Measured, measure
 
 __all__ = ["Measured", "measure", "page", "report"]

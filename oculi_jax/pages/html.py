@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .measure import Measured, measure
+from .measured import Measured, measure
 from .visible import visible_prompt, visible_token
 
 if TYPE_CHECKING:

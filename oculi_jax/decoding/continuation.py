@@ -10,12 +10,12 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from ..backends import programs_of
 from ..capture import readings_of
-from ..forward import program
-from ..generate import check_count, check_stops, decode, write
 from ..prompts import prepare
-from ..sampling import sampler
 from ..utils.tokens import continuation
+from .generation import check_count, check_stops, write
+from .sampling import sampler
 
 
 class Continued(NamedTuple):
@@ -102,7 +102,7 @@ def _continue(
     """Arguments as in `oculi_jax.generate`, and prompts as an adapter takes them."""
     config = model.config
     n_new = check_count(max_new_tokens)
-    exact = program(model, decode) is not decode
+    exact = not programs_of(model).compiles_per_length
     batch = prepare(
         prompt, tokenizer, config, attention_mask=attention_mask, allow_longer=allow_longer, n_new=n_new, exact=exact
     )
@@ -111,9 +111,11 @@ def _continue(
         # Texts or lists of unequal length: with the padding first, new tokens follow their prompts at once.
         shifts = n_tokens - real.sum(axis=1)
         tokens, real = (np.stack([np.roll(row, n) for row, n in zip(x, shifts, strict=True)]) for x in (tokens, real))
-    options = sampler(temperature, top_k, top_p, min_p, config.vocab_size)
-    stops = check_stops(stop_tokens, config)
-    done = write(model, tokens, real, n_tokens, interventions, n_new, options, stops, key, capture)
+    done = write(
+        model, tokens, real, interventions, n_new, n_covered=n_tokens,
+        sampler=sampler(temperature, top_k, top_p, min_p, config.vocab_size), stops=check_stops(stop_tokens, config),
+        key=key, capture=capture,
+    )  # fmt: skip
     _refuse_trace(done.tokens)
     activations = done.activations
     if n_tokens != tokens.shape[1]:  # the padding that near lengths share a program by stands before the new tokens

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float
 
 from .embedded import embedded_directory
-from .forward import forward
 from .models.llama import Llama
+from .run import forward
 from .sites import SITES
 from .utils.devices import find_device, has_torch
 
@@ -103,7 +103,7 @@ def examine(
                 f"This model overflows in {dtype}, on the CPU too, first {_named(*_first(over))}: use "
                 f"{'bfloat16 or ' if dtype == 'float16' else ''}float32."
             )
-            return Finding(backend, device, dtype, {}, {}, "wrong", sentence)
+            return Finding(backend, device, dtype, {}, excess={}, verdict="wrong", sentence=sentence)
         least = 4 * float(jnp.finfo(dtype).eps)  # a row that the CPU happens to have exactly may be off by roundings
         checks = [
             (np.mean, {site: max(ROUNDING, _TIMES * error.max()) for site, error in means.items()}),
@@ -116,12 +116,12 @@ def examine(
     except (RuntimeError, TypeError) as error:  # torch's for what a device has no room or no kernel for
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         sentence = f"{where} did not run: {said} Use the CPU."
-        return Finding(backend, device, dtype, {}, {}, "failed", sentence)
+        return Finding(backend, device, dtype, {}, excess={}, verdict="failed", sentence=sentence)
     each = [(_errors(got, want, of_rows), allowed) for of_rows, allowed in checks]
     excess = {site: np.max([errors[site] / allowed[site] for errors, allowed in each], axis=0) for site in want}
     errors = _errors(got, want)
     verdict, words = _judge(errors, excess, dtype)
-    return Finding(backend, device, dtype, errors, excess, verdict, f"{where} {words}")
+    return Finding(backend, device, dtype, errors, excess=excess, verdict=verdict, sentence=f"{where} {words}")
 
 
 def _check_device(backend: str, device: str) -> None:
@@ -214,7 +214,7 @@ def _short(device: str) -> Finding:
         return examine(None, "torch", device)
     except Exception as error:  # a check that cannot be made is a warning: the adapter is to work
         sentence = f"{device} could not be checked: {error}"
-        return Finding("torch", device, "float32", {}, {}, "failed", sentence)
+        return Finding("torch", device, "float32", {}, excess={}, verdict="failed", sentence=sentence)
 
 
 def warn_once(device: Any) -> None:

@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from ..forward import lower
-from ..intervention.edit import Edit
-from ..metrics import Metric
-from ..output import Output
-from ..replay import Rows
+from ...arrays import under_trace
+from ...intervention.edit import Edit, lower
+from ...intervention.rows import Rows
+from ...metrics import Metric
+from ...output import Output
 
 
 class Leaf(NamedTuple):
@@ -44,22 +43,11 @@ class _Varies(NamedTuple):
 
 def refuse_trace(values: Any) -> None:
     """TypeError where something is traced: torch runs outside of JAX's transformations."""
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((values, jax.device_put(np.int32(0))))):
+    if under_trace(values):
         raise TypeError(
             "This model runs in torch, which no jit, vmap or grad of JAX reaches into: call it outside of them (for many "
             "interventions use sweep), or load the model with Llama.from_pretrained(directory)."
         )
-
-
-def single(interventions: tuple[Any, ...]) -> Rows:
-    """Canonical interventions of one run as those of one row."""
-    return along(interventions, (False,) * len(jax.tree.leaves(interventions)))
-
-
-def along(interventions: tuple[Any, ...], leads: tuple[bool, ...]) -> Rows:
-    """Canonical interventions whose leaves lead with prompts where `leads` says so, each prompt being a row."""
-    leaves, tree = jax.tree.flatten(interventions)
-    return Rows(leaves, tree, leads, (False,) * len(leaves))
 
 
 def lowered(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,20 +13,19 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .arrays import on_device
-from .forward import find_model, program
-from .intervention.frame import Frame
-from .intervention.rows import stack_rows
-from .metrics import Metric
-from .output import Output
-from .planner import Cost, Group, SweepPlan, make_plan
-from .replay import Rows, looks_ahead, run_base, run_group, run_reach
-from .sweep_inputs import check_metric, check_prompts
-from .utils.devices import memory
-from .utils.progress import progress as progress_bar
+from ..arrays import on_device, under_trace
+from ..backends import find_model, programs_of
+from ..intervention.frame import Frame
+from ..intervention.rows import Rows
+from ..metrics import Metric, check_metric
+from ..output import Output
+from ..prompts import check_prompts
+from ..utils.progress import progress as progress_bar
+from .planning import Cost, Group, SweepPlan, make_plan
+from .reach import first_touched, what_needs_all_tokens
 
 if TYPE_CHECKING:
-    from .models.llama.model import Llama
+    from ..models.llama.model import Llama
 
 Progress = Callable[[int, int], None]
 
@@ -45,9 +44,9 @@ def sweep(
 ) -> Any:
     """Runs a model under every variant of interventions, and returns the metric of each.
 
-    Index, strength and position fields carry the axes of the sweep and broadcast together: a `HeadAblation` whose layer is
-    `[L, 1]` and head `[1, H]` makes `[L, H]`. An array field (a value, a vector) of all those axes and then the rank of its
-    site's holds one entry for each variant; any other is shared by all of them.
+    A field carries the axes of the sweep in front of its own, and all fields' axes broadcast together: a `HeadAblation` whose
+    layer is `[L, 1]` and head `[1, H]` makes `[L, H]`; a `Steer` with a vector `[N, E]` makes `[N]`. What has no such axes is
+    shared by all variants, as is a `PerLayer`; a `PerPrompt` holds one entry for each of several prompts.
 
     Equal to one `forward` for each variant, to rounding. Only what a variant can have changed is run: an edit at layer l
     leaves earlier layers as they were, one at a token leaves earlier tokens (unless something lets queries see later keys). `plan`
@@ -77,9 +76,20 @@ def sweep(
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress is {progress!r}, and must be None, a bool, or a function of (done, total).")
-    tokens, mask, single = check_prompts(model, tokens, mask)
-    each = [interventions] * len(tokens)
-    return sweep_prompts(model, tokens, mask, each, metric, batch_size, reuse, progress, mesh, single)
+    model = find_model(model)
+    tokens, mask, single = check_prompts(model.config, tokens, mask)
+    return sweep_prompts(
+        model,
+        tokens,
+        mask,
+        interventions,
+        metric=metric,
+        batch_size=batch_size,
+        reuse=reuse,
+        progress=progress,
+        mesh=mesh,
+        single=single,
+    )
 
 
 def plan(
@@ -94,8 +104,9 @@ def plan(
     mesh: Mesh | None = None,
 ) -> SweepPlan:
     """What `sweep` with these arguments will do: the groups of variants, their cost beside whole runs, and the memory."""
-    tokens, mask, _ = check_prompts(model, tokens, mask)
-    prepared = _prepare(model, tokens, mask, [interventions] * len(tokens), metric, mesh)
+    model = find_model(model)
+    tokens, mask, _ = check_prompts(model.config, tokens, mask)
+    prepared = _prepare(model, tokens, mask, interventions, metric, mesh)
     if prepared.traced:
         raise TypeError("plan needs values, and was given traced arrays: under a trace a sweep is the plain vmap.")
     return _plan(prepared, batch_size, reuse)
@@ -133,7 +144,7 @@ def sweep_prompts(
     model: Llama,
     tokens: Any,
     mask: Any,
-    interventions: Sequence[Any],
+    interventions: Any,
     metric: Any,
     batch_size: Any = "auto",
     reuse: bool = True,
@@ -141,7 +152,7 @@ def sweep_prompts(
     mesh: Mesh | None = None,
     single: bool = False,
 ) -> Any:
-    """`sweep` of prompts `[B, T]` whose interventions are each prompt's own, of the same kinds and axes.
+    """`sweep` of checked prompts `[B, T]`.
 
     Returns:
         `[B, *axes, …]`; `[*axes, …]` where there is a `single` prompt.
@@ -150,49 +161,40 @@ def sweep_prompts(
     found = None if prepared.traced else _execute(prepared, _plan(prepared, batch_size, reuse), progress)
     traced = found is None
     if traced:
-        found = program(prepared.model, run_group)(
-            prepared.model, prepared.tokens, prepared.mask, prepared.rows, prepared.metric, prepared.metric_by_prompt,
-            size=prepared.size, n_rows=prepared.tokens.shape[1], mesh=prepared.mesh,
-        )  # fmt: skip
+        found = programs_of(prepared.model).run_variants(
+            prepared.model, prepared.tokens, prepared.mask, prepared.rows, size=prepared.size,
+            metric=prepared.metric, metric_by_prompt=prepared.metric_by_prompt, mesh=prepared.mesh,
+        ).value  # fmt: skip
     lead = prepared.axes if single else (len(tokens), *prepared.axes)
     # On the host NumPy reshapes, for which JAX would compile a program.
     found = jax.tree.map(lambda x: x.reshape((*lead, *x.shape[2:])), found)
     return found if traced else jax.device_put(found)
 
 
-def _prepare(
-    model: Any, tokens: Any, mask: Any, interventions: Sequence[Any], metric: Any, mesh: Mesh | None
-) -> _Prepared:
+def _prepare(model: Any, tokens: Any, mask: Any, interventions: Any, metric: Any, mesh: Mesh | None) -> _Prepared:
     model = find_model(model)
     config = model.config
     metric, leads = check_metric(metric, config.vocab_size, tokens, mask)
     n_tokens, dtype = tokens.shape[1], model.dtype
     masks = [None] * len(tokens) if mask is None else mask
     frames = [Frame(config, dtype, n_tokens, row) for row in masks]
-    tree, by_prompt, family = stack_rows(interventions, frames)
-    leaves, structure = jax.tree.flatten(tree)
-    rows, axes = Rows(leaves, structure, by_prompt, family.leads), family.axes
-    shared, varying = _split(rows)
+    rows, axes = Rows.of(interventions, frames)
+    shared, varying = rows.split()
     mesh = _mesh(model, mesh)
-    # The last is a tracer inside jit, where nothing can be read even if none of the arguments is one.
-    seen = jax.tree.leaves((model, tokens, mask, leaves, metric, jax.device_put(np.int32(0))))
-    traced = any(isinstance(x, Tracer) for x in seen)
-    return _Prepared(model, tokens, mask, rows, shared, varying, axes, metric, leads, mesh, traced)
-
-
-def _split(rows: Rows) -> tuple[Rows, Rows]:
-    """The interventions without an axis of variants, and the others; all of them where none has one."""
-    numbers = jax.tree.unflatten(rows.tree, list(range(len(rows.leaves))))
-    varies = [any(rows.by_variant[i] for i in jax.tree.leaves(item)) for item in numbers]
-    if not any(varies):
-        varies = [True] * len(varies)
-
-    def of(which: bool) -> Rows:
-        places, tree = jax.tree.flatten(tuple(item for item, own in zip(numbers, varies, strict=True) if own == which))
-        by_prompt, by_variant = (tuple(leads[i] for i in places) for leads in (rows.by_prompt, rows.by_variant))
-        return Rows([rows.leaves[i] for i in places], tree, by_prompt, by_variant)
-
-    return of(False), of(True)
+    traced = under_trace((model, tokens, mask, rows, metric))
+    return _Prepared(
+        model,
+        tokens,
+        mask,
+        rows,
+        shared=shared,
+        varying=varying,
+        axes=axes,
+        metric=metric,
+        metric_by_prompt=leads,
+        mesh=mesh,
+        traced=traced,
+    )
 
 
 def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
@@ -201,7 +203,7 @@ def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
         raise TypeError(
             f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
         )
-    if program(model, run_group) is not run_group:
+    if not programs_of(model).traceable:
         if mesh is not None:
             raise ValueError("A mesh is of JAX's devices, and this model is run by torch on its own: leave mesh out.")
         return None
@@ -230,17 +232,22 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
     if isinstance(metric, Metric):
         n_read = len(metric.positions)
         n_ids = n_ids if metric.ids is None else metric.ids.shape[-1]
-    platform, free = _room(model)
+    platform, free = programs_of(model).room(model)
     n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
     cost = Cost(config, n_tokens, n_read * n_ids, model.dtype.itemsize, platform, n_devices)
     first_layers = first_tokens = None
+    note = ""
     if reuse and prepared.size > 1:
-        reached = run_reach(prepared.varying, prepared.tokens, prepared.mask, prepared.size, config)
+        reached = first_touched(prepared.varying, prepared.tokens, prepared.mask, prepared.size, config)
         first_layers, first_tokens = map(np.asarray, reached)
-        if looks_ahead(prepared.rows, prepared.tokens, prepared.mask, prepared.size, config):
+        note = what_needs_all_tokens(prepared.rows, prepared.tokens, prepared.mask, prepared.size, config)
+        if note:
             first_tokens = np.minimum(first_tokens, 0)
     size = None if batch_size == "auto" else int(batch_size)
-    return make_plan(cost, prepared.axes, n_prompts, first_layers, first_tokens, size, free // 2)
+    made = make_plan(
+        cost, prepared.axes, n_prompts, first_layers, first_tokens=first_tokens, batch_size=size, budget=free // 2
+    )
+    return replace(made, note=note)
 
 
 def _check_value(prepared: _Prepared) -> None:
@@ -261,24 +268,13 @@ def _check_value(prepared: _Prepared) -> None:
         )
 
 
-def _room(model: Any) -> tuple[str, int]:
-    """The platform that a model runs on, and how many bytes are free there."""
-    if program(model, run_group) is not run_group:
-        platform, device = model.device.type, model.device
-    else:
-        device = next(iter(model.embed[...].devices()))
-        platform = device.platform
-    free = memory(device)[1]
-    return platform, 4 << 30 if free is None else free
-
-
 def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
     """Runs a plan call by call; the next call is made ready while one runs.
 
     Returns:
         NumPy arrays `[B, N, …]`; None where a tracer came to light in what a metric's own function holds.
     """
-    mesh, model = prepared.mesh, prepared.model
+    mesh, model, programs = prepared.mesh, prepared.model, programs_of(prepared.model)
     if mesh is not None and not isinstance(model.embed[...].sharding, NamedSharding):
         prepared = replace(prepared, model=jax.device_put(model, NamedSharding(mesh, PartitionSpec())))
     results: list[np.ndarray] = []
@@ -302,14 +298,14 @@ def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
             base = None
             if plan.reuse:
                 keep_keys = any(group.n_rows < plan.n_tokens for group in plan.groups)
-                base = program(model, run_base)(chunk.model, chunk.tokens, chunk.mask, chunk.shared, keep_keys)
+                base = programs.run_base(chunk.model, chunk.tokens, chunk.mask, chunk.shared, keys=keep_keys)
             for group in plan.groups:
                 rows = _of_variants(chunk.rows, group, prepared.mesh)
-                out = program(model, run_group)(
-                    chunk.model, chunk.tokens, chunk.mask, rows, chunk.metric, chunk.metric_by_prompt,
-                    base, np.int32(group.start) if plan.reuse else 0,
-                    size=group.size, n_rows=group.n_rows, mesh=prepared.mesh,
-                )  # fmt: skip
+                out = programs.run_variants(
+                    chunk.model, chunk.tokens, chunk.mask, rows, size=group.size,
+                    metric=chunk.metric, metric_by_prompt=chunk.metric_by_prompt, mesh=prepared.mesh,
+                    **(dict(base=base, start=np.int32(group.start), n_rows=group.n_rows) if plan.reuse else {}),
+                ).value  # fmt: skip
                 if any(isinstance(x, Tracer) for x in jax.tree.leaves(out)):
                     return None
                 running.append((prompts, group.variants, out))
@@ -332,7 +328,7 @@ def _of_prompts(prepared: _Prepared, prompts: np.ndarray, size: int) -> _Prepare
     """The part of a sweep that is about some prompts."""
 
     # What all variants share goes to the device, or to those of the mesh, once and not with every call; torch has its own.
-    on_host = program(prepared.model, run_group) is not run_group
+    on_host = not programs_of(prepared.model).traceable
     everywhere = None if prepared.mesh is None else NamedSharding(prepared.mesh, PartitionSpec())
 
     def take(x: Any, by_prompt: bool = True, by_variant: bool = False) -> Any:

@@ -1,0 +1,147 @@
+"""`Programs`, the contract that a backend keeps, and what its programs return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import jax
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
+
+    from ..capture import Reading
+    from ..decoding.sampling import Sampler
+    from ..intervention.rows import Rows
+    from ..output import Output
+
+
+class Seen(NamedTuple):
+    """What `Programs.run_variants` returns: the metric of every row, and site → what was captured; both lead with `[C, N]`."""
+
+    value: Any
+    activations: Mapping[str, Array]
+
+
+class Written(NamedTuple):
+    """What `Programs.decode_rows` returns of C prompts × N variants.
+
+    Attributes:
+        tokens: int32 `[C, N, n]`, the new ids, filled with the pad id after a stop.
+        alive: bool `[C, N, n]`, True at those that precede a row's end, the stop itself included.
+        activations: site → what was captured of the finished texts, leading with `[C, N]`.
+    """
+
+    tokens: Int[Array, "C N n"]
+    alive: Bool[Array, "C N n"]
+    activations: Mapping[str, Array]
+
+
+class Programs(Protocol):
+    """What a backend is: five programs over canonical, checked arguments, and what it says of itself.
+
+    A module satisfies it; `backends/jax` and `backends/torch` do. Prompts `[C, T]` × variants of their interventions are
+    the `Rows` that programs take; letters are those of `oculi_jax.sites`.
+    """
+
+    @property
+    def compiles_per_length(self) -> bool:
+        """Whether another number of tokens is another program, so that prompts are better padded to shared lengths."""
+        ...
+
+    @property
+    def traceable(self) -> bool:
+        """Whether JAX's transformations reach into its programs, and JAX's devices and meshes run them."""
+        ...
+
+    def room(self, model: Any) -> tuple[str, int]:
+        """The platform that a model runs on, and how many bytes are free there."""
+        ...
+
+    def run(
+        self,
+        model: Any,
+        tokens: Int[Array, "T"],
+        mask: Bool[Array, "T"] | None,
+        interventions: tuple[Any, ...],
+        readings: tuple[Reading, ...],
+        *,
+        logits: str = "none",
+        remat: bool = False,
+    ) -> Output:
+        """One run: what `forward` returns."""
+        ...
+
+    def lens(
+        self,
+        model: Any,
+        resid: Float[Array, "N T E"],
+        keep: tuple[str, ...],
+        *,
+        top_k: int | None = None,
+        tokens: Int[Array, "M"] | None = None,
+        dtype: str = "float32",
+    ) -> dict[str, Array]:
+        """The final norm and the unembedding of N residual streams, one after the other, keeping what `keep` names.
+
+        `"normalized"` [N T E] in the model's dtype; `"log_normalizer"` [N T], float32; as `dtype`: `"logits"` [N T V],
+        `"top_k_logits"` with `"top_k_indices"` [N T k], `"chosen"` [N T M], the logits of `tokens` and no others, and
+        `"probabilities"` [N T M] of `tokens`.
+        """
+        ...
+
+    def run_variants(
+        self,
+        model: Any,
+        tokens: Int[Array, "C T"],
+        mask: Bool[Array, "C T"] | None,
+        rows: Rows,
+        *,
+        size: int = 1,
+        metric: Any = None,
+        metric_by_prompt: tuple[bool, ...] = (),
+        readings: tuple[Reading, ...] = (),
+        base: Any = None,
+        start: Any = 0,
+        n_rows: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> Seen:
+        """Each prompt under `size` variants, judged by a metric, read, or both.
+
+        Args:
+            metric_by_prompt: for each of the metric's leaves, whether it leads with the prompts.
+            base: of `Programs.run_base`: then layers run from `start` on, and of the tokens the last `n_rows` (None: all) alone,
+                and nothing is read.
+            mesh: spreads the variants over its `data` axis.
+        """
+        ...
+
+    def run_base(
+        self, model: Any, tokens: Int[Array, "C T"], mask: Bool[Array, "C T"] | None, rows: Rows, *, keys: bool
+    ) -> Any:
+        """What runs under interventions without variants leave for `run_variants` to start from; with or without `keys`."""
+        ...
+
+    def decode_rows(
+        self,
+        model: Any,
+        tokens: Int[Array, "C T"],
+        real: Bool[Array, "C T"],
+        rows: Rows,
+        *,
+        size: int,
+        n_covered: Any,
+        sampler: Sampler,
+        keys: Array | None,
+        stops: Int[Array, "M"],
+        n_new: int,
+        readings: tuple[Reading, ...],
+    ) -> Written:
+        """Continues each prompt under `size` variants.
+
+        Args:
+            n_covered: how many tokens the arrays of interventions cover; they leave later ones alone.
+            keys: typed random keys `[C, N]`; None where decoding is greedy.
+            readings: what to read of the finished texts, over `T + n_new` tokens.
+        """
+        ...

@@ -1,0 +1,201 @@
+"""`generate`: decoding with a key/value cache, in one compiled loop, with interventions active at every token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Int
+
+from ..arrays import listing, on_device
+from ..backends import find_model, programs_of
+from ..capture import integers, readings_of
+from ..intervention.frame import Frame
+from ..intervention.rows import Rows
+from ..prompts import check_mask, check_tokens
+from .sampling import Sampler, sampler
+
+if TYPE_CHECKING:
+    from ..models.llama.config import LlamaConfig
+    from ..models.llama.model import Llama
+
+
+def generate(
+    model: Llama,
+    tokens: Any,
+    max_new_tokens: int,
+    interventions: Any = (),
+    *,
+    temperature: Any = 0.0,
+    top_k: int | None = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    stop_tokens: Any = None,
+    key: Array | None = None,
+    mask: Any = None,
+    capture: Any = (),
+    allow_longer: bool = False,
+) -> Any:
+    """Continues one prompt. Interventions act on the prompt and on every new token, as they would in `forward`.
+
+    Decoding with the cache gives what running `forward` anew for every token would give. The prompt is run once, then each
+    step runs one token; the loop ends when every row has stopped. (Past the original context of rotary types that change with
+    the length, `dynamic` and `longrope`, every key turns with every token, and each step runs the whole text.)
+
+    Interventions whose index and strength fields have one leading axis `N` are `N` variants, decoded side by side in the
+    same program, all with the same `key`: they differ by the intervention alone. Positions count from the start of the
+    prompt and may lie in the new tokens. An array with a token axis covers the prompt's `T` tokens and leaves later ones
+    alone.
+
+    Args:
+        model: a `Llama`.
+        tokens: ids `[T]`.
+        max_new_tokens: how many new tokens at most; static.
+        interventions: as in `forward`.
+        temperature: 0 takes the likeliest token; above 0, tokens are drawn from softmax(logits / temperature).
+        top_k: draw from the k likeliest tokens; static.
+        top_p: draw from the likeliest tokens that together hold this probability.
+        min_p: draw from tokens at least this probable, relative to the likeliest.
+        stop_tokens: an id or several, after which a row ends; the config's `eos_token_id` for None, none for `()`.
+        key: a JAX random key; needed where the temperature is not 0.
+        mask: bool `[T]`, True at real tokens.
+        capture: as in `forward`: what to return of the intervened run.
+        allow_longer: go beyond the length that the model was made for.
+
+    Returns:
+        int32 `[max_new_tokens]`, the pad id after a stop, −1 where the logits are NaN; `[N, max_new_tokens]` for variants.
+        With `capture`, that and a dictionary site → values over all `T + max_new_tokens` tokens, from one pass over the
+        finished text, in which what follows a stop is padding.
+
+    Raises:
+        ValueError, TypeError: something that can be seen to be wrong, before anything runs.
+    """
+    model = find_model(model)
+    config = model.config
+    tokens = check_tokens(tokens, config.vocab_size)
+    n_tokens, n_new = tokens.shape[0], check_count(max_new_tokens)
+    mask = check_mask(mask, n_tokens)
+    real = np.ones(n_tokens, bool) if mask is None else mask
+    check_length(config, n_tokens if on_device(real) else int(real.sum()), n_new, allow_longer)
+    written = write(
+        model, tokens[None], real[None], interventions, n_new, n_covered=n_tokens,
+        sampler=sampler(temperature, top_k, top_p, min_p, config.vocab_size), stops=check_stops(stop_tokens, config),
+        key=key, capture=capture,
+    )  # fmt: skip
+    found, activations = written.tokens, written.activations
+    if not written.variants:
+        found, activations = jax.tree.map(lambda x: x[0], (found, activations))
+    return (found, activations) if activations else found
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What `write` returns, of prompts, or of one prompt's variants, as rows.
+
+    Attributes:
+        tokens: `[R, n]`, the new ids.
+        alive: `[R, n]`, which of them precede a row's end.
+        activations: site → what was captured, leading with the rows.
+        variants: whether the rows are variants of one prompt.
+    """
+
+    tokens: Int[Array, "R n"]
+    alive: Bool[Array, "R n"]
+    activations: Mapping[str, Array]
+    variants: bool
+
+
+def write(
+    model: Any,
+    tokens: Int[Array, "B T"],
+    real: Bool[Array, "B T"],
+    interventions: Any,
+    n_new: int,
+    *,
+    n_covered: int,
+    sampler: Sampler,
+    stops: Int[np.ndarray, "M"],
+    key: Any,
+    capture: Any,
+) -> Continuations:
+    """Continues prompts, or one prompt under variants of its interventions; their arrays cover `n_covered` tokens."""
+    config = model.config
+    n_prompts, n_slots = len(tokens), tokens.shape[1] + n_new
+    xp: Any = jnp if on_device(real) else np
+    slots = xp.concatenate([real, xp.ones((n_prompts, n_new), bool)], axis=1)
+    frames = [Frame(config, model.dtype, n_covered, row, n_slots, absolute=True) for row in slots]
+    rows, axes = Rows.of(interventions, frames)
+    if len(axes) > 1:
+        raise ValueError(
+            f"These interventions have axes {listing(axes)}; variants that are decoded lie along one axis [N]."
+        )
+    if axes and n_prompts > 1:
+        raise ValueError(
+            f"{n_prompts} prompts and {axes[0]} variants of an intervention were given; give one prompt, or scalars."
+        )
+    size = axes[0] if axes else 1
+    keys = None
+    if not sampler.greedy:
+        # Prompts of a batch draw apart; variants of one draw alike, so that they differ by the intervention alone.
+        one = check_key(key)
+        each = jax.random.split(one, n_prompts) if n_prompts > 1 else one[None]
+        keys = jnp.broadcast_to(each[:, None], (n_prompts, size))
+    shortest = n_slots if on_device(real) else int(slots.sum(axis=1).min())
+    readings = readings_of(capture, config, shortest)
+    written = programs_of(model).decode_rows(
+        model, tokens, real, rows, size=size, n_covered=np.int32(n_covered), sampler=sampler, keys=keys, stops=stops,
+        n_new=n_new, readings=readings,
+    )  # fmt: skip
+    flat = jax.tree.map(lambda x: x[0] if axes else x[:, 0], tuple(written))
+    return Continuations(*flat, bool(axes))
+
+
+def check_length(config: LlamaConfig, n_tokens: int, n_new: int, allow_longer: bool) -> None:
+    """ValueError for a text beyond what the model was made for."""
+    if not allow_longer and config.limit is not None and n_tokens + n_new > config.limit:
+        raise ValueError(
+            f"The prompt has {n_tokens} tokens and {n_new} are to be generated, and this model was made for at most "
+            f"{config.limit} (max_position_embeddings). Shorten it, or pass allow_longer=True to see what it does beyond."
+        )
+
+
+def check_count(max_new_tokens: Any) -> int:
+    """How many tokens to generate, at least one."""
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
+        raise TypeError(f"max_new_tokens is {max_new_tokens!r}, and an integer is needed: it is a part of the program.")
+    if not 1 <= max_new_tokens < 2**24:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, and must be at least 1, and less than {2**24}.")
+    return int(max_new_tokens)
+
+
+def check_key(key: Any) -> Array:
+    """A typed random key from one of either kind."""
+    if key is None:
+        raise ValueError("Drawing tokens needs chance: give key=jax.random.key(seed), or temperature=0.0 for greedy.")
+    if not on_device(key):
+        raise TypeError(f"key is {key!r}, and a JAX random key is needed: jax.random.key(seed).")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        typed = key
+    elif key.dtype == np.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
+        typed = jax.random.wrap_key_data(key)
+    else:
+        raise TypeError(f"key is an array of {key.dtype}, and a JAX random key is needed: jax.random.key(seed).")
+    if typed.shape:
+        raise ValueError(f"key holds {list(typed.shape)} keys, and one is needed.")
+    return typed
+
+
+def check_stops(stop_tokens: Any, config: Any) -> Int[np.ndarray, "N"]:
+    """Ids that end a row: those given, or the config's own where none are."""
+    stops = config.eos_token_id if stop_tokens is None else stop_tokens
+    ids = integers(() if stops is None else stops, "stop_tokens")
+    if stop_tokens is not None and (wrong := [i for i in ids if not 0 <= i < config.vocab_size]):
+        raise ValueError(
+            f"stop_tokens holds {wrong}, and this model's vocabulary has ids 0 to {config.vocab_size - 1}."
+        )
+    return np.array(ids, np.int32)

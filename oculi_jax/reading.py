@@ -1,0 +1,60 @@
+"""The logit lens: the final norm, then the unembedding, at any point of the residual stream (nostalgebraist 2020)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from .arrays import as_array, listing, on_device
+from .backends import find_model, programs_of
+from .prompts import check_tokens
+
+if TYPE_CHECKING:
+    from .models.llama.model import Llama
+
+
+def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: Any = None) -> Any:
+    """What the model would say if it stopped at `resid`.
+
+    Args:
+        model: a `Llama`.
+        resid: `[..., E]`.
+        top_k: return only the k largest logits and their token ids; the logits of the whole vocabulary are never held for
+            more than one `[T, E]` at a time.
+        tokens: return only the logits of these ids `[N]`; the others are not computed.
+
+    Returns:
+        float32 logits `[..., V]`; with `top_k`, `(logits, ids)`, each `[..., k]`; with `tokens`, logits `[..., N]`.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, k or id that cannot be.
+    """
+    model = find_model(model)
+    config = model.config
+    resid = as_array(resid)
+    if resid.ndim == 0 or resid.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"resid has shape {listing(resid.shape)}, and [..., E] with E = {config.hidden_size} is needed."
+        )
+    if not jnp.issubdtype(resid.dtype, jnp.floating):
+        raise TypeError(f"resid has dtype {resid.dtype}, and floating-point numbers are needed.")
+    if top_k is not None and tokens is not None:
+        raise ValueError("Give either top_k or tokens.")
+    if top_k is not None and not (isinstance(top_k, int | np.integer) and 1 <= top_k <= config.vocab_size):
+        raise ValueError(f"top_k is {top_k!r}, and must be an integer from 1 to {config.vocab_size}.")
+    if tokens is not None:
+        tokens = check_tokens(tokens if on_device(tokens) else np.atleast_1d(tokens), config.vocab_size)
+    lead, n_tokens = resid.shape[:-1], resid.shape[-2] if resid.ndim > 1 else 1
+    rows = resid.astype(model.dtype).reshape(math.prod(lead[:-1]), n_tokens, resid.shape[-1])
+    kept = programs_of(model).lens
+    if top_k is not None:
+        found = kept(model, rows, ("top_k_logits", "top_k_indices"), top_k=int(top_k))
+        return tuple(x.reshape(*lead, top_k) for x in found.values())
+    name = "logits" if tokens is None else "chosen"
+    logits = kept(model, rows, (name,), tokens=tokens)[name]
+    return logits.reshape(*lead, logits.shape[-1])
