@@ -53,8 +53,9 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
     rows = resid.astype(model.dtype).reshape(math.prod(lead[:-1]), n_tokens, resid.shape[-1])
     kept = programs_of(model).lens
     if top_k is not None:
-        found = kept(model, rows, ("top_k_logits", "top_k_indices"), top_k=int(top_k))
-        return tuple(x.reshape(*lead, top_k) for x in found.values())
+        names = ("top_k_logits", "top_k_indices")
+        found = kept(model, rows, names, top_k=int(top_k))
+        return tuple(found[name].reshape(*lead, top_k) for name in names)
     name = "logits" if tokens is None else "chosen"
     logits = kept(model, rows, (name,), tokens=tokens)[name]
     return logits.reshape(*lead, logits.shape[-1])

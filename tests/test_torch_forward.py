@@ -305,7 +305,7 @@ def test_what_cannot_be_run_is_said(pair: tuple[Any, Llama], tmp_path: Path) -> 
     with pytest.raises(ValueError, match="but there are 4 query heads"):
         forward(hf, TOKENS, HeadAblation(0, 4))
     with pytest.raises(ValueError, match="which makes it a sweep"):
-        forward(hf, TOKENS, HeadAblation([0, 1], 0))
+        forward(hf, TOKENS, HeadAblation(np.array([0, 1]), 0))
 
     class Other(torch.nn.Linear):
         def forward(self, x: Any) -> Any:

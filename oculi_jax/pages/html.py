@@ -68,7 +68,7 @@ def report(
 
 def page(measured: Measured) -> str:
     """The HTML of what was measured."""
-    here = files("oculi_jax.report")
+    here = files("oculi_jax.pages")
     template, style, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     # "<" alone could end the element that holds the data; what else JSON escapes leaves nothing but ASCII.
     data = json.dumps(_data(measured), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -61,7 +61,7 @@ def decode_rows(
             assert layout.queries is not None and done.normalised is not None
             last = jnp.argmax(jnp.where(layout.queries, jnp.arange(layout.n_tokens), -1))
             final = jax.lax.dynamic_slice_in_dim(done.normalised, last, 1)
-            return model.logits(final)[0], tuple(done.activations.values())
+            return model.logits(final)[0], (done.activations["k"], done.activations["v"])
 
         return rows.map(one, size)(real, 0, tokens, *cache)
 

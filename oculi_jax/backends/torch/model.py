@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -57,11 +58,21 @@ class TorchLlama:
         return cls(config, partial(_read_module, hf), hf)
 
     @classmethod
-    def from_pretrained(cls, source: Any, dtype: Any = "auto", device: Any = None, **options: Any) -> TorchLlama:
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        dtype: Any = "auto",
+        device: Any = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        *,
+        ignore_fields: tuple[str, ...] = (),
+    ) -> TorchLlama:
         """Of a checkpoint; arguments as in `Llama.from_pretrained`."""
         from ...models.llama.checkpoint import load
 
         place = find_device(device)
+        options: Any = dict(revision=revision, local_files_only=local_files_only, ignore_fields=ignore_fields)
         return cls.from_arrays(*load(source, dtype=dtype, place=None, **options), place)
 
     @classmethod
