@@ -234,7 +234,7 @@ class LlamaAttentionAdapter:
         tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
         wanted_parts = tuple(wanted.items())
         seen = self._seen(batch, interventions, readings_of(merged(wanted_parts), model.config, batch.tokens.shape[1]))
-        values = parts_of(seen, mask, wanted_parts)
+        values = parts_of(seen, jax.device_put(mask), wanted_parts)
         if "logits" in values:
             layers = dict(wanted)["logits"][0].layers
             values["logits"] = _lens_of(model, values["logits"]["resid_post"], lens, tuned_lens, layers)
@@ -258,7 +258,9 @@ class LlamaAttentionAdapter:
             own = canonical(interventions, frames[0])
             return programs.run(model, batch.tokens[0], batch.mask[0], own, readings).activations
         rows, _ = Rows.of(interventions, frames)
-        found = programs.run_variants(model, batch.tokens, batch.mask, rows, readings=readings).activations
+        tokens: Any = batch.tokens
+        mask: Any = batch.mask
+        found = programs.run_variants(model, tokens, mask, rows, readings=readings).activations
         return {name: x.reshape(x.shape[0], *x.shape[2:]) for name, x in found.items()}
 
 
@@ -272,7 +274,7 @@ def _lens_of(
     keep = ["normalized", "log_normalizer"]
     keep += ["probabilities"] if config.tokens is not None else []
     keep += ["logits"] if config.top_k is None else ["top_k_logits", "top_k_indices"]
-    ids = None if config.tokens is None else np.array(config.tokens, np.int32)
+    ids: Any = None if config.tokens is None else np.array(config.tokens, np.int32)
     rows = resid.reshape(-1, *resid.shape[-2:])
     found = programs_of(model).lens(model, rows, tuple(keep), top_k=config.top_k, tokens=ids, dtype=str(config.dtype))
     return {name: x.reshape(*resid.shape[:-2], *x.shape[1:]) for name, x in found.items()}

@@ -193,7 +193,8 @@ def verify(
             continue
 
         def report(n: int, _: int, done: int = done) -> None:
-            progress(done + n, len(chosen))
+            if callable(progress):
+                progress(done + n, len(chosen))
 
         patches = _patches(SITES[site], entries.index(chosen[mine]), source[site], len(corrupted))
         patched[mine] = np.ravel(

@@ -112,14 +112,14 @@ class Continuations:
 
 def write(
     model: Any,
-    tokens: Int[Array, "B T"],
-    real: Bool[Array, "B T"],
+    tokens: Int[Any, "B T"],
+    real: Bool[Any, "B T"],
     interventions: Any,
     n_new: int,
     *,
     n_covered: int,
     sampler: Sampler,
-    stops: Int[np.ndarray, "M"],
+    stops: Int[Any, "M"],
     key: Any,
     capture: Any,
 ) -> Continuations:
@@ -151,8 +151,8 @@ def write(
         model, tokens, real, rows, size=size, n_covered=np.int32(n_covered), sampler=sampler, keys=keys, stops=stops,
         n_new=n_new, readings=readings,
     )  # fmt: skip
-    flat = jax.tree.map(lambda x: x[0] if axes else x[:, 0], tuple(written))
-    return Continuations(*flat, bool(axes))
+    tokens, alive, activations = jax.tree.map(lambda x: x[0] if axes else x[:, 0], tuple(written))
+    return Continuations(tokens, alive, activations, bool(axes))
 
 
 def check_length(config: LlamaConfig, n_tokens: int, n_new: int, allow_longer: bool) -> None:

@@ -304,7 +304,7 @@ def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
                 out = programs.run_variants(
                     chunk.model, chunk.tokens, chunk.mask, rows, size=group.size,
                     metric=chunk.metric, metric_by_prompt=chunk.metric_by_prompt, mesh=prepared.mesh,
-                    **(dict(base=base, start=np.int32(group.start), n_rows=group.n_rows) if plan.reuse else {}),
+                    base=base, start=np.int32(group.start) if plan.reuse else 0, n_rows=group.n_rows if plan.reuse else None,
                 ).value  # fmt: skip
                 if any(isinstance(x, Tracer) for x in jax.tree.leaves(out)):
                     return None

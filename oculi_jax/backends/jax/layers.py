@@ -99,14 +99,14 @@ def run_layers(
         block, before = of_layer((model.layers, past), layer) if given is None else given
         resid, found, counts = one(resid, layer, block, before)
         buffers = {
-            name: _store(buffers[name], value, slots[name], layer, (slots[name][start:stop] >= 0).all())
+            name: _store(buffers[name], value, slots[name], layer, bool((slots[name][start:stop] >= 0).all()))
             for name, value in found.items()
         }
         return (resid, buffers, applied + counts), None
 
     # The scan slices the weights where all layers run; where few do, indexing them copies no more than those few.
     given = (model.layers, past) if (start, stop) == (0, n_layers) else None
-    carry = resid, buffers, jnp.zeros(taps.n_interventions, jnp.int32)
+    carry: Any = resid, buffers, jnp.zeros(taps.n_interventions, jnp.int32)
     if start < stop:
         carry, _ = jax.lax.scan(scanned, carry, (jnp.arange(start, stop), given))
     return Ran(*carry)

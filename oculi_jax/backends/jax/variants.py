@@ -102,7 +102,8 @@ def run_variants(
             normalised, found = done.normalised, done.activations
         else:
             normalised, found = resumed(interventions, tokens, mask, base), {}
-        return Seen(None if metric is None else measure(model, normalised, mask, metric), found)
+        value = None if normalised is None or metric is None else measure(model, normalised, mask, metric)
+        return Seen(value, found)
 
     metric_axes = jax.tree.unflatten(jax.tree.structure(metric), [0 if lead else None for lead in metric_by_prompt])
     axes = (0, None if mask is None else 0, metric_axes, None if base is None else 0)
