@@ -190,7 +190,7 @@ def test_what_overflows_is_not_called_good(tmp_path: Any) -> None:
 def test_fused_attention_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     from oculi_jax.backends.torch import layers as network
 
-    monkeypatch.setattr(network, "_fused", lambda q, k, v, layout: q * 0)
+    monkeypatch.setattr(network, "_fused", lambda q, k, v, layout, layer: q * 0)
     found = trust.examine()
     assert found.verdict == "wrong" and f"first at {trust.ALONE}" in found.sentence and found.errors["logits"][0] < 1e-4
 
@@ -212,7 +212,8 @@ def test_what_cannot_be_loaded_there_is_a_finding(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.torch
 def test_the_adapter_warns_once_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import TorchLlama, network
+    from oculi_jax.backends.torch import TorchLlama
+    from oculi_jax.backends.torch import layers as network
 
     model = Llama.from_pretrained(trust.embedded_directory(), backend="torch", device="cpu")
     examine = trust.examine

@@ -231,10 +231,11 @@ class LlamaAttentionAdapter:
             if not hasattr(tuned_lens, "translate"):
                 raise TypeError(f"tuned_lens is a {type(tuned_lens).__name__}, and a TunedLens is needed.")
             tuned_lens.check(model.config)
-        tokens, mask = (batch.tokens[0], batch.mask[0]) if batch.single else (batch.tokens, batch.mask)
+        of_all: tuple[Any, Any] = (batch.tokens, batch.mask)
+        tokens, mask = (of_all[0][0], of_all[1][0]) if batch.single else of_all
         wanted_parts = tuple(wanted.items())
         seen = self._seen(batch, interventions, readings_of(merged(wanted_parts), model.config, batch.tokens.shape[1]))
-        values = parts_of(seen, jax.device_put(mask), wanted_parts)
+        values = parts_of(seen, mask, wanted_parts)
         if "logits" in values:
             layers = dict(wanted)["logits"][0].layers
             values["logits"] = _lens_of(model, values["logits"]["resid_post"], lens, tuned_lens, layers)
