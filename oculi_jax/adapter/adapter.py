@@ -222,8 +222,9 @@ class LlamaAttentionAdapter:
         interventions = active(self)
         if axes := sweep_axes(interventions, len(batch.tokens)):
             raise ValueError(
-                f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars. "
-                "generate decodes variants side by side, and sweep measures them."
+                f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars "
+                "(a list is a set, one entry for each layer a PerLayer). generate decodes variants side by side, and sweep "
+                "measures them."
             )
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
