@@ -365,7 +365,7 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
         QScaler(4, 1, 1.7),
         KScaler(8, 2, 0.4),
         Ablation("mlp_out", 11),
-        ActivationPatch("resid_pre", 14, rng.normal(size=576), positions=[3, -1]),
+        ActivationPatch("resid_pre", 14, rng.normal(size=(1, 576)), positions=[3, -1]),
     ]
     for one in several:
         ours, want = (forward(model, ids, one, capture=tuple(SITES)) for model in (hf, adapter.model))
