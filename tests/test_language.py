@@ -46,7 +46,8 @@ OTHER = {k: np.asarray(x) for k, x in forward(MODEL, prompt(T, 1), capture=("mlp
 @pytest.fixture(scope="module")
 def twin() -> Any:
     """The same model on torch."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from oculi_jax.backends.torch import TorchLlama
 
     leaves = {"embed": MODEL.embed, "norm.weight": MODEL.norm.weight, "unembed": MODEL.unembed}

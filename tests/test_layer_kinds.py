@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,19 @@ def test_a_site_that_the_model_lacks_is_a_sentence() -> None:
         with pytest.raises(ValueError, match=r"This model has no site 'gate'; it has embed, resid_pre"):
             call()
     forward(whole, prompt(), Gate(0))
+
+
+@pytest.mark.torch
+def test_a_site_that_the_model_lacks_is_a_sentence_on_torch(tmp_path: Path) -> None:
+    from oculi_jax.backends.torch import TorchLlama
+
+    tiny_llama().save_pretrained(tmp_path)
+    model = TorchLlama.from_pretrained(tmp_path, device="cpu")
+    forward(model, prompt(), Gate(0))
+    model.config = Without(**vars(model.config))
+    for call in (lambda: forward(model, prompt(), capture="gate"), lambda: forward(model, prompt(), Gate(0))):
+        with pytest.raises(ValueError, match=r"This model has no site 'gate'; it has embed, resid_pre"):
+            call()
 
 
 def test_a_plan_says_why_all_tokens_run() -> None:

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "oculi_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 
 
 def imports(path: Path, *, typed: bool = True) -> set[str]:
@@ -33,8 +34,11 @@ def imports(path: Path, *, typed: bool = True) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             name = ".".join([*base, *(node.module.split(".") if node.module else [])])
-            found.add(name)
-            found.update(f"{name}.{alias.name}" for alias in node.names)
+            # `from package import module` means the module; of anything else the package itself is meant.
+            inner = {f"{name}.{alias.name}" for alias in node.names}
+            found.update(inner & set(MODULES))
+            if not inner <= set(MODULES):
+                found.add(name)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -83,7 +87,7 @@ ALLOWED = {
     "trust.py": {"backends.torch", "embedded", "models.llama", "run", "sites", "utils"},
     "visualize": {"visualize"},
     "pages": {*CORE, "adapter", "analysis", "diagnostics", "metrics", "pages", "run", "sweeps"},
-    "utils": {"utils", "backends.torch"},
+    "utils": {"utils", "backends.torch.devices"},
 }
 # The lines that users type, which go against the arrows; and tables of contents, which import what they are asked for.
 TYPED = ("generate", "from_pretrained", "__getattr__")
@@ -103,11 +107,7 @@ def test_arrows_point_one_way(room: str) -> None:
 
 def test_no_circle_of_imports() -> None:
     """Lazy imports counted; the only exceptions are the functions of `TYPED`."""
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
-    leads = {name: (imports(path, typed=False) & set(names)) - {name} for name, path in names.items()}
-    for name, path in names.items():  # `from . import x` names the package beside the module that it means
-        if path.name != "__init__.py":
-            leads[name] -= {base for base in leads[name] if any(other.startswith(f"{base}.") for other in leads[name])}
+    leads = {name: (imports(path, typed=False) & set(MODULES)) - {name} for name, path in MODULES.items()}
     while True:
         ends = {name for name, found in leads.items() if not found & set(leads)}
         if not ends:
@@ -127,11 +127,11 @@ def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
             assert isinstance(getattr(importlib.import_module(".".join(package)), name), types.ModuleType), path
 
 
+@pytest.mark.torch
 def test_both_backends_keep_the_contract_of_programs() -> None:
     """The signatures, which type checkers compare too, of every program and fact."""
     import inspect
 
-    pytest.importorskip("torch")
     from oculi_jax.backends import Programs, jax, torch
 
     for backend in (jax, torch):
@@ -223,6 +223,20 @@ def test_names_of_the_contract_are_where_it_says() -> None:
         }
         assert methods and all(getattr(value, "__doc__", None) for value in methods.values()), name
     assert {"Llama", "LlamaConfig", "LlamaAttentionAdapter"} <= set(llama.__all__)
+
+
+def test_the_table_of_contents_is_what_type_checkers_see() -> None:
+    import oculi_jax
+
+    block = next(
+        node
+        for node in ast.parse(Path(oculi_jax.__file__).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
+    )
+    typed = {alias.name for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed == {*oculi_jax._HOMES, *oculi_jax._MODULES} == set(oculi_jax.__all__)
+    for name in oculi_jax.__all__:
+        assert getattr(oculi_jax, name) is not None
 
 
 def test_the_readmes_table_of_sites_is_the_table() -> None:

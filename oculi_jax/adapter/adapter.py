@@ -232,8 +232,8 @@ class LlamaAttentionAdapter:
             if not hasattr(tuned_lens, "translate"):
                 raise TypeError(f"tuned_lens is a {type(tuned_lens).__name__}, and a TunedLens is needed.")
             tuned_lens.check(model.config)
-        of_all: tuple[Any, Any] = (batch.tokens, batch.mask)
-        tokens, mask = (of_all[0][0], of_all[1][0]) if batch.single else of_all
+        tokens: Any = batch.tokens[0] if batch.single else batch.tokens
+        mask: Any = batch.mask[0] if batch.single else batch.mask
         wanted_parts = tuple(wanted.items())
         seen = self._seen(batch, interventions, readings_of(merged(wanted_parts), model.config, batch.tokens.shape[1]))
         values = parts_of(seen, mask, wanted_parts)

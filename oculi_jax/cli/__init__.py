@@ -47,8 +47,10 @@ def load(command: str) -> Callable[..., Any]:
             from .report import report as found
         case "sites":
             from .sites import sites as found
-        case _:
+        case "doctor":
             from .doctor import doctor as found
+        case _:
+            raise ValueError(f"There is no command {command!r}; there are {', '.join(COMMANDS)}.")
     return found
 
 

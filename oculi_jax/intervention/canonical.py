@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,30 +25,42 @@ _SMALL = (Index, Strength, Positions, Table)
 def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
     """Every intervention of one run with its fields checked and in canonical form; one error lists all problems."""
     frame = dataclasses.replace(frame, axes=())
-    items = as_list(interventions)
+
+    def leaf(item: Any, data: Any, where: str) -> Any:
+        value = getattr(item, data.name)
+        if isinstance(value, PerPrompt):
+            raise ValueError(
+                f"{where} is a PerPrompt, one entry for each of several prompts [B, T], and this is one run: give the entry "
+                "itself; sweep, generate and the adapter take several prompts."
+            )
+        return data.metadata["kind"].canonical(value, item, frame, where)
+
+    return with_leaves(as_list(interventions), leaf)
+
+
+def with_leaves(items: Sequence[Any], leaf_of: Callable[[Any, Any, str], Any]) -> tuple[Any, ...]:
+    """Interventions with `leaf_of(intervention, field, its name for messages)` in each field; one error lists all problems."""
     problems: list[Exception] = []
     done = []
     for item, where in zip(items, names(items), strict=True):
+        leaves = {}
         try:
             check(item, where)
         except (ValueError, TypeError) as error:
             problems.append(error)
             continue
-        leaves = {}
         for data in data_fields(item):
-            value, place = getattr(item, data.name), f"{where}.{data.name}"
             try:
-                if isinstance(value, PerPrompt):
-                    raise ValueError(
-                        f"{place} is a PerPrompt, one entry for each of several prompts [B, T], and this is one run: give the "
-                        "entry itself; sweep, generate and the adapter take several prompts."
-                    )
-                leaves[data.name] = data.metadata["kind"].canonical(value, item, frame, place)
+                leaves[data.name] = leaf_of(item, data, f"{where}.{data.name}")
             except (ValueError, TypeError) as error:
                 problems.append(error)
         if not problems:
             done.append(dataclasses.replace(item, **leaves))
-    raise_all(problems)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        kind = TypeError if all(isinstance(p, TypeError) for p in problems) else ValueError
+        raise kind("These interventions cannot be run:\n  " + "\n  ".join(map(str, problems)))
     return tuple(done)
 
 
@@ -68,15 +80,6 @@ def check(item: Any, where: str) -> None:
         getattr(item, "check", lambda: None)()
     except (ValueError, TypeError) as error:
         raise type(error)(f"{where}: {error}") from None
-
-
-def raise_all(problems: list[Exception]) -> None:
-    """Raises what was found, in one error."""
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        kind = TypeError if all(isinstance(p, TypeError) for p in problems) else ValueError
-        raise kind("These interventions cannot be run:\n  " + "\n  ".join(map(str, problems)))
 
 
 def data_fields(item: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import jax
 
 from ..pytrees import pytree, static
 from .broadcast import Carried
-from .canonical import by_value, check, data_fields, field_of_prompts, names, of_prompt, raise_all, sweep_axes
+from .canonical import by_value, field_of_prompts, of_prompt, sweep_axes, with_leaves
 from .frame import Frame
 from .protocol import as_list
 
@@ -50,35 +50,20 @@ class Rows:
         given = [by_value(item) for item in as_list(interventions)]
         axes = sweep_axes(given, len(frames))
         frames = [dataclasses.replace(frame, axes=axes) for frame in frames]
-        problems: list[Exception] = []
-        done: list[Any] = []
         by_prompt: list[bool] = []
         by_variant: list[bool] = []
-        for item, where in zip(given, names(given), strict=True):
-            leaves = {}
-            try:
-                check(item, where)
-            except (ValueError, TypeError) as error:
-                problems.append(error)
-                continue
+
+        def leaf(item: Any, data: Any, where: str) -> Any:
             each = [of_prompt(item, number) for number in range(len(frames))]
-            for data in data_fields(item):
-                value, kind = getattr(item, data.name), data.metadata["kind"]
-                try:
-                    leaf, leads = field_of_prompts(kind, value, each, frames, f"{where}.{data.name}")
-                except (ValueError, TypeError) as error:
-                    problems.append(error)
-                    continue
-                carried = isinstance(leaf, Carried)
-                leaves[data.name] = leaf.rows if carried else leaf
-                n_leaves = len(jax.tree.leaves(leaf))
-                by_prompt += [leads] * n_leaves
-                by_variant += [carried] * n_leaves
-            if not problems:
-                done.append(dataclasses.replace(item, **leaves))
-        raise_all(problems)
-        flat, tree = jax.tree.flatten(tuple(done))
-        return cls(flat, tree, tuple(by_prompt), tuple(by_variant)), axes
+            found, leads = field_of_prompts(data.metadata["kind"], getattr(item, data.name), each, frames, where)
+            carried = isinstance(found, Carried)
+            n_leaves = len(jax.tree.leaves(found))
+            by_prompt.extend([leads] * n_leaves)
+            by_variant.extend([carried] * n_leaves)
+            return found.rows if carried else found
+
+        leaves, tree = jax.tree.flatten(with_leaves(given, leaf))
+        return cls(leaves, tree, tuple(by_prompt), tuple(by_variant)), axes
 
     @property
     def n_interventions(self) -> int:

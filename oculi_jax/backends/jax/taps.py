@@ -66,11 +66,7 @@ class Tap:
 
     def touches(self, *sites: str) -> bool:
         """Whether anybody edits or reads one of these: known before anything runs, and of all layers together."""
-        return self.edits(*sites) or not self._taps.wanted.isdisjoint(sites)
-
-    def edits(self, *sites: str) -> bool:
-        """Whether anybody edits one of these."""
-        return any(edit.site in sites for _, edit in self._taps.edits)
+        return any(edit.site in sites for _, edit in self._taps.edits) or not self._taps.wanted.isdisjoint(sites)
 
     def __call__(self, site: str, value: Array) -> Array:
         layout = self._taps.layout

@@ -15,6 +15,7 @@ from ...intervention.edit import Edit, lower
 from ...intervention.rows import Rows
 from ...metrics import Metric
 from ...output import Output
+from ...sites import SITES, Site, site_of
 
 
 class Leaf(NamedTuple):
@@ -51,9 +52,16 @@ def refuse_trace(values: Any) -> None:
 
 
 def lowered(
-    rows: Rows, sizes: Mapping[str, int], n_prompts: int, size: int = 1, n_covered: int | None = None
+    rows: Rows,
+    sizes: Mapping[str, int],
+    n_prompts: int,
+    size: int = 1,
+    n_covered: int | None = None,
+    sites: Mapping[str, Site] = SITES,
 ) -> list[tuple[int, Edit]]:
     """The edits of all rows, prompts × variants, numbered by their interventions; their arrays are each a `Leaf`.
+
+    ValueError for one at a site that is none of `sites`, the model's.
 
     What rows share is one array, however many there are: an edit's array has an axis only where it depends on a field that has it.
     """
@@ -72,7 +80,10 @@ def lowered(
         return Leaf(array.reshape(-1, *array.shape[2:]), prompt * size + variant)
 
     marked = jax.tree.map(leaf, found, is_leaf=lambda x: isinstance(x, _Varies))
-    return [(number, edit) for number, edits in sorted(marked.items()) for edit in edits]
+    edits = [(number, edit) for number, edits in sorted(marked.items()) for edit in edits]
+    for _, edit in edits:
+        site_of(edit.site, sites)
+    return edits
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4, 5))

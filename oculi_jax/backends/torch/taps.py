@@ -266,5 +266,5 @@ def prepare(
 ) -> list[_Edit]:
     """The edits of rows, prompts × variants, in a run of `n_slots` tokens."""
     sizes = {**w.config.sizes, "T": n_slots, "S": n_slots}
-    found = lowered(rows, sizes, n_prompts, size, n_covered)
+    found = lowered(rows, sizes, n_prompts, size, n_covered, sites=w.config.sites)
     return [_Edit(number, edit, n_prompts * size, sizes, w.embed.device) for number, edit in found]

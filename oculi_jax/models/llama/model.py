@@ -33,10 +33,6 @@ class Tap(Protocol):
         """Whether anybody reads or edits one of these, known before anything runs: what nobody does need not exist."""
         ...
 
-    def edits(self, *sites: str) -> bool:
-        """Whether anybody edits one of these."""
-        ...
-
 
 # Keys and values of the tokens that run → those of all that may be looked at: where a cache, or another run's, is put in.
 Remember = Callable[[Array, Array], tuple[Array, Array]]
