@@ -13,8 +13,7 @@ import pytest
 
 from oculi_jax import Output, forward
 from oculi_jax.causal import CausalTracer, Noise, PatchingResult, activation_patching
-from oculi_jax.intervention import ActivationPatch, HeadAblation, InterventionContext, PerLayer
-from oculi_jax.intervention.canonical import of_prompt
+from oculi_jax.intervention import ActivationPatch, HeadAblation, InterventionContext, PerLayer, PerPrompt
 from oculi_jax.metrics import logit_difference, rank
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 
@@ -142,7 +141,8 @@ def test_a_batch_is_its_prompts_and_padding_changes_nothing(model: Llama, grid: 
 def samples_of(noise: Noise, model: Llama, mask: Any = None, n_tokens: int = T) -> list[Any]:
     """The intervention of each sample of a noise on one prompt."""
     every = noise.intervention(model, None if mask is None else mask[None], 1, n_tokens)
-    return [of_prompt(every, number) for number in range(noise.samples)]
+    own = {name: value for name, value in vars(every).items() if isinstance(value, PerPrompt)}
+    return [replace(every, **{name: value.of(n) for name, value in own.items()}) for n in range(noise.samples)]
 
 
 def test_noise_is_the_mean_of_its_samples(model: Llama) -> None:

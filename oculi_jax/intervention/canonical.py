@@ -125,40 +125,27 @@ def by_value(item: Any) -> Any:
     return dataclasses.replace(item, **changes) if changes else item
 
 
-def of_prompt(item: Any, number: int) -> Any:
-    """The intervention that one prompt is under."""
-    changes = {
-        data.name: value.of(number)
-        for data in data_fields(item)
-        if isinstance(value := getattr(item, data.name), PerPrompt)
-    }
-    return dataclasses.replace(item, **changes) if changes else item
-
-
-def field_of_prompts(
-    kind: Kind, value: Any, items: Sequence[Any], frames: Sequence[Frame], where: str
-) -> tuple[Any, bool]:
+def field_of_prompts(kind: Kind, value: Any, item: Any, frames: Sequence[Frame], where: str) -> tuple[Any, bool]:
     """The canonical leaf of one field of several prompts, and whether it leads with them.
 
     Args:
         value: as given.
-        items: the intervention of each prompt.
+        item: the intervention, of which kinds ask for no more than what is None and what is static.
         frames: of each prompt.
     """
     alike = not kind.by_prompt or all(frame.mask is None for frame in frames)
     if not isinstance(value, PerPrompt):
         if alike:
-            return kind.canonical(value, items[0], frames[0], where), False
-        values = [value] * len(items)
-        return _stacked([kind.canonical(x, i, f, where) for x, i, f in zip(values, items, frames, strict=True)]), True
+            return kind.canonical(value, item, frames[0], where), False
+        return _stacked([kind.canonical(value, item, frame, where) for frame in frames]), True
     leaves = jax.tree.leaves(value.x)
     if alike and not is_set(value.x) and all(map(on_device, leaves)):  # checked by shape alone: all at once
-        return jax.vmap(lambda x: kind.canonical(x, items[0], frames[0], where))(value.x), True
-    each = [value.of(number) for number in range(len(items))]
+        return jax.vmap(lambda x: kind.canonical(x, item, frames[0], where))(value.x), True
+    each = [value.of(number) for number in range(len(frames))]
     if any(map(is_set, each)):  # one index is a set of one
         each = [x if is_set(x) else [x] for x in each]
-    parts = zip(each, items, frames, strict=True)
-    rows = [kind.canonical(x, i, f, f"{where} of prompt {n}") for n, (x, i, f) in enumerate(parts)]
+    parts = enumerate(zip(each, frames, strict=True))
+    rows = [kind.canonical(x, item, frame, f"{where} of prompt {n}") for n, (x, frame) in parts]
     if len({isinstance(row, Carried) for row in rows}) == 2:
         raise ValueError(
             f"{where} has axes of a sweep for some prompts and none for others; give all of them the same axes."

@@ -10,7 +10,7 @@ import jax
 
 from ..pytrees import pytree, static
 from .broadcast import Carried
-from .canonical import by_value, field_of_prompts, of_prompt, sweep_axes, with_leaves
+from .canonical import by_value, field_of_prompts, sweep_axes, with_leaves
 from .frame import Frame
 from .protocol import as_list
 
@@ -54,8 +54,7 @@ class Rows:
         by_variant: list[bool] = []
 
         def leaf(item: Any, data: Any, where: str) -> Any:
-            each = [of_prompt(item, number) for number in range(len(frames))]
-            found, leads = field_of_prompts(data.metadata["kind"], getattr(item, data.name), each, frames, where)
+            found, leads = field_of_prompts(data.metadata["kind"], getattr(item, data.name), item, frames, where)
             carried = isinstance(found, Carried)
             n_leaves = len(jax.tree.leaves(found))
             by_prompt.extend([leads] * n_leaves)
