@@ -1,7 +1,9 @@
 """The suite runs on eight virtual CPU devices with JAX's strictest promotion rules, and never on the network."""
 
+import difflib
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -41,6 +43,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if cache := getattr(config, "cache", None):
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Names a mark that does not exist, before pytest-xdist's processes meet it and end in an internal error."""
+    known = {line.split(":")[0].split("(")[0].strip() for line in config.getini("markers")}
+    words = re.findall(r"[A-Za-z_]\w*", config.getoption("markexpr", ""))
+    for word in words:
+        if word not in known | {"and", "or", "not"}:
+            near = difflib.get_close_matches(word, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise pytest.UsageError(f"There is no mark {word!r}.{hint} There are {', '.join(sorted(known))}.")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
