@@ -376,6 +376,10 @@ def test_what_cannot_be_is_refused(changes, error, words):
         (lambda r: verify(r, MODEL, CLEAN, CORRUPTED, METRIC, top=0, sample=0), "nothing to verify"),
         (lambda r: verify(r, MODEL, ROWS[0], ROWS[1], METRIC, mask=MASK), "of 1 pair"),
         (lambda r: verify(r, MODEL, CLEAN, CORRUPTED[:-1], METRIC), "give its own"),
+        (
+            lambda r: verify(r, MODEL, CLEAN[:-1], CORRUPTED[:-1], METRIC),
+            r"prompts \[8\] and \[8\] were given: give its own",
+        ),
     ],
 )
 def test_questions_that_make_no_sense_are_refused(every, call, words):

@@ -12,6 +12,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ..arrays import listing
+from ..backends import check_model
 from ..intervention import ActivationPatch, PerLayer
 from ..metrics import of_prompt
 from ..prompts import check_prompts
@@ -158,16 +159,22 @@ def verify(
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((result, model, clean, corrupted))):
         raise TypeError("verify runs on the host, and was called inside a trace (jit, vmap, grad): call it outside.")
+    config = check_model(model)
     number = number_of(result, prompt)
-    clean, real, single = check_prompts(model.config, clean, mask)
-    corrupted, _, _ = check_prompts(model.config, corrupted, None)
-    n_prompts = len(np.atleast_1d(result.clean))
-    if single != (result.clean.ndim == 0) or len(clean) != n_prompts or clean.shape != corrupted.shape:
+    clean, real, single = check_prompts(config, clean, mask)
+    corrupted, _, _ = check_prompts(config, corrupted, None)
+    entries = entries_of(result, site, number)
+    n_prompts, sizes = len(np.atleast_1d(result.clean)), {**config.sizes, "T": clean.shape[1]}
+    own = single == (result.clean.ndim == 0) and len(clean) == n_prompts and clean.shape == corrupted.shape
+    for name, shape in entries.shapes.items():
+        letters = (*("L" * SITES[name].layered), *SITES[name].axes[:-1])
+        own = own and shape == tuple(sizes[letter] for letter in letters)
+    if not own:
         given = " and ".join(listing(x.shape[int(single) :]) for x in (clean, corrupted))
         raise ValueError(
-            f"This result is of {n_prompts} pair(s) of prompts, and prompts {given} were given: give its own."
+            f"This result is of {n_prompts} pair(s) of prompts, {entries.shapes}, and prompts {given} were given: give its own, "
+            "and its model."
         )
-    entries = entries_of(result, site, number)
     clean_value, corrupted_value = (float(np.ravel(np.asarray(x))[number]) for x in (result.clean, result.corrupted))
     top, sample = count(top, "top"), count(sample, "sample")
     clean, corrupted, mask = clean[number], corrupted[number], None if real is None else real[number]

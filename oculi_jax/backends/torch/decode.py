@@ -76,11 +76,6 @@ def decode_rows(
         finished = np.concatenate([np.repeat(real, size, axis=0), alive], axis=1)
         layout = lay_out(config, finished, n_slots, w.embed.device)
         done_over = passed(w, whole, layout, edits, rows, readings, to_end=False)
-        activations = {name: to_jax(_apart(value, size)) for name, value in done_over.taps.captured.items()}
+        activations = {name: to_jax(value.unflatten(0, (-1, size))) for name, value in done_over.taps.captured.items()}
     found, alive = (x.reshape(n_prompts, size, n_new) for x in (whole[:, n_tokens:], alive))
     return Written(to_jax(found.copy()), to_jax(alive), activations)
-
-
-def _apart(x: Tensor, size: int) -> Tensor:
-    """Rows as prompts × variants."""
-    return x.unflatten(0, (-1, size))
