@@ -2,35 +2,69 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.core import Tracer
 
+# What is left of an `ArrayLike` once it is looked at: of NumPy on the host, of JAX on a device or in a trace.
+AnyArray: TypeAlias = np.ndarray | Array
 
-def on_device(value: Any) -> bool:
+
+def on_device(value: object) -> bool:
     """Whether a value is a JAX array or tracer, which is checked by shape and dtype alone."""
     return isinstance(value, jax.Array)
 
 
-def as_array(value: Any) -> Any:
+def as_array(value: object) -> Any:
     """A NumPy array of what the host can see; a JAX array of anything that holds one, lists of tracers too."""
     if on_device(value):
         return value
     if hasattr(value, "detach"):  # a torch tensor, perhaps on a device and with a gradient
-        value = value.detach().cpu()
-        return np.asarray(value.float() if "bfloat16" in str(value.dtype) else value)  # which NumPy has not
+        tensor: Any = value
+        tensor = tensor.detach().cpu()
+        return np.asarray(tensor.float() if "bfloat16" in str(tensor.dtype) else tensor)  # which NumPy has not
     return jnp.asarray(value) if any(map(on_device, jax.tree.leaves(value))) else np.asarray(value)
+
+
+def integer(value: object, what: str, low: int | None = None, high: int | None = None, note: str = "") -> int:
+    """An int of anything that is an integer, from `low` to `high` where these are given; `note` ends a message.
+
+    Raises:
+        TypeError: it is no integer (a bool, a float, an array of several), or is traced.
+        ValueError: it is out of range.
+    """
+    if isinstance(value, bool | np.bool_ | Tracer):
+        raise TypeError(f"{what} is {value!r}, and an integer is needed{note}.")
+    try:
+        found = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{what} is {value!r}, and an integer is needed{note}.") from None
+    if (low is not None and found < low) or (high is not None and found > high):
+        allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
+        raise ValueError(f"{what} is {found}, and must be {allowed}{note}.")
+    return found
+
+
+def integers(values: object, what: str) -> tuple[int, ...]:
+    """A tuple of ints from one, or from any sequence of them (ranges and NumPy arrays too); TypeError for anything else."""
+    try:
+        listed = [values] if isinstance(values, int | np.integer) else list(values)  # type: ignore[call-overload]
+        return tuple(integer(value, what) for value in listed)
+    except TypeError:
+        raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.") from None
 
 
 def listing(shape: Sequence[object]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def under_trace(values: Any = ()) -> bool:
+def under_trace(values: object = ()) -> bool:
     """Whether this runs inside a trace (`jit`, `vmap`, `grad`), where nothing can be read; or one of the values is of one."""
     # What is put on a device inside jit is a tracer, even if none of the values is.
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((values, jax.device_put(np.int32(0)))))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import DTypeLike
 
+from .arrays import AnyArray, integers
 from .sites import Site, site_of
 
 if TYPE_CHECKING:
@@ -31,7 +33,11 @@ class CaptureSpec:
     sites: str | Sequence[str]
     layers: Sequence[int] | None = None
     positions: Sequence[int] | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
+
+
+# What `capture` arguments take.
+CaptureLike: TypeAlias = str | CaptureSpec | Sequence[str | CaptureSpec]
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Reading:
         return (*((len(self.layers),) if self.site.layered else ()), *inner)
 
 
-def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: Array | None) -> Array:
+def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: AnyArray | None) -> Array:
     """Entries of a token axis at the given ranks among the real tokens, negative ones from the last.
 
     Args:
@@ -83,21 +89,7 @@ def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: Arra
     return jnp.where(jnp.broadcast_to(jnp.expand_dims(found, tuple(range(axis))), taken.shape), taken, missing)
 
 
-def integers(values: Any, what: str) -> tuple[int, ...]:
-    """A tuple of ints from any sequence of them (ranges and NumPy arrays too)."""
-    if isinstance(values, int | np.integer):
-        values = (values,)
-    try:
-        values = list(values)
-        array = np.asarray(values)
-    except (TypeError, ValueError):
-        raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.") from None
-    if array.size and (array.dtype.kind not in "iu" or array.ndim != 1 or any(isinstance(v, bool) for v in values)):
-        raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.")
-    return tuple(int(value) for value in array)
-
-
-def float_dtype(dtype: Any, what: str) -> str:
+def float_dtype(dtype: DTypeLike, what: str) -> str:
     """The name of a floating-point dtype given as a string or dtype."""
     try:
         name = jnp.dtype(dtype).name
@@ -108,7 +100,7 @@ def float_dtype(dtype: Any, what: str) -> str:
     return name
 
 
-def check_layers(layers: Any, config: LlamaConfig, what: str = "layers") -> tuple[int, ...]:
+def check_layers(layers: Sequence[int] | None, config: LlamaConfig, what: str = "layers") -> tuple[int, ...]:
     """The layers asked for as a tuple, all of them for None; ValueError for ones the model does not have."""
     n_layers = config.num_hidden_layers
     if layers is None:
@@ -124,7 +116,7 @@ def check_layers(layers: Any, config: LlamaConfig, what: str = "layers") -> tupl
     return chosen
 
 
-def readings_of(capture: Any, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
+def readings_of(capture: CaptureLike, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
     """What `forward`'s `capture` argument asks for, checked and in canonical form.
 
     Args:

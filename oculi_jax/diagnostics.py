@@ -14,7 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
-from .analysis.inputs import check_integer
+from .arrays import integer
 from .backends import find_model, programs_of
 from .intervention.canonical import canonical
 from .intervention.frame import Frame
@@ -22,6 +22,7 @@ from .pytrees import pytree
 from .run import forward
 
 if TYPE_CHECKING:
+    from .intervention.protocol import Interventions
     from .models.llama.config import LlamaConfig
     from .models.llama.model import Llama
 
@@ -64,10 +65,8 @@ class HeadScores:
         """
         if name not in _SCORES:
             raise ValueError(f"There is no score {name!r}; there are {', '.join(_SCORES)}.")
-        if check_integer(k, "k") < 1:
-            raise ValueError(f"k is {k}, and must be at least 1.")
         scores, errors = np.asarray(getattr(self, name)), np.asarray(self.standard_error[name])
-        order = np.argsort(-scores, axis=None, kind="stable")[:k]
+        order = np.argsort(-scores, axis=None, kind="stable")[: integer(k, "k", 1)]
         heads = zip(*np.unravel_index(order, scores.shape), strict=True)
         return [
             (int(layer), int(head), float(scores[layer, head]), float(errors[layer, head])) for layer, head in heads
@@ -89,7 +88,7 @@ class HeadScores:
 
 
 def head_scores(
-    model: Llama, seed: int = 0, n_sequences: int = 8, length: int = 50, *, interventions: Any = ()
+    model: Llama, seed: int = 0, n_sequences: int = 8, length: int = 50, *, interventions: Interventions = ()
 ) -> HeadScores:
     """What each head does on random tokens repeated once: the standard test for induction.
 
@@ -122,9 +121,8 @@ def head_scores(
 
 def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
     """The sequences of `head_scores`: int32 `[n_sequences, T]`, with T = 2 · length, plus 1 where there is a BOS."""
-    n_sequences, length = check_integer(n_sequences, "n_sequences"), check_integer(length, "length")
-    if check_integer(seed, "seed") < 0:
-        raise ValueError(f"seed is {seed}, and must be an integer from 0.")
+    n_sequences, length = integer(n_sequences, "n_sequences"), integer(length, "length")
+    seed = integer(seed, "seed", 0)
     bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id
     special = (bos, pad, *(eos if isinstance(eos, tuple) else (eos,)))
     usable = np.setdiff1d(np.arange(config.vocab_size), [i for i in special if i is not None])

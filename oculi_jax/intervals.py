@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,11 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Float
 
-from .arrays import as_array, listing
+from .arrays import as_array, integer, listing
 from .pytrees import pytree
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 @pytree
@@ -32,7 +35,7 @@ class Interval:
         return "{:.4g} ({:.4g} to {:.4g})".format(*map(float, ends))
 
 
-def bootstrap(values: Any, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
+def bootstrap(values: ArrayLike, confidence: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
     """The mean over prompts, with its percentile bootstrap interval (Efron 1979, doi:10.1214/aos/1176344552).
 
     B prompts are drawn from the B with replacement, `n_resamples` times, the same ones for all entries of the trailing
@@ -57,11 +60,8 @@ def bootstrap(values: Any, confidence: float = 0.95, n_resamples: int = 2000, se
         raise ValueError(f"values has shape {listing(array.shape)}, and [B, …] with at least two prompts is needed.")
     if isinstance(confidence, bool) or not isinstance(confidence, float | np.floating) or not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence!r}, and must be between 0 and 1, such as 0.95.")
-    if isinstance(n_resamples, bool) or not isinstance(n_resamples, int | np.integer) or n_resamples < 1:
-        raise ValueError(f"n_resamples is {n_resamples!r}, and must be an integer of at least 1.")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed!r}, and must be an integer from 0 to 2³² − 1.")
-    return _bootstrap(jnp.asarray(array, jnp.float32), np.float32(confidence), np.uint32(seed), int(n_resamples))
+    n_resamples, seed = integer(n_resamples, "n_resamples", 1), integer(seed, "seed", 0, 2**32 - 1)
+    return _bootstrap(jnp.asarray(array, jnp.float32), np.float32(confidence), np.uint32(seed), n_resamples)
 
 
 @partial(jax.jit, static_argnums=(3,), inline=True)

@@ -6,8 +6,9 @@ The ids of a metric are leaves, so that another pair of tokens is no other progr
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .arrays import as_array, listing, on_device
+from .arrays import AnyArray, as_array, integer, listing, on_device
 from .capture import at_positions
 from .intervals import Interval, bootstrap
 from .output import Output
 from .pytrees import pytree, static
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 __all__ = [
     "Interval",
@@ -34,6 +38,9 @@ __all__ = [
     "rank",
     "static",
 ]
+
+# What functions take: a `Metric`, or any function of an `Output` to a pytree of arrays.
+MetricLike: TypeAlias = Callable[[Output], Any]
 
 # How many axes a leaf has in the metric of one prompt. One more, in front, is a batch of prompts.
 EACH, LIST = {"rank": 0}, {"rank": 1}
@@ -183,7 +190,9 @@ class CrossEntropy(Metric):
         return -jnp.mean(_log_probabilities(logits, self.continuation))
 
 
-def check_metric(metric: Any, vocab_size: int, tokens: Any, mask: Any) -> tuple[Any, tuple[bool, ...]]:
+def check_metric(
+    metric: object, vocab_size: int, tokens: AnyArray, mask: AnyArray | None
+) -> tuple[Any, tuple[bool, ...]]:
     """A metric as a pytree, and for each of its leaves whether it leads with the prompts `[B, T]`."""
     if not callable(metric):
         raise TypeError(
@@ -222,7 +231,7 @@ def check_metric(metric: Any, vocab_size: int, tokens: Any, mask: Any) -> tuple[
     return metric, leads
 
 
-def of_prompt(metric: Any, number: Any) -> Any:
+def of_prompt(metric: T, number: Array | int) -> Any:
     """The metric of one prompt, of a metric with targets for several."""
     if not isinstance(metric, Metric):
         return metric
@@ -230,7 +239,7 @@ def of_prompt(metric: Any, number: Any) -> Any:
     return jax.tree.map(lambda axis, x: x if axis is None else x[number], axes, metric, is_leaf=lambda x: x is None)
 
 
-def logit_difference(a: Any, b: Any, position: int = -1) -> LogitDifference:
+def logit_difference(a: ArrayLike, b: ArrayLike, position: int = -1) -> LogitDifference:
     """`logit[a] − logit[b]`, the log of the odds of `a` against `b`. Only these two logits are computed in a sweep.
 
     Args:
@@ -249,7 +258,7 @@ def logit_difference(a: Any, b: Any, position: int = -1) -> LogitDifference:
     return LogitDifference(_at(position), a, b)
 
 
-def log_probability(token: Any, position: int = -1) -> LogProbability:
+def log_probability(token: ArrayLike, position: int = -1) -> LogProbability:
     """`log softmax(logits)[token]`, in nats; float32.
 
     Args:
@@ -259,12 +268,12 @@ def log_probability(token: Any, position: int = -1) -> LogProbability:
     return LogProbability(_at(position), _ids(token, "token"))
 
 
-def probability(token: Any, position: int = -1) -> Probability:
+def probability(token: ArrayLike, position: int = -1) -> Probability:
     """`softmax(logits)[token]`, float32; arguments as in `log_probability`."""
     return Probability(_at(position), _ids(token, "token"))
 
 
-def rank(token: Any, position: int = -1) -> Rank:
+def rank(token: ArrayLike, position: int = -1) -> Rank:
     """How many tokens have a larger logit, int32: 0 for the likeliest, and for each of those that tie with it.
 
     −1 where a logit is NaN or there is no such token: there is no rank then. It has no gradient. Arguments as in
@@ -273,7 +282,7 @@ def rank(token: Any, position: int = -1) -> Rank:
     return Rank(_at(position), _ids(token, "token"))
 
 
-def kl_divergence(baseline: Any, position: int = -1) -> KLDivergence:
+def kl_divergence(baseline: ArrayLike | Output, position: int = -1) -> KLDivergence:
     """`KL(P ‖ Q) = Σ P log(P / Q)` in nats (Kullback and Leibler 1951), P the baseline's next token and Q this run's.
 
     Zero for the baseline itself and never below; ∞ where this run excludes what the baseline allows. Float32.
@@ -296,7 +305,7 @@ def kl_divergence(baseline: Any, position: int = -1) -> KLDivergence:
     return KLDivergence(at, _cast(array, np.float32))
 
 
-def cross_entropy(continuation: Any) -> CrossEntropy:
+def cross_entropy(continuation: ArrayLike) -> CrossEntropy:
     """`−1/N Σᵢ log p(continuationᵢ | all before it)`, nats per token of the last N tokens of the prompt; float32.
 
     It reads the logits at positions −N − 1 to −2, each of which predicts the token after it, so the prompt has more than
@@ -359,7 +368,7 @@ def _logits(out: Any, positions: tuple[int, ...], who: str) -> Array:
     return out.logits
 
 
-def _ids(value: Any, what: str, rank: int = 0) -> Any:
+def _ids(value: ArrayLike, what: str, rank: int = 0) -> AnyArray:
     """Ids as strong int32, so that integers of any type share a program; checked by value where the host can see them."""
     need = "a token id, or [B] of them, one for each prompt," if rank == 0 else "ids [N], or [B, N] for prompts,"
     if isinstance(value, str):
@@ -378,11 +387,5 @@ def _cast(array: Any, dtype: Any) -> Any:
     return jax.lax.convert_element_type(array, dtype) if on_device(array) else np.asarray(array, dtype)
 
 
-def _at(position: Any) -> tuple[int, ...]:
-    if not _is_integer(position):
-        raise TypeError(f"position is {position!r}, and a plain integer is needed: what is computed depends on it.")
-    return (int(position),)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _at(position: int) -> tuple[int, ...]:
+    return (integer(position, "position", note=" that is plain: what is computed depends on it"),)

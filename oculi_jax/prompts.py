@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
-from .arrays import as_array, listing, on_device
+from .arrays import AnyArray, as_array, listing, on_device
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
+    from .utils.tokens import Tokenizer
 
 
-def check_tokens(tokens: Any, vocab_size: int) -> Any:
+def check_tokens(tokens: ArrayLike, vocab_size: int) -> AnyArray:
     """Ids `[T]` as int32, checked by value where the host can see them."""
     if isinstance(tokens, str):
         raise TypeError(
@@ -40,7 +42,7 @@ def check_tokens(tokens: Any, vocab_size: int) -> Any:
     return array.astype(np.int32)
 
 
-def check_mask(mask: Any, n_tokens: int) -> Any:
+def check_mask(mask: ArrayLike | None, n_tokens: int) -> AnyArray | None:
     """bool `[T]`, or None; checked by value where the host can see it."""
     if mask is None:
         return None
@@ -54,7 +56,9 @@ def check_mask(mask: Any, n_tokens: int) -> Any:
     return array
 
 
-def check_prompts(config: LlamaConfig, tokens: Any, mask: Any) -> tuple[Any, Any, bool]:
+def check_prompts(
+    config: LlamaConfig, tokens: ArrayLike, mask: ArrayLike | None
+) -> tuple[AnyArray, AnyArray | None, bool]:
     """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
     given = tokens if isinstance(tokens, str) else as_array(tokens)
     if isinstance(given, str) or given.ndim != 2:
@@ -69,9 +73,14 @@ def check_prompts(config: LlamaConfig, tokens: Any, mask: Any) -> tuple[Any, Any
         masks = as_array(mask)
         if masks.shape != given.shape:
             raise ValueError(f"mask has shape {listing(masks.shape)}, and tokens {listing(given.shape)}.")
-        checked = [check_mask(row, given.shape[1]) for row in masks]
-        mask = (jnp if on_device(masks) else np).stack(checked)
-    return xp.stack(rows), mask, False
+        for row in masks:
+            check_mask(row, given.shape[1])
+        return xp.stack(rows), masks, False
+    return xp.stack(rows), None, False
+
+
+# What an adapter takes: a text or several; ids `[T]` or `[B, T]`; lists of ids of unequal lengths.
+PromptLike: TypeAlias = str | Sequence[str] | ArrayLike
 
 
 @dataclass(frozen=True)
@@ -100,11 +109,11 @@ def bucket(n_tokens: int) -> int:
 
 
 def prepare(
-    prompt: Any,
-    tokenizer: Any,
+    prompt: PromptLike,
+    tokenizer: Tokenizer | None,
     config: LlamaConfig,
     *,
-    attention_mask: Any,
+    attention_mask: ArrayLike | None,
     allow_longer: bool,
     n_new: int = 0,
     exact: bool = False,
@@ -149,7 +158,7 @@ def prepare(
     return Prompts(tokens, real, n_tokens, single=len(rows) == 1)
 
 
-def is_text(prompt: Any) -> bool:
+def is_text(prompt: object) -> TypeGuard[str | Sequence[str]]:
     """Whether a prompt is a text or a list of texts, rather than ids."""
     return isinstance(prompt, str) or (
         isinstance(prompt, list | tuple) and len(prompt) > 0 and all(isinstance(text, str) for text in prompt)

@@ -16,7 +16,7 @@ import jax
 T = TypeVar("T")
 
 
-def static(*, default: Any = dataclasses.MISSING, kw_only: Any = dataclasses.MISSING) -> Any:
+def static(*, default: object = dataclasses.MISSING, kw_only: Any = dataclasses.MISSING) -> Any:
     """A field of a `pytree` that is no leaf but part of the program: a name, a function, a number that shapes it."""
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"static": True})
 

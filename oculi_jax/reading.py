@@ -10,15 +10,17 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from .arrays import as_array, listing, on_device
+from .arrays import as_array, integer, listing, on_device
 from .backends import find_model, programs_of
 from .prompts import check_tokens
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from .models.llama.model import Llama
 
 
-def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: Any = None) -> Any:
+def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: ArrayLike | None = None) -> Any:
     """What the model would say if it stopped at `resid`.
 
     Args:
@@ -45,17 +47,17 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
         raise TypeError(f"resid has dtype {resid.dtype}, and floating-point numbers are needed.")
     if top_k is not None and tokens is not None:
         raise ValueError("Give either top_k or tokens.")
-    if top_k is not None and not (isinstance(top_k, int | np.integer) and 1 <= top_k <= config.vocab_size):
-        raise ValueError(f"top_k is {top_k!r}, and must be an integer from 1 to {config.vocab_size}.")
-    if tokens is not None:
-        tokens = check_tokens(tokens if on_device(tokens) else np.atleast_1d(tokens), config.vocab_size)
+    top_k = None if top_k is None else integer(top_k, "top_k", 1, config.vocab_size)
     lead, n_tokens = resid.shape[:-1], resid.shape[-2] if resid.ndim > 1 else 1
     rows = resid.astype(model.dtype).reshape(math.prod(lead[:-1]), n_tokens, resid.shape[-1])
     kept = programs_of(model).lens
     if top_k is not None:
         names = ("top_k_logits", "top_k_indices")
-        found = kept(model, rows, names, top_k=int(top_k))
+        found = kept(model, rows, names, top_k=top_k)
         return tuple(found[name].reshape(*lead, top_k) for name in names)
-    name = "logits" if tokens is None else "chosen"
-    logits = kept(model, rows, (name,), tokens=tokens)[name]
+    ids = None
+    if tokens is not None:
+        ids = check_tokens(tokens if on_device(tokens) else np.atleast_1d(tokens), config.vocab_size)
+    name = "logits" if ids is None else "chosen"
+    logits = kept(model, rows, (name,), tokens=ids)[name]
     return logits.reshape(*lead, logits.shape[-1])

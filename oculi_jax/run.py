@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from .arrays import on_device
 from .backends import find_model, programs_of
@@ -13,6 +13,10 @@ from .output import Output
 from .prompts import check_mask, check_tokens
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from .capture import CaptureLike
+    from .intervention.protocol import Interventions
     from .models.llama.model import Llama
 
 LOGITS = ("all", "last", "none")
@@ -20,12 +24,12 @@ LOGITS = ("all", "last", "none")
 
 def forward(
     model: Llama,
-    tokens: Any,
-    interventions: Any = (),
+    tokens: ArrayLike,
+    interventions: Interventions = (),
     *,
-    capture: Any = (),
+    capture: CaptureLike = (),
     logits: Literal["all", "last", "none"] = "all",
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     remat: bool = False,
 ) -> Output:
     """Runs a model on one sequence, with edits, and returns whatever is asked for. Pure; compiled once a kind of call.

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from .models.llama import Llama
 from .run import forward
 from .sites import SITES
 from .utils.devices import find_device, has_torch
+
+if TYPE_CHECKING:
+    import torch
 
 # A row's largest error over its largest value. Float32 differs between devices by what rounding adds up to over the layers;
 # TF32 and the like, which some take for it, have three digits.
@@ -217,7 +220,7 @@ def _short(device: str) -> Finding:
         return Finding("torch", device, "float32", {}, excess={}, verdict="failed", sentence=sentence)
 
 
-def warn_once(device: Any) -> None:
+def warn_once(device: torch.device) -> None:
     """The short form, once a process, of an Apple GPU: the embedded model in float32. Warns unless it can be trusted."""
     if device.type != "mps" or _short.cache_info().currsize:
         return

@@ -7,12 +7,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# A tiny program runs for a millisecond and is compiled for a second, or, with little optimisation, for a quarter of one.
+# `.ci/everywhere` compiles as users do, and real models are optimised in any case.
+if os.environ.get("OCULI_TESTS_COMPILE", "quickly") == "quickly":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if version("jaxlib").startswith("0.10."):  # later ones have no others
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # The threads of torch and LAPACK slow down manyfold where they have to wait for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
@@ -31,6 +38,7 @@ from oculi_jax.utils.tokens import load_tokenizer
 
 from . import memory
 
+QUICKLY = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -59,6 +67,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     assert jax.device_count() == 8
+
+
+@pytest.fixture(autouse=True)
+def tiny_programs_are_compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", QUICKLY and request.node.get_closest_marker("real") is None)
+    yield
+    jax.config.update("jax_disable_most_optimizations", QUICKLY)
 
 
 @pytest.fixture(autouse=True)

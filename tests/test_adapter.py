@@ -28,6 +28,7 @@ from oculi_jax import (
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.prompts import bucket
 
+from .compilations import compilations
 from .margins import assert_leads
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
@@ -218,22 +219,15 @@ def test_buckets_waste_at_most_a_quarter_and_near_lengths_share_a_program() -> N
     for n in range(1, 5000):
         assert n <= bucket(n) <= 1.25 * n
     assert len({bucket(n) for n in range(65, 129)}) == 4
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
     ADAPTER.capture(prompt(18))
-    compiled.clear()
-    ADAPTER.capture(prompt(20))
-    ADAPTER.capture(prompt(19))
-    ADAPTER.capture(prompt(17))
-    assert compiled == []
-    ADAPTER.capture(prompt(21))
-    assert len(compiled) == 1  # the next bucket: the listener hears
     ADAPTER.capture_logits(prompt(18), LogitConfig(top_k=2, tokens=[3]))
-    compiled.clear()
-    ADAPTER.capture_logits(prompt(18, seed=3), LogitConfig(top_k=2, tokens=[7]))
-    assert compiled == []
+    with compilations() as compiled:
+        for n in (20, 19, 17):
+            ADAPTER.capture(prompt(n))
+        ADAPTER.capture_logits(prompt(18, seed=3), LogitConfig(top_k=2, tokens=[7]))
+        assert compiled == []
+        ADAPTER.capture(prompt(21))
+        assert len(compiled) == 1  # the next bucket
 
 
 @pytest.mark.parametrize(

@@ -617,7 +617,7 @@ def test_head_importance_is_what_is_lost() -> None:
         (lambda c: EntropyAnalysis.token_entropy(dataclasses.replace(c, patterns=None)), "capture_patterns=True"),
         (lambda c: NormAnalysis.v_norms(dataclasses.replace(c, values=None)), "capture_values=True"),
         (lambda c: NormAnalysis.q_norms(jax.tree.map(lambda x: x[None], c)), "is a batch"),
-        (lambda c: EntropyAnalysis.mean_entropy(c, ignore_first=N), "from 0 to 10"),
+        (lambda c: EntropyAnalysis.mean_entropy(c, ignore_first=N), "ignore_first is 11, and must be 0 to 10"),
         (lambda c: EntropyAnalysis.delta_entropy(c, c, "median"), "'mean' or 'final'"),
         (lambda c: EntropyAnalysis.delta_entropy(c, dataclasses.replace(c, captured_layers=(4, 1, 2))), "different layers"),
         (lambda c: AttentionAnalysis.effective_span(c, 90), "fraction"),

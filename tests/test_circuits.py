@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from oculi_jax.diagnostics import head_scores, repeated_tokens
 from oculi_jax.intervention import HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
+from .compilations import compilations
 from .induction import HEADS, INDUCTION_HEAD, PREVIOUS_TOKEN_HEAD, induction_llama, repeated
 from .margins import assert_clear, assert_leads
 from .tiny import tiny_config, tiny_llama
@@ -138,7 +140,7 @@ def test_layers_are_true_numbers() -> None:
     assert {item[0] for heads in CircuitDetection.summarize(some).values() for item in heads} == {0, 2}
     with pytest.raises(ValueError, match="Layer 1 was not captured; this capture has layers 2, 0"):
         CircuitDetection.classify_attention_head(some, 1, 0)
-    with pytest.raises(ValueError, match="4 query heads: 0 to 3"):
+    with pytest.raises(ValueError, match="must be 0 to 3: there are 4 query heads"):
         CircuitDetection.classify_attention_head(some, 0, 4)
     with pytest.raises(ValueError, match="CaptureConfig\\(capture_patterns=True\\)"):
         CircuitDetection.summarize(dataclasses.replace(some, patterns=None))
@@ -327,15 +329,10 @@ def test_head_scores_are_means_and_standard_errors_over_sequences() -> None:
 
 
 def test_head_scores_find_the_known_circuit_again_from_any_seed() -> None:
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
-    first = head_scores(MODEL, n_sequences=3, length=21)
-    assert len(compiled) == 1
-    other, again = head_scores(MODEL, seed=1, n_sequences=3, length=21), head_scores(MODEL, n_sequences=3, length=21)
-    assert len(compiled) == 1
-    assert all((a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True))
+    with compilations() as compiled:
+        first, other, again = (head_scores(MODEL, seed=seed, n_sequences=3, length=21) for seed in (0, 1, 0))
+        assert len(compiled) == 1
+    chex.assert_trees_all_equal(first, again)
     assert (np.asarray(first.uniform) != np.asarray(other.uniform)).any()
     for scores in (first, other):
         best, second = scores.top("induction", 2)

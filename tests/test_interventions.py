@@ -26,6 +26,7 @@ from oculi_jax.intervention import (
 )
 from oculi_jax.models.llama import Llama
 
+from .compilations import compilations
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING
@@ -283,10 +284,6 @@ def test_nothing_of_padding_reaches_the_real_tokens(model: Llama) -> None:
 
 
 def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Llama) -> None:
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
     rng = np.random.default_rng(0)
     families = [
         lambda n, f: HeadAblation(n(L), n(H), f()),
@@ -307,13 +304,13 @@ def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Lla
         return floats[rng.integers(len(floats))](rng.integers(1, 9))
 
     for make in families:
-        compiled.clear()
-        forward(model, prompt(), make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
-        assert compiled  # the listener hears
-    compiled.clear()
-    for i in range(105):
-        forward(model, prompt(), families[i % len(families)](integer, strength)).logits.block_until_ready()
-    assert compiled == []
+        with compilations() as compiled:
+            forward(model, prompt(), make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
+            assert compiled
+    with compilations() as compiled:
+        for i in range(105):
+            forward(model, prompt(), families[i % len(families)](integer, strength)).logits.block_until_ready()
+        assert compiled == []
 
 
 def test_a_traced_index_that_never_matches_shows_in_applied(model: Llama) -> None:
@@ -370,22 +367,19 @@ def test_interventions_are_arguments_of_the_users_own_programs(model: Llama, nam
 
 
 def test_other_positions_run_the_same_program_under_a_mask_on_the_device(model: Llama) -> None:
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, duration, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
     mask = jnp.arange(T + 2) >= 2
     tokens = np.concatenate([[0, 0], prompt()])
 
     def logits(positions):
         return forward(model, tokens, Steer(1, np.ones(E), positions=positions), mask=mask).logits
 
-    logits(3)
-    assert compiled
-    compiled.clear()
     chosen = ([3], [3, 4], [1, 2, -3], -1, [1, 2, -4, 0])
-    found = [logits(positions) for positions in chosen]
-    assert compiled == []
+    with compilations() as compiled:
+        logits(3)
+        assert compiled
+        compiled.clear()
+        found = [logits(positions) for positions in chosen]
+        assert compiled == []
     for positions, got in zip(chosen, found, strict=True):
         near(got[2:], forward(model, prompt(), Steer(1, np.ones(E), positions=positions)).logits)
 

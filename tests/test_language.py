@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,6 +31,7 @@ from oculi_jax.metrics import logit_difference
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.models.llama.parameters import parameter_table
 
+from .compilations import compilations
 from .tiny import prompt, tiny_llama
 from .tolerances import LOGITS, ROUNDING
 
@@ -61,21 +61,6 @@ def twin() -> Any:
 
 def near(a: Any, b: Any, tolerance: float = ROUNDING) -> None:
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)
-
-
-@contextmanager
-def compilations() -> Iterator[list[str]]:
-    found: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event.endswith("backend_compile_duration"):
-            found.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 VECTORS = RNG.normal(size=(L, E)).astype(np.float32)

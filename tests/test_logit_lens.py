@@ -258,7 +258,7 @@ def test_texts() -> None:
 
 MISTAKES: list[tuple[Callable, type[Exception], str]] = [
     (lambda c: LENS.layer_predictions(c), TypeError, "A tokenizer is needed"),
-    (lambda c: LENS.layer_predictions(c, top_k=0), ValueError, "top_k is 0, and must be an integer from 1 to 61"),
+    (lambda c: LENS.layer_predictions(c, top_k=0), ValueError, "top_k is 0, and must be 1 to 61"),
     (lambda c: LENS.layer_predictions(c, top_k=62), ValueError, "top_k is 62"),
     (lambda c: LENS.token_rank(c, 61), ValueError, "token is 61, and ids are 0 to 60"),
     (lambda c: LENS.token_rank(c, -1), ValueError, "token is -1, and ids are 0 to 60"),

@@ -17,6 +17,7 @@ from oculi_jax.intervention import ActivationPatch, HeadAblation, InterventionCo
 from oculi_jax.metrics import logit_difference, rank
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 
+from .compilations import compilations
 from .margins import assert_clear, assert_leads
 from .prompts import IOI
 from .tiny import prompt, tiny_llama
@@ -224,12 +225,6 @@ def test_interventions_can_be_the_corruption(model: Llama) -> None:
 
 
 def test_the_whole_stream_carries_everything_and_other_tokens_and_targets_compile_nothing(model: Llama) -> None:
-    compiles: list[str] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiles.append(event)
-
     def run(seed: int, a: int) -> None:
         clean, corrupted = pair(seed)
         found = activation_patching(model, clean, corrupted, logit_difference(a, 41), "residual.post_mlp", "layer")
@@ -237,14 +232,11 @@ def test_the_whole_stream_carries_everything_and_other_tokens_and_targets_compil
         close(found.recovery, np.ones(3))
         assert found.site == "resid_post" and abs(found.clean - found.corrupted) > 100 * ROUTES
 
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         run(0, 3)
-        first = len(compiles)
+        first = len(compiled)
         run(8, 22)
-        assert first > 0 and len(compiles) == first
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        assert first > 0 and len(compiled) == first
 
 
 def test_a_user_can_jit_it_and_spread_it_over_devices(model: Llama, grid: PatchingResult) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_arrows_point_one_way(room: str) -> None:
         for name in imports(path, typed=False):
             if name.startswith("oculi_jax."):
                 inner = name.removeprefix("oculi_jax.")
-                assert inner.startswith("pytrees") or any(
+                assert inner in ("pytrees", "arrays") or any(
                     inner == ok or inner.startswith(f"{ok}.") for ok in ALLOWED[room]
                 ), (path.name, name)
 
@@ -187,6 +188,49 @@ def test_no_file_is_long() -> None:
         if (n := len(path.read_text(encoding="utf-8").splitlines())) > 420
     }
     assert not long
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def test_no_function_is_long() -> None:
+    """Fifty lines of code, docstrings apart."""
+    long = {}
+    for path in FILES:
+        for function in functions(ast.parse(path.read_text(encoding="utf-8"))):
+            first = (
+                function.body[1] if ast.get_docstring(function) is not None and function.body[1:] else function.body[0]
+            )
+            assert function.end_lineno is not None
+            if (n := function.end_lineno - first.lineno + 1) > 50:
+                long[f"{path.relative_to(ROOT)}:{function.name}"] = n
+    assert not long
+
+
+def test_parameters_say_what_they_take() -> None:
+    """`Any` is for pytrees, and for what a library gives no type of: a handful of the parameters of public functions."""
+
+    def public(body: Sequence[ast.stmt]) -> Iterator[ast.FunctionDef]:
+        for node in body:
+            if isinstance(node, ast.FunctionDef) and (
+                not node.name.startswith("_") or node.name in ("__init__", "__call__")
+            ):
+                yield node
+            elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                yield from public(node.body)
+
+    vague, n = [], 0
+    for path in FILES:
+        for function in public(ast.parse(path.read_text(encoding="utf-8")).body):
+            taken = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            n += len(taken)
+            vague += [
+                f"{path.name}:{function.name}({x.arg})"
+                for x in taken
+                if x.annotation and ast.unparse(x.annotation) == "Any"
+            ]
+    assert n > 1000 and len(vague) <= 8, vague
 
 
 def test_importing_starts_no_backend_changes_no_setting_and_needs_no_transformers() -> None:

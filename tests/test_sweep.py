@@ -31,6 +31,7 @@ from oculi_jax.intervention import (
 from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, probability
 from oculi_jax.sweeps.planning import Cost, make_plan
 
+from .compilations import compilations
 from .margins import assert_leads
 from .tiny import prompt, tiny_config, tiny_llama
 from .tolerances import GRADIENT, LOGITS, ROUTES
@@ -232,24 +233,15 @@ def test_under_a_trace_it_is_the_same() -> None:
 
 
 def test_other_numbers_are_no_other_program() -> None:
-    compiles: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiles.append(duration_secs)
-
     model, first, second = tiny_llama(), prompt(13), prompt(13, 1)
     grid = HeadAblation.grid(model.config)
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
+    with compilations() as compiled:
         sweep(model, first, grid, logit_difference(1, 2), batch_size=3)
-        assert 0 < len(compiles) <= 3
-        compiles.clear()
+        assert 0 < len(compiled) <= 3
+        compiled.clear()
         sweep(model, second, grid, logit_difference(7, np.int64(60)), batch_size=3)
         sweep(model, second.tolist(), HeadAblation(LAYERS, HEADS, 0.5), logit_difference(7, 9), batch_size=3)
-        assert not compiles
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+        assert not compiled
 
 
 def test_progress_and_calls_keep_to_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:

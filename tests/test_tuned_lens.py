@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,7 +156,7 @@ def test_it_learns_what_the_model_will_say_on_tokens_it_has_not_seen() -> None:
     assert_clear(learned, 0.6 * logit)
     assert (learned < 0.6 * logit).all() and (learned < linear).all()
     assert losses.shape == (300, L) and (tuned.weight[-1] == 0).all() and (tuned.bias[-1] == 0).all()
-    jax.tree.map(np.testing.assert_array_equal, MODEL, before)
+    chex.assert_trees_all_equal(MODEL, before)
     # The seed says the order of the rows, and nothing else is random.
     one, other = (train_tuned_lens(MODEL, seen, n_steps=1, batch_size=32, seed=seed)[1] for seed in (0, 1))
     np.testing.assert_array_equal(one[0], losses[0])
@@ -271,7 +272,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path) -> None:
         (good * 1.0, {}, TypeError, "integers are needed"),
         ([], {}, ValueError, "There is no batch"),
         (good, {"n_steps": 0}, ValueError, "n_steps is 0"),
-        (good, {"batch_size": 1.5}, ValueError, "batch_size is 1.5"),
+        (good, {"batch_size": 1.5}, TypeError, "batch_size is 1.5"),
         (good, {"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
         (good, {"mask": np.ones((4, 3), bool)}, ValueError, r"mask has shape \[4, 3\]"),
         (good, {"mask": np.eye(4, 12) > 1}, ValueError, "False everywhere in row 0"),

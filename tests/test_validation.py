@@ -187,7 +187,7 @@ def test_lens_of_what_only_the_device_sees() -> None:
     assert np.isnan(lens(MODEL, resid, tokens=jnp.array([61, -1]))).all()
     with pytest.raises(TypeError, match="resid has dtype int"):
         lens(MODEL, np.ones((2, 24), int))
-    with pytest.raises(ValueError, match=r"top_k is 2\.0, and must be an integer"):
+    with pytest.raises(TypeError, match=r"top_k is 2\.0, and an integer is needed"):
         lens(MODEL, resid, top_k=2.0)  # type: ignore[arg-type]
     assert lens(MODEL, resid, top_k=np.int64(2))[0].shape == (2, 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,13 @@ from .parts import merged, parts_of, trim
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..backends.protocol import Model, ModelLike
+    from ..intervention.protocol import Interventions
+    from ..prompts import PromptLike
     from ..training import TunedLens
+    from ..utils.tokens import Tokenizer
 
 _CONFIGS: dict[str, type] = {
     "attention": CaptureConfig, "residual": ResidualConfig, "mlp": MLPConfig, "logits": LogitConfig,
@@ -47,7 +53,7 @@ class LlamaAttentionAdapter:
     The model is a `Llama`, or a Hugging Face `LlamaForCausalLM`, which stays where and as it is and is run by torch.
     """
 
-    def __init__(self, model: Any, tokenizer: Any = None):
+    def __init__(self, model: ModelLike, tokenizer: Tokenizer | None = None):
         self.model, self.tokenizer = find_model(model), tokenizer
         if not programs_of(self.model).traceable:
             from ..trust import warn_once
@@ -59,10 +65,10 @@ class LlamaAttentionAdapter:
 
     def capture(
         self,
-        ids_or_text: Any,
+        ids_or_text: PromptLike,
         config: CaptureConfig | None = None,
         *,
-        attention_mask: Any = None,
+        attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
     ) -> AttentionCapture:
         """Queries, keys, values, patterns and head outputs: `[L, H, T, D]`, `[L, K, T, D]` twice, `[L, H, T, T]`, `[L, H, T, D]`.
@@ -82,10 +88,10 @@ class LlamaAttentionAdapter:
 
     def capture_residual(
         self,
-        ids_or_text: Any,
+        ids_or_text: PromptLike,
         config: ResidualConfig | None = None,
         *,
-        attention_mask: Any = None,
+        attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
     ) -> ResidualCapture:
         """The residual stream's four points, `[L, T, E]` each, with what attribution needs. Arguments as in `capture`."""
@@ -95,10 +101,10 @@ class LlamaAttentionAdapter:
 
     def capture_mlp(
         self,
-        ids_or_text: Any,
+        ids_or_text: PromptLike,
         config: MLPConfig | None = None,
         *,
-        attention_mask: Any = None,
+        attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
     ) -> MLPCapture:
         """The MLP's projections and neurons, `[L, T, F]` each, and output `[L, T, E]`. Arguments as in `capture`."""
@@ -108,10 +114,10 @@ class LlamaAttentionAdapter:
 
     def capture_logits(
         self,
-        ids_or_text: Any,
+        ids_or_text: PromptLike,
         config: LogitConfig | None = None,
         *,
-        attention_mask: Any = None,
+        attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
         tuned_lens: TunedLens | None = None,
     ) -> LogitCapture:
@@ -122,7 +128,7 @@ class LlamaAttentionAdapter:
         configs: dict[str, Config] = {"logits": LogitConfig() if config is None else config}
         return self._run(ids_or_text, configs, attention_mask, allow_longer, tuned_lens)["logits"]
 
-    def batch(self, ids_or_texts: Any, *, allow_longer: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, ids_or_texts: PromptLike, *, allow_longer: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Texts (or lists of ids) as the arrays that `forward` under `vmap`, `sweep` and `oculi_jax.causal` take.
 
         Returns:
@@ -134,13 +140,13 @@ class LlamaAttentionAdapter:
 
     def capture_full(
         self,
-        ids_or_text: Any,
+        ids_or_text: PromptLike,
         *,
         attention: CaptureConfig | None = None,
         residual: ResidualConfig | None = None,
         mlp: MLPConfig | None = None,
         logits: LogitConfig | None = None,
-        attention_mask: Any = None,
+        attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
     ) -> FullCapture:
         """All four in one pass, each in full by default; of the lens the ten likeliest tokens. Arguments as in `capture`."""
@@ -152,7 +158,9 @@ class LlamaAttentionAdapter:
         }
         return FullCapture(**self._run(ids_or_text, configs, attention_mask, allow_longer))
 
-    def generate(self, ids_or_text: Any, max_new_tokens: int = 20, interventions: Any = (), **options: Any) -> Any:
+    def generate(
+        self, ids_or_text: PromptLike, max_new_tokens: int = 20, interventions: Interventions = (), **options: Any
+    ) -> Any:
         """Continues a prompt or several, greedily by default, under the context's interventions and then the call's own.
 
         Args:
@@ -178,11 +186,11 @@ class LlamaAttentionAdapter:
         """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
         return token_utils.to_single_token(self.tokenizer, text)
 
-    def str_tokens(self, text_or_ids: Any) -> list[str]:
+    def str_tokens(self, text_or_ids: PromptLike) -> list[str]:
         """The text of each token of a prompt."""
         return token_utils.str_tokens(self.tokenizer, text_or_ids)
 
-    def first_difference(self, one: Any, other: Any) -> int | None:
+    def first_difference(self, one: str | Sequence[int], other: str | Sequence[int]) -> int | None:
         """The first position at which two prompts' tokens differ; None where they are the same."""
         return token_utils.first_difference(self.tokenizer, one, other)
 
@@ -208,24 +216,9 @@ class LlamaAttentionAdapter:
             allow_longer=allow_longer,
             exact=not programs_of(model).compiles_per_length,
         )
-        for name, config in configs.items():
-            if not isinstance(config, _CONFIGS[name]):
-                raise TypeError(
-                    f"The {name} config is a {type(config).__name__}, and a {_CONFIGS[name].__name__} is needed."
-                )
-        configs = {
-            name: config.canonical(model.config) if isinstance(config, LogitConfig) else config
-            for name, config in configs.items()
-        }
+        configs = {name: _checked(name, config, model) for name, config in configs.items()}
         shortest = int(batch.mask.sum(axis=1).min())
         wanted = {name: readings_of(config.specs(), model.config, shortest) for name, config in configs.items()}
-        interventions = active(self)
-        if axes := sweep_axes(interventions, len(batch.tokens)):
-            raise ValueError(
-                f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars "
-                "(a list is a set, one entry for each layer a PerLayer). generate decodes variants side by side, and sweep "
-                "measures them."
-            )
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
         if tuned_lens is not None:
@@ -235,7 +228,7 @@ class LlamaAttentionAdapter:
         tokens: Any = batch.tokens[0] if batch.single else batch.tokens
         mask: Any = batch.mask[0] if batch.single else batch.mask
         wanted_parts = tuple(wanted.items())
-        seen = self._seen(batch, interventions, readings_of(merged(wanted_parts), model.config, batch.tokens.shape[1]))
+        seen = self._seen(batch, readings_of(merged(wanted_parts), model.config, batch.tokens.shape[1]))
         values = parts_of(seen, mask, wanted_parts)
         if "logits" in values:
             layers = dict(wanted)["logits"][0].layers
@@ -249,11 +242,15 @@ class LlamaAttentionAdapter:
         kind = "logit" if tuned_lens is None else "tuned"
         return {name: _structure(model, config, values[name], prompt_arrays, kind) for name, config in configs.items()}
 
-    def _seen(
-        self, batch: prompts.Prompts, interventions: tuple[Any, ...], readings: tuple[Reading, ...]
-    ) -> Mapping[str, Array]:
-        """What readings find in one pass over each prompt; of several prompts, all lead with `B`."""
-        model = self.model
+    def _seen(self, batch: prompts.Prompts, readings: tuple[Reading, ...]) -> Mapping[str, Array]:
+        """What readings find in one pass over each prompt, under the context's interventions; of several, all lead with `B`."""
+        model, interventions = self.model, active(self)
+        if axes := sweep_axes(interventions, len(batch.tokens)):
+            raise ValueError(
+                f"The interventions of this context have axes {listing(axes)}, and a capture is of one run: use scalars "
+                "(a list is a set, one entry for each layer a PerLayer). generate decodes variants side by side, and sweep "
+                "measures them."
+            )
         frames = [Frame(model.config, model.dtype, batch.n_tokens, row, len(row)) for row in batch.mask]
         programs = programs_of(model)
         if batch.single:
@@ -264,6 +261,13 @@ class LlamaAttentionAdapter:
         mask: Any = batch.mask
         found = programs.run_variants(model, tokens, mask, rows, readings=readings).activations
         return {name: x.reshape(x.shape[0], *x.shape[2:]) for name, x in found.items()}
+
+
+def _checked(name: str, config: Config, model: Model) -> Config:
+    """A config with every field in canonical form."""
+    if not isinstance(config, _CONFIGS[name]):
+        raise TypeError(f"The {name} config is a {type(config).__name__}, and a {_CONFIGS[name].__name__} is needed.")
+    return config.canonical(model.config) if isinstance(config, LogitConfig) else config
 
 
 def _lens_of(
@@ -289,21 +293,20 @@ def _structure(
     layers = check_layers(config.layers, model.config)
     common = {**prompt, "captured_layers": layers}
     sizes = model.config.sizes
+    arrays = {} if isinstance(config, LogitConfig) else {name: values[site] for name, site in config.fields().items()}
     match config:
         case CaptureConfig():
-            arrays = {field: values[site] for field, site in config.fields().items()}
             return AttentionCapture(
                 **arrays, **common, qk_stage=config.qk_stage,
                 n_heads=sizes["H"], n_kv_heads=sizes["K"], head_dim=sizes["D"],
             )  # fmt: skip
         case ResidualConfig():
-            arrays = {field: values[site] for field, site in config.fields().items()}
             weight = model.final_weight
             if prompt["tokens"].ndim == 2:  # one for each prompt, so that jax.vmap maps over all that a batch holds
                 weight = jnp.broadcast_to(weight, (len(prompt["tokens"]), *weight.shape))
             return ResidualCapture(**arrays, **common, final_weight=weight, model_layers=sizes["L"])
         case MLPConfig():
-            return MLPCapture(**{field: values[site] for field, site in config.fields().items()}, **common)
+            return MLPCapture(**arrays, **common)
         case LogitConfig():
             positions = None if config.positions is None else tuple(config.positions)
             ids = None if config.tokens is None else jax.device_put(np.array(config.tokens, np.int32))

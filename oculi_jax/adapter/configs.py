@@ -4,21 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ..capture import CaptureSpec, float_dtype, integers
+from ..arrays import integer, integers
+from ..capture import CaptureSpec, float_dtype
 from ..sites import SITES
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
     from ..models.llama.config import LlamaConfig
 
 QK_STAGES = ("post_rope", "pre_rope")
 
 
+class _OfSites:
+    """A config whose fields are sites of the layers, and some outside them."""
+
+    layers: Sequence[int] | None
+    dtype: DTypeLike | None
+
+    def fields(self) -> dict[str, str]:
+        """Field of the capture → site."""
+        raise NotImplementedError
+
+    def specs(self) -> tuple[CaptureSpec, ...]:
+        """The sites as `forward` is asked for them."""
+        sites = tuple(dict.fromkeys(self.fields().values()))
+        layered = tuple(name for name in sites if SITES[name].layered)
+        # Norm scales stay float32: attribution multiplies everything by them.
+        outside = [
+            CaptureSpec(name, dtype=self.dtype if name == "embed" else None) for name in sites if name not in layered
+        ]
+        return (*([CaptureSpec(layered, self.layers, dtype=self.dtype)] if layered else []), *outside)
+
+
 @dataclass(frozen=True)
-class CaptureConfig:
+class CaptureConfig(_OfSites):
     """Attention: queries, keys, values and patterns, and always the heads' outputs `z`, which attribution reads.
 
     Where every layer is captured, the final norm's scale comes with them, which attribution reads too.
@@ -36,7 +58,7 @@ class CaptureConfig:
     capture_values: bool = True
     capture_patterns: bool = True
     qk_stage: str = "post_rope"
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def fields(self) -> dict[str, str]:
         """Field of the capture → site."""
@@ -53,13 +75,9 @@ class CaptureConfig:
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
-    def specs(self) -> tuple[CaptureSpec, ...]:
-        """The sites as `forward` is asked for them."""
-        return _specs(self)
-
 
 @dataclass(frozen=True)
-class ResidualConfig:
+class ResidualConfig(_OfSites):
     """The four points of the residual stream; `post_attn` and `pre_mlp` are one and the same point.
 
     What a layer's attention or MLP added between two points that are kept is kept as well, for attribution.
@@ -75,7 +93,7 @@ class ResidualConfig:
     capture_post_attn: bool = True
     capture_pre_mlp: bool = True
     capture_post_mlp: bool = True
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def fields(self) -> dict[str, str]:
         """Field of the capture → site."""
@@ -93,13 +111,9 @@ class ResidualConfig:
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
-    def specs(self) -> tuple[CaptureSpec, ...]:
-        """The sites as `forward` is asked for them."""
-        return _specs(self)
-
 
 @dataclass(frozen=True)
-class MLPConfig:
+class MLPConfig(_OfSites):
     """The MLP's projections, neurons and output.
 
     Where every layer is captured, the final norm's scale comes with them, which attribution reads.
@@ -115,7 +129,7 @@ class MLPConfig:
     capture_up: bool = True
     capture_post_activation: bool = True
     capture_output: bool = True
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def fields(self) -> dict[str, str]:
         """Field of the capture → site."""
@@ -127,10 +141,6 @@ class MLPConfig:
             "final_scale": (self.layers is None, "final_scale"),
         }
         return {field: site for field, (on, site) in wanted.items() if on}
-
-    def specs(self) -> tuple[CaptureSpec, ...]:
-        """The sites as `forward` is asked for them."""
-        return _specs(self)
 
 
 @dataclass(frozen=True)
@@ -149,14 +159,11 @@ class LogitConfig:
     top_k: int | None = None
     positions: Sequence[int] | None = None
     tokens: Sequence[int] | None = None
-    dtype: Any = None
+    dtype: DTypeLike | None = None
 
     def canonical(self, config: LlamaConfig) -> LogitConfig:
         """The same with every field checked and of one type: tuples of ints, an int, a dtype's name."""
         size = config.vocab_size
-        top_k = self.top_k
-        if top_k is not None and not (isinstance(top_k, int | np.integer) and 1 <= top_k <= size):
-            raise ValueError(f"LogitConfig.top_k is {top_k!r}, and must be 1 to {size}.")
         tokens = None if self.tokens is None else integers(self.tokens, "LogitConfig.tokens")
         if tokens == ():
             raise ValueError("LogitConfig.tokens is empty; leave it out to keep no token's probabilities.")
@@ -164,7 +171,7 @@ class LogitConfig:
             raise ValueError(f"LogitConfig.tokens holds {wrong}, and this model's vocabulary has ids 0 to {size - 1}.")
         return LogitConfig(
             layers=self.layers,
-            top_k=None if top_k is None else int(top_k),
+            top_k=None if self.top_k is None else integer(self.top_k, "LogitConfig.top_k", 1, size),
             positions=None if self.positions is None else integers(self.positions, "LogitConfig.positions"),
             tokens=tokens,
             dtype=float_dtype(self.dtype or "float32", "LogitConfig.dtype"),
@@ -173,16 +180,6 @@ class LogitConfig:
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them: the residual stream that the lens reads."""
         return (CaptureSpec("resid_post", self.layers, self.positions),)
-
-
-def _specs(config: CaptureConfig | ResidualConfig | MLPConfig) -> tuple[CaptureSpec, ...]:
-    sites = tuple(dict.fromkeys(config.fields().values()))
-    layered = tuple(name for name in sites if SITES[name].layered)
-    # Norm scales stay float32: attribution multiplies everything by them.
-    outside = [
-        CaptureSpec(name, dtype=config.dtype if name == "embed" else None) for name in sites if name not in layered
-    ]
-    return (*([CaptureSpec(layered, config.layers, dtype=config.dtype)] if layered else []), *outside)
 
 
 Config = CaptureConfig | ResidualConfig | MLPConfig | LogitConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 
@@ -12,10 +12,15 @@ from ..capture import check_layers, readings_of
 from .configs import Config, LogitConfig
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+    from ..capture import CaptureLike
     from ..models.llama.config import LlamaConfig
 
 
-def capture_bytes(config: LlamaConfig, n_tokens: int, capture: Any, *, dtype: Any = None) -> int:
+def capture_bytes(
+    config: LlamaConfig, n_tokens: int, capture: CaptureLike | Config, *, dtype: DTypeLike | None = None
+) -> int:
     """Bytes of the arrays that a capture of one prompt returns.
 
     Args:

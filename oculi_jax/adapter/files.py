@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +16,22 @@ from ..sites import SITES
 from ..utils.files import read_tensors, write_aside, write_tensors
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
 
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..adapter.structures import AnyCapture
+
 STRUCTURES = {cls.__name__: cls for cls in (AttentionCapture, ResidualCapture, MLPCapture, LogitCapture, FullCapture)}
 _NOT_WRITTEN = {"unembedding"}
 FORMAT = "oculi_jax capture 1"
 
 
-def save(capture: Any, path: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    capture: AnyCapture | Mapping[str, ArrayLike],
+    path: str | os.PathLike[str],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a capture structure, or a dictionary of arrays such as `Output.activations`, as a safetensors file.
 
     The file is written aside and renamed: it is whole, or it does not exist.

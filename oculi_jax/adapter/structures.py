@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -212,3 +212,7 @@ class FullCapture:
         layers = {name: getattr(self, name).n_layers for name in ("attention", "residual", "mlp", "logits")}
         shown = ", ".join(f"{name} at {number} layers" for name, number in layers.items())
         return f"FullCapture({shown}; {self.attention.n_tokens} tokens)"
+
+
+# A capture of one kind.
+AnyCapture: TypeAlias = AttentionCapture | ResidualCapture | MLPCapture | LogitCapture

@@ -11,12 +11,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from ..arrays import integer
 from . import flow
 from .inputs import at_position, check_capture, check_position, check_same_prompt, need
 from .residual import captured_rows, decompose_resid
 from .result import Result
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..adapter.structures import AttentionCapture, MLPCapture, ResidualCapture
     from ..models.llama.model import Llama
 
@@ -43,7 +46,9 @@ class AttributionMethods:
     """
 
     @staticmethod
-    def direct_logit_attribution(residual: ResidualCapture, unembed: Any, token: Any, position: int = -1) -> Result:
+    def direct_logit_attribution(
+        residual: ResidualCapture, unembed: Array | Llama, token: ArrayLike, position: int = -1
+    ) -> Result:
         """What each layer adds to a logit directly: its attention's and its MLP's output through the final norm.
 
         Elhage et al. (2021), transformer-circuits.pub; nostalgebraist (2020), the logit lens.
@@ -77,7 +82,7 @@ class AttributionMethods:
 
     @staticmethod
     def component_attribution(
-        residual: ResidualCapture, mlp: MLPCapture | None, unembed: Any, token: Any, position: int = -1
+        residual: ResidualCapture, mlp: MLPCapture | None, unembed: Array | Llama, token: ArrayLike, position: int = -1
     ) -> Result:
         """What each layer's attention and MLP add to a logit directly.
 
@@ -112,7 +117,7 @@ class AttributionMethods:
     def head_attribution(
         attention: AttentionCapture,
         model: Llama,
-        token: Any,
+        token: ArrayLike,
         position: int = -1,
         residual: ResidualCapture | None = None,
     ) -> Result:
@@ -146,7 +151,7 @@ class AttributionMethods:
 
     @staticmethod
     def neuron_attribution(
-        mlp: MLPCapture, model: Llama, token: Any, position: int = -1, residual: ResidualCapture | None = None
+        mlp: MLPCapture, model: Llama, token: ArrayLike, position: int = -1, residual: ResidualCapture | None = None
     ) -> Result:
         """What each neuron adds to a logit directly: its activation times its row of the down projection.
 
@@ -213,10 +218,8 @@ class AttributionMethods:
             N = k entries with their signs, `[N]`, and where they are, int32 `[N, R]`. Entries whose sizes are within rounding
             of one another may change places, or be in and out, on another processor.
         """
-        if isinstance(k, bool) or not hasattr(k, "__index__") or k < 1:
-            raise ValueError(f"k is {k!r}, and must be an integer of at least 1.")
         flat = jnp.ravel(values)
-        places = jax.lax.top_k(jnp.abs(flat), min(int(k), flat.size))[1]
+        places = jax.lax.top_k(jnp.abs(flat), min(integer(k, "k", 1), flat.size))[1]
         return flat[places], jnp.stack(jnp.unravel_index(places, values.shape), axis=-1)
 
     attention_rollout = staticmethod(flow.attention_rollout)

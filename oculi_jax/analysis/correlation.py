@@ -16,6 +16,8 @@ from .norms import NormAnalysis
 from .statistics import centred, real_tokens
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..adapter.structures import AttentionCapture
 
 _ROUNDINGS = 8  # which two computations of one number may differ by; a power of two, so that 8 ε |x| is exact
@@ -28,7 +30,7 @@ class CorrelationAnalysis:
     """
 
     @staticmethod
-    def pearson(x: Any, y: Any, axis: int = -1) -> Float[Array, "..."]:
+    def pearson(x: ArrayLike, y: ArrayLike, axis: int = -1) -> Float[Array, "..."]:
         """Pearson's r = Σ(x − x̄)(y − ȳ) / √(Σ(x − x̄)² Σ(y − ȳ)²) along an axis.
 
         Args:
@@ -45,7 +47,7 @@ class CorrelationAnalysis:
         return _pearson(x, y, jnp.ones(x.shape, bool))
 
     @staticmethod
-    def spearman(x: Any, y: Any, axis: int = -1) -> Float[Array, "..."]:
+    def spearman(x: ArrayLike, y: ArrayLike, axis: int = -1) -> Float[Array, "..."]:
         """Spearman's ρ: Pearson's r of the ranks, ties sharing their mean rank.
 
         Values are ties where they differ by no more than 8 float32 roundings of the larger one, 2⁻²⁰ |x| or about one
@@ -64,7 +66,7 @@ class CorrelationAnalysis:
         return _spearman(x, y, jnp.ones(x.shape, bool), exact)
 
     @staticmethod
-    def pearson_with_pvalue(x: Any, y: Any, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    def pearson_with_pvalue(x: ArrayLike, y: ArrayLike, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
         """Pearson's r and the two-sided p-value of no correlation, of samples that are normal. Host function.
 
         The p-value is that of r's own distribution (`scipy.stats.pearsonr`: a beta distribution), not of a normal
@@ -86,7 +88,7 @@ class CorrelationAnalysis:
         return np.asarray(r), np.asarray(p)
 
     @staticmethod
-    def spearman_with_pvalue(x: Any, y: Any, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
+    def spearman_with_pvalue(x: ArrayLike, y: ArrayLike, axis: int = -1) -> tuple[np.ndarray, np.ndarray]:
         """Spearman's ρ and the two-sided p-value of no monotonic relation. Host function.
 
         The p-value is that of `scipy.stats.spearmanr`: t = ρ √((n − 2) / (1 − ρ²)) under Student's distribution with

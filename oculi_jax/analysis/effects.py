@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,8 @@ from .inputs import check_head, check_same_prompt, row_of
 from .statistics import centred, count, real_tokens
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..adapter.structures import AttentionCapture
 
 
@@ -52,7 +54,7 @@ class InterventionMetrics:
         return delta[row_of(baseline, layer), check_head(baseline, head)]
 
     @staticmethod
-    def effect_size(baseline: Any, intervened: Any, paired: bool = False) -> Float[Array, "..."]:
+    def effect_size(baseline: ArrayLike, intervened: ArrayLike, paired: bool = False) -> Float[Array, "..."]:
         """Cohen's d (J. Cohen 1988, Statistical Power Analysis, 2nd ed., section 2.2), along the last axis.
 
             d  = (mean(y) − mean(x)) / √((Σ(x − x̄)² + Σ(y − ȳ)²) / (n + m − 2))
@@ -91,7 +93,7 @@ class InterventionMetrics:
         return _cohen(x, y, jnp.broadcast_to(x_real, x.shape), jnp.broadcast_to(y_real, y.shape), paired)
 
     @staticmethod
-    def head_importance(baseline: Any, ablated: Any) -> Float[Array, "L H"]:
+    def head_importance(baseline: ArrayLike, ablated: ArrayLike) -> Float[Array, "L H"]:
         """What a metric loses with each head: baseline − ablated, as in Michel et al. (2019), arXiv:1905.10650.
 
         Args:
@@ -118,7 +120,7 @@ class InterventionMetrics:
         return jnp.broadcast_to(x, y.shape) - y
 
     @staticmethod
-    def accuracy_delta(baseline_correct: Any, intervened_correct: Any) -> dict[str, Array]:
+    def accuracy_delta(baseline_correct: ArrayLike, intervened_correct: ArrayLike) -> dict[str, Array]:
         """The difference of two accuracies on the same items.
 
         Args:
@@ -169,7 +171,7 @@ class InterventionMetrics:
         return {"alpha": float(alphas[best]), "score": float(scores[best])}
 
 
-def best_index(alphas: Any, scores: Any) -> Array:
+def best_index(alphas: ArrayLike, scores: ArrayLike) -> Array:
     """Where along the last axis the highest score is; of equal ones where alpha `[N]` is closest to 1, then the first."""
     scores = jnp.asarray(scores, jnp.float32)
     alphas = jnp.broadcast_to(jnp.asarray(alphas, jnp.float32), scores.shape)

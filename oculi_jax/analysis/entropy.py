@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 from jax import Array
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..adapter.structures import AttentionCapture
 
 
-def check_same_heads(one: Any, other: Any) -> None:
+def check_same_heads(one: AttentionCapture, other: AttentionCapture) -> None:
     """Raises where two attention captures do not hold the same heads of the same layers in the same order."""
     for capture in (one, other):
         check_capture(capture, "AttentionCapture")

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ..arrays import integer
 from .inputs import need
 from .residual import captured_rows
 from .result import Result
@@ -72,8 +73,7 @@ def attention_flow(attention: AttentionCapture, position: int = -1) -> Result:
     patterns = _consecutive(attention)
     real = np.asarray(real_tokens(attention))
     n_real = int(real.sum())
-    if isinstance(position, bool) or not hasattr(position, "__index__"):
-        raise TypeError(f"position is {position!r}, and an integer is needed.")
+    position = integer(position, "position")
     if not -n_real <= position < n_real:
         raise ValueError(
             f"position is {position}, but the prompt has {n_real} tokens: positions are 0 to {n_real - 1}, or −1 to "
@@ -86,7 +86,7 @@ def attention_flow(attention: AttentionCapture, position: int = -1) -> Result:
     # Node l·T + t is token t before layer l. Pipes lead backwards, from the output to the inputs.
     edges = (capacity[layer, query, key], ((layer + 1) * n_real + query, layer * n_real + key))
     network = csr_matrix(edges, shape=(n_nodes, n_nodes))
-    output = n_nodes - n_real + int(position) % n_real
+    output = n_nodes - n_real + position % n_real
     values = np.zeros(real.shape, np.float32)
     values[real] = [maximum_flow(network, output, token).flow_value / _UNIT for token in range(n_real)]
     return Result(values, "attention_flow")

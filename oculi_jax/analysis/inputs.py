@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax import Array
 from jax.core import Tracer
 
+from ..arrays import integer
 from ..capture import at_positions
+
+if TYPE_CHECKING:
+    from ..adapter.structures import AnyCapture, AttentionCapture
 
 # Field → the option of a config that keeps it.
 _KEPT_BY = {
@@ -30,7 +34,7 @@ _KEPT_BY = {
 }
 
 
-def check_capture(capture: Any, kind: str) -> None:
+def check_capture(capture: AnyCapture, kind: str) -> None:
     """Raises TypeError where `capture` is no `kind` (the name of a capture structure), ValueError where it is a batch."""
     if type(capture).__name__ != kind:
         part = {"AttentionCapture": "attention", "ResidualCapture": "residual", "MLPCapture": "mlp",
@@ -44,7 +48,7 @@ def check_capture(capture: Any, kind: str) -> None:
         )
 
 
-def need(capture: Any, kind: str, *fields: str) -> Any:
+def need(capture: AnyCapture, kind: str, *fields: str) -> Any:
     """The fields of one prompt's capture that an analysis reads (one array, or a tuple of them).
 
     Args:
@@ -61,36 +65,23 @@ def need(capture: Any, kind: str, *fields: str) -> Any:
     return found[0] if len(found) == 1 else found
 
 
-def check_integer(value: Any, what: str) -> int:
-    """An int of anything that is an integer; TypeError for the rest, bools among it."""
-    if isinstance(value, bool | np.bool_ | Tracer) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what} is {value!r}, and an integer is needed.")
-    try:
-        return int(value.__index__())
-    except TypeError:
-        raise TypeError(f"{what} is {value!r}, and an integer is needed.") from None
-
-
-def row_of(capture: Any, layer: int) -> int:
+def row_of(capture: AnyCapture, layer: int) -> int:
     """Where a true layer number is on a capture's leading axis."""
     layers = capture.captured_layers
-    layer = check_integer(layer, "layer")
+    layer = integer(layer, "layer")
     if layer not in layers:
         raise ValueError(f"Layer {layer} was not captured; this capture has layers {', '.join(map(str, layers))}.")
     return layers.index(layer)
 
 
-def check_head(capture: Any, head: int) -> int:
+def check_head(capture: AttentionCapture, head: int) -> int:
     """A query head of the capture's model; ValueError for one that it does not have."""
-    head = check_integer(head, "head")
-    if not 0 <= head < capture.n_heads:
-        raise ValueError(f"head is {head}, but there are {capture.n_heads} query heads: 0 to {capture.n_heads - 1}.")
-    return head
+    return integer(head, "head", 0, capture.n_heads - 1, note=f": there are {capture.n_heads} query heads")
 
 
-def check_position(capture: Any, position: Any) -> int:
+def check_position(capture: AnyCapture, position: object) -> int:
     """A position as an int; ValueError where the host can see that the prompt has no such token."""
-    position = check_integer(position, "position")
+    position = integer(position, "position")
     n_tokens = capture.tokens.shape[0]
     if not isinstance(capture.mask, Tracer | None):
         n_tokens = int(np.asarray(capture.mask).sum())
@@ -102,7 +93,7 @@ def check_position(capture: Any, position: Any) -> int:
     return position
 
 
-def at_position(capture: Any, value: Array, axis: int, position: int) -> Array:
+def at_position(capture: AnyCapture, value: Array, axis: int, position: int) -> Array:
     """One entry of a token axis, at `position` among the real tokens of the prompt, negative from the last.
 
     ValueError where the host can see that there is no such token; NaN where only the device knows.
@@ -110,7 +101,7 @@ def at_position(capture: Any, value: Array, axis: int, position: int) -> Array:
     return at_positions(value, axis, (check_position(capture, position),), capture.mask).take(0, axis=axis)
 
 
-def check_same_prompt(one: Any, other: Any) -> None:
+def check_same_prompt(one: AnyCapture, other: AnyCapture) -> None:
     """ValueError for captures of different prompts, where the host can see them; padding may differ."""
     seen = (one.tokens, one.mask, other.tokens, other.mask)
     if any(isinstance(value, Tracer) for value in seen):

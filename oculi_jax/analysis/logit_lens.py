@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,14 @@ from jax.core import Tracer
 from jaxtyping import Float, Int
 
 from ..adapter.structures import LogitCapture
+from ..arrays import integer
 from ..utils.tokens import str_tokens, to_single_token
 from .inputs import at_position, check_capture
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..utils.tokens import Tokenizer
 
 
 class LogitLensAnalysis:
@@ -28,7 +34,7 @@ class LogitLensAnalysis:
         tokenizer: of the model; None where only arrays are wanted.
     """
 
-    def __init__(self, tokenizer: Any = None):
+    def __init__(self, tokenizer: Tokenizer | None = None):
         self.tokenizer = tokenizer
 
     def layer_predictions(
@@ -78,7 +84,7 @@ class LogitLensAnalysis:
         return min(layer for layer in layers if not differs or layer > differs[-1])
 
     def token_probability_trajectory(
-        self, capture: LogitCapture, token: Any, token_position: int = -1
+        self, capture: LogitCapture, token: ArrayLike, token_position: int = -1
     ) -> Float[Array, " L"]:
         """The probability of one token at each layer, exact for any token whatever `top_k` was.
 
@@ -108,7 +114,7 @@ class LogitLensAnalysis:
             return _kept_probability(capture, token, token_position)
         return jnp.exp(logit - _at(capture, capture.log_normalizer, token_position))
 
-    def token_rank(self, capture: LogitCapture, token: Any, token_position: int = -1) -> Int[Array, " L"]:
+    def token_rank(self, capture: LogitCapture, token: ArrayLike, token_position: int = -1) -> Int[Array, " L"]:
         """How many tokens are likelier than this one at each layer: 0 for the likeliest; equals do not count.
 
         Args:
@@ -188,9 +194,7 @@ def _host_top(capture: LogitCapture, position: int, k: int) -> tuple[np.ndarray,
     """`_top` on the host, which can see that a prompt is shorter than its padding."""
     check_capture(capture, "LogitCapture")
     size = _size(capture)
-    if not isinstance(k, int | np.integer) or k < 1 or (size is not None and k > size):
-        raise ValueError(f"top_k is {k!r}, and must be an integer from 1 to {size or 'the number kept'}.")
-    chances, ids = _top(capture, position, int(k))
+    chances, ids = _top(capture, position, integer(k, "top_k", 1, size))
     n_real = int(np.asarray(capture.mask).sum())
     if capture.positions is None and not -n_real <= position < n_real:
         raise ValueError(
@@ -264,8 +268,7 @@ def _at(capture: LogitCapture, value: Any, position: int) -> Array:
 def _captured_row(capture: LogitCapture, position: int) -> int:
     """Where a position of the prompt is among the positions captured."""
     assert capture.positions is not None
-    if not hasattr(position, "__index__") or isinstance(position, jax.Array):
-        raise TypeError(f"token_position is {position!r}, and an integer is needed.")
+    position = integer(position, "token_position")
     if position in capture.positions:
         return capture.positions.index(position)
     unknown = isinstance(capture.mask, Tracer)

@@ -15,7 +15,7 @@ from ..pytrees import pytree
 from .inputs import at_position, check_capture, need
 
 if TYPE_CHECKING:
-    from ..adapter.structures import AttentionCapture, ResidualCapture
+    from ..adapter.structures import AnyCapture, AttentionCapture, ResidualCapture
     from ..models.llama.model import Llama
 
 
@@ -111,7 +111,7 @@ def _head_results(z: Float[Array, "L H ... D"], weight: Float[Array, "L E H D"])
     return jax.lax.map(layer, (z, weight))
 
 
-def captured_rows(capture: Any, model: Llama, name: str, *sizes: int) -> Array:
+def captured_rows(capture: AnyCapture, model: Llama, name: str, *sizes: int) -> Array:
     """Rows of a stacked output weight, `[L, E, …]`, for the layers of a capture.
 
     Args:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from ..arrays import integer
 
-def real_tokens(capture: Any, ignore_first: int = 0) -> Bool[Array, "T"]:
+if TYPE_CHECKING:
+    from ..adapter.structures import AnyCapture
+
+
+def real_tokens(capture: AnyCapture, ignore_first: int = 0) -> Bool[Array, "T"]:
     """Which tokens of a prompt an average runs over: the real ones, less the first `ignore_first` of them."""
     n_tokens = capture.tokens.shape[0]
-    if not hasattr(ignore_first, "__index__") or not 0 <= ignore_first < n_tokens:
-        raise ValueError(
-            f"ignore_first is {ignore_first!r}, and must be an integer from 0 to {n_tokens - 1}: the prompt has "
-            f"{n_tokens} tokens."
-        )
+    ignore_first = integer(ignore_first, "ignore_first", 0, n_tokens - 1, note=f": the prompt has {n_tokens} tokens")
     real = jnp.ones(n_tokens, bool) if capture.mask is None else jnp.asarray(capture.mask, bool)
     return real & (jnp.cumsum(real) > ignore_first)
 

@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .inputs import at_position, check_capture, check_integer, row_of
+from ..arrays import integer
+from .inputs import at_position, check_capture, row_of
 from .statistics import centred, real_tokens
 
 if TYPE_CHECKING:
@@ -36,10 +37,7 @@ class StratifiedView:
     def by_head(self, values: Array, head: int) -> Array:
         """One head at every layer, `[L, …]`."""
         values = self._checked(values, 2)
-        head = check_integer(head, "head")
-        if not 0 <= head < values.shape[1]:
-            raise ValueError(f"head is {head!r}, but values has {values.shape[1]} heads: 0 to {values.shape[1] - 1}.")
-        return values[:, head]
+        return values[:, integer(head, "head", 0, values.shape[1] - 1)]
 
     def by_layer_head(self, values: Array, layer: int, head: int) -> Array:
         """One head, `[…]`."""

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Complex, Float, Int
 
+from ..arrays import integer
 from .statistics import root
 
 if TYPE_CHECKING:
@@ -116,9 +117,7 @@ def svd(model: Llama, circuit: str, layer: int | None = None, head: int | None =
         return _singular_values(left, right)
     if layer is None or head is None:
         raise ValueError("Give layer and head, for one head, or neither, for the singular values of all.")
-    for name, index, size in (("layer", layer, left.shape[0]), ("head", head, left.shape[1])):
-        if not hasattr(index, "__index__") or not 0 <= index < size:
-            raise ValueError(f"{name} is {index!r}, but this model has {size}: 0 to {size - 1}.")
+    layer, head = integer(layer, "layer", 0, left.shape[0] - 1), integer(head, "head", 0, left.shape[1] - 1)
     return _svd(left[layer, head], right[layer, head])
 
 

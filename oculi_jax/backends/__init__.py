@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .protocol import Programs
+from .protocol import Model, ModelLike, Programs
 
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
 
-__all__ = ["Programs", "check_model", "find_model", "programs_of"]
+__all__ = ["Model", "ModelLike", "Programs", "check_model", "find_model", "programs_of"]
 
 
-def programs_of(model: Any) -> Programs:
+def programs_of(model: Model) -> Programs[Any, Any]:
     """The programs that run a model that `find_model` returned."""
     if model.backend == "torch":
         from . import torch
@@ -26,7 +26,7 @@ def programs_of(model: Any) -> Programs:
     return jax
 
 
-def find_model(model: Any) -> Any:
+def find_model(model: object) -> Any:
     """A model as the programs of its backend take it: a `Llama`, or a `TorchLlama`, also of a Hugging Face module.
 
     Raises:
@@ -35,13 +35,14 @@ def find_model(model: Any) -> Any:
     if _is_of_transformers(model):
         from .torch import TorchLlama
 
-        return TorchLlama.of(model)
+        module: Any = model
+        return TorchLlama.of(module)
     if getattr(model, "backend", None) != "torch":
         check_model(model)
     return model
 
 
-def check_model(model: Any) -> LlamaConfig:
+def check_model(model: object) -> LlamaConfig:
     """The config of a JAX model; TypeError for what is none."""
     if _is_of_transformers(model) or getattr(model, "backend", None) == "torch":
         raise TypeError(
@@ -51,7 +52,8 @@ def check_model(model: Any) -> LlamaConfig:
     if isinstance(model, type) or not hasattr(model, "config") or not hasattr(model, "embed_tokens"):
         what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
         raise TypeError(f"The model is {what}; give a Llama, as Llama.from_pretrained(source) makes.")
-    return model.config
+    config: Any = getattr(model, "config", None)
+    return config
 
 
 def _is_of_transformers(model: Any) -> bool:

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
     from jax import Array
     from jaxtyping import Bool, Float, Int
+    from transformers import PreTrainedModel
 
+    from ..arrays import AnyArray
     from ..capture import Reading
     from ..decoding.sampling import Sampler
     from ..intervention.rows import Rows
+    from ..metrics import MetricLike
+    from ..models.llama.config import LlamaConfig
+    from ..models.llama.model import Llama
     from ..output import Output
+    from .torch.model import TorchLlama
+
+
+ModelLike: TypeAlias = "Llama | TorchLlama | PreTrainedModel"
+
+
+class Model(Protocol):
+    """What every model says of itself, whatever runs it."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def backend(self) -> str: ...
+
+
+M = TypeVar("M", contravariant=True)
+Base = TypeVar("Base")
 
 
 class Seen(NamedTuple):
@@ -32,15 +57,16 @@ class Written(NamedTuple):
         activations: site → what was captured of the finished texts, leading with `[C, N]`.
     """
 
-    tokens: Int[Array, "C N n"]
+    tokens: Int[AnyArray, "C N n"]
     alive: Bool[Array, "C N n"]
     activations: Mapping[str, Array]
 
 
-class Programs(Protocol):
+class Programs(Protocol[M, Base]):
     """What a backend is: five programs over canonical, checked arguments, and what it says of itself.
 
-    A module satisfies it; `backends/jax` and `backends/torch` do. Prompts `[C, T]` × variants of their interventions are
+    A module satisfies it; `backends/jax` and `backends/torch` do, each for its own class of models. Prompts `[C, T]` ×
+    variants of their interventions are
     the `Rows` that programs take; letters are those of `oculi_jax.sites`.
     """
 
@@ -54,15 +80,15 @@ class Programs(Protocol):
         """Whether JAX's transformations reach into its programs, and JAX's devices and meshes run them."""
         ...
 
-    def room(self, model: Any) -> tuple[str, int]:
+    def room(self, model: M) -> tuple[str, int]:
         """The platform that a model runs on, and how many bytes are free there."""
         ...
 
     def run(
         self,
-        model: Any,
-        tokens: Int[Array, "T"],
-        mask: Bool[Array, "T"] | None,
+        model: M,
+        tokens: Int[AnyArray, "T"],
+        mask: Bool[AnyArray, "T"] | None,
         interventions: tuple[Any, ...],
         readings: tuple[Reading, ...],
         *,
@@ -74,12 +100,12 @@ class Programs(Protocol):
 
     def lens(
         self,
-        model: Any,
-        resid: Float[Array, "N T E"],
+        model: M,
+        resid: Float[AnyArray, "N T E"],
         keep: tuple[str, ...],
         *,
         top_k: int | None = None,
-        tokens: Int[Array, "M"] | None = None,
+        tokens: Int[AnyArray, "M"] | None = None,
         dtype: str = "float32",
     ) -> dict[str, Array]:
         """The final norm and the unembedding of N residual streams, one after the other, keeping what `keep` names.
@@ -92,17 +118,17 @@ class Programs(Protocol):
 
     def run_variants(
         self,
-        model: Any,
-        tokens: Int[Array, "C T"],
-        mask: Bool[Array, "C T"] | None,
+        model: M,
+        tokens: Int[AnyArray, "C T"],
+        mask: Bool[AnyArray, "C T"] | None,
         rows: Rows,
         *,
         size: int = 1,
-        metric: Any = None,
+        metric: MetricLike | None = None,
         metric_by_prompt: tuple[bool, ...] = (),
         readings: tuple[Reading, ...] = (),
-        base: Any = None,
-        start: Any = 0,
+        base: Base | None = None,
+        start: AnyArray | int = 0,
         n_rows: int | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Seen:
@@ -117,23 +143,23 @@ class Programs(Protocol):
         ...
 
     def run_base(
-        self, model: Any, tokens: Int[Array, "C T"], mask: Bool[Array, "C T"] | None, rows: Rows, *, keys: bool
-    ) -> Any:
+        self, model: M, tokens: Int[AnyArray, "C T"], mask: Bool[AnyArray, "C T"] | None, rows: Rows, *, keys: bool
+    ) -> Base:
         """What runs under interventions without variants leave for `run_variants` to start from; with or without `keys`."""
         ...
 
     def decode_rows(
         self,
-        model: Any,
-        tokens: Int[Array, "C T"],
-        real: Bool[Array, "C T"],
+        model: M,
+        tokens: Int[AnyArray, "C T"],
+        real: Bool[AnyArray, "C T"],
         rows: Rows,
         *,
         size: int,
-        n_covered: Any,
+        n_covered: AnyArray | int,
         sampler: Sampler,
         keys: Array | None,
-        stops: Int[Array, "M"],
+        stops: Int[AnyArray, "M"],
         n_new: int,
         readings: tuple[Reading, ...],
     ) -> Written:

@@ -13,7 +13,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import listing
+from ..arrays import integer, listing
 from ..backends import check_model
 from ..backends.jax.programs import measure, run
 from ..capture import Reading, readings_of
@@ -23,9 +23,12 @@ from ..metrics import check_metric, of_prompt
 from ..prompts import check_prompts
 from ..pytrees import pytree
 from ..sites import SITES, Site, find_site
-from .verification import count, entries_of, number_of
+from .verification import entries_of, number_of
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..metrics import MetricLike
     from ..models.llama.model import Llama
 
 # How much of a backward pass is kept at once: prompts beyond it run in turn, one prompt beyond it recomputes its layers.
@@ -33,7 +36,13 @@ _KEPT_BYTES = 1 << 30
 
 
 def attribution_patching(
-    model: Llama, clean: Any, corrupted: Any, metric: Any, sites: str | Sequence[str] = ("z",), *, mask: Any = None
+    model: Llama,
+    clean: ArrayLike,
+    corrupted: ArrayLike,
+    metric: MetricLike,
+    sites: str | Sequence[str] = ("z",),
+    *,
+    mask: ArrayLike | None = None,
 ) -> AttributionResult:
     """Estimates what patching each clean activation into the corrupted run would do to the metric, all at once.
 
@@ -109,7 +118,7 @@ class AttributionResult:
             Dicts of `"site"`, then `"layer"`, `"head"`, `"position"` as far as the site has them, and `"value"`.
         """
         entries = entries_of(self, site, number_of(self, prompt))
-        order = np.argsort(-np.abs(entries.values), kind="stable")[: count(n, "n")]
+        order = np.argsort(-np.abs(entries.values), kind="stable")[: integer(n, "n", 0)]
         return [{**entries.place(i), "value": float(entries.values[i])} for i in order]
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import as_array, listing, on_device
+from ..arrays import AnyArray, as_array, integer, listing, on_device
 from ..decoding.generation import check_key
 from ..intervention import Edit, PerPrompt
 from ..intervention.fields import Strength, Values
@@ -23,6 +23,8 @@ from ..intervention.indices import Positions
 from ..pytrees import pytree, static
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..models.llama.model import Llama
 
 
@@ -50,8 +52,7 @@ class Noise:
 
     def check(self) -> Array:
         """The random key, typed; raises ValueError or TypeError for what makes no noise."""
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int | np.integer) or self.samples < 1:
-            raise ValueError(f"Noise.samples is {self.samples!r}, and must be an integer of at least 1.")
+        integer(self.samples, "Noise.samples", 1)
         scale = as_array(self.scale)
         if scale.shape != () or scale.dtype.kind not in "iuf" or (not on_device(scale) and not 0 < scale < np.inf):
             raise ValueError(f"Noise.scale is {self.scale!r}, and must be one finite number above 0.")
@@ -59,7 +60,9 @@ class Noise:
             raise TypeError("Noise.key is None, and a JAX random key is needed: jax.random.key(seed).")
         return check_key(self.key)
 
-    def intervention(self, model: Llama, mask: Bool[Array, "B T"] | None, n_prompts: int, n_tokens: int) -> AddedNoise:
+    def intervention(
+        self, model: Llama, mask: Bool[AnyArray, "B T"] | None, n_prompts: int, n_tokens: int
+    ) -> AddedNoise:
         """The corruption of every prompt in every sample, `B · samples` rows with the prompts outermost."""
         key, samples = self.check(), int(self.samples)
         real = np.ones((1, n_tokens), bool) if mask is None else mask
@@ -107,7 +110,7 @@ def _draw(table: Float[Array, "V E"], key: Array, real: Bool[Array, "P T"], samp
     return drawn.reshape(-1, *drawn.shape[2:])
 
 
-def positions_of(positions: Any, n_prompts: int, where: str, each: int = 1) -> Any:
+def positions_of(positions: ArrayLike | None, n_prompts: int, where: str, each: int = 1) -> Any:
     """A set of positions as a field of an intervention takes it, of prompts that are `each` so many rows.
 
     From one set for all prompts, or bool `[B, T]`.

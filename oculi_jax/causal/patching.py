@@ -30,6 +30,10 @@ from ..sweeps.sweeping import Progress, sweep_prompts
 from .noise import Noise, positions_of
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..intervention.protocol import Interventions
+    from ..metrics import MetricLike
     from ..models.llama.config import LlamaConfig
     from ..models.llama.model import Llama
 
@@ -85,14 +89,14 @@ def recovery(patched: Array, clean: Array, corrupted: Array) -> Float[Array, "..
 
 def activation_patching(
     model: Llama,
-    clean: Any,
-    corrupted: Any,
+    clean: ArrayLike,
+    corrupted: ArrayLike | Noise | Interventions,
     metric: Callable[..., Any],
     site: str = "resid_pre",
     by: str | Sequence[str] = ("layer", "position"),
     *,
     direction: Literal["denoising", "noising"] = "denoising",
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     batch_size: int | Literal["auto"] = "auto",
     progress: Progress | bool | None = None,
     mesh: Mesh | None = None,
@@ -137,19 +141,19 @@ def activation_patching(
 
 def patch_sites(
     model: Llama,
-    clean: Any,
-    corrupted: Any,
-    metric: Any,
+    clean: ArrayLike,
+    corrupted: ArrayLike | Noise | Interventions,
+    metric: MetricLike,
     sites: Sequence[str],
     by: str | Sequence[str],
     *,
     direction: str = "denoising",
-    mask: Any = None,
-    batch_size: Any = "auto",
-    progress: Any = None,
+    mask: ArrayLike | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    progress: Progress | bool | None = None,
     mesh: Mesh | None = None,
     background: tuple[Any, ...] = (),
-    positions: Any = None,
+    positions: ArrayLike | None = None,
 ) -> list[PatchingResult]:
     """`activation_patching` at several sites, whose two runs are the same.
 
@@ -166,15 +170,7 @@ def patch_sites(
     clean, mask, single = check_prompts(config, clean, mask)
     n_prompts, n_tokens = clean.shape
     metric, _ = check_metric(metric, config.vocab_size, clean, mask)
-    if mesh is not None and not isinstance(mesh, Mesh):
-        raise TypeError(
-            f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
-        )
-    if mesh is not None and programs_of(model).traceable:
-        table = model.embed[...]
-        if not isinstance(table, Tracer) and not isinstance(table.sharding, NamedSharding):
-            model = jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
-
+    model = _over(mesh, model)
     plain = _Runs(clean, mask, background, metric)
     if isinstance(corrupted, Noise):
         samples = int(corrupted.samples)
@@ -210,7 +206,21 @@ def patch_sites(
     return results
 
 
-def check_grid(name: Any, by: tuple[str, ...], config: LlamaConfig) -> Site:
+def _over(mesh: Mesh | None, model: Any) -> Any:
+    """The model on every device of a mesh, where it lies on one alone."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh is a {type(mesh).__name__}, and a jax.sharding.Mesh of devices is needed: jax.make_mesh(…)."
+        )
+    if mesh is None or not programs_of(model).traceable:
+        return model
+    table = model.embed[...]
+    if isinstance(table, Tracer) or isinstance(table.sharding, NamedSharding):
+        return model
+    return jax.device_put(model, NamedSharding(mesh, PartitionSpec()))
+
+
+def check_grid(name: str, by: tuple[str, ...], config: LlamaConfig) -> Site:
     """The site of that name; ValueError where it cannot be patched by these axes, or the model has none of that name."""
     site, layer = find_site(name)
     site_of(site.name, config.sites)
@@ -317,7 +327,7 @@ def _metric_axes(metric: Any) -> Any:
     return metric.per_prompt() if isinstance(metric, Metric) else jax.tree.map(lambda _: None, metric)
 
 
-def check_number(values: Any) -> Array:
+def check_number(values: object) -> Array:
     """A metric's values `[N]`, one number for each row; ValueError for anything else."""
     if not isinstance(values, jax.Array) or values.ndim != 1:
         got = ", ".join(listing(x.shape[1:]) for x in jax.tree.leaves(values)) or "nothing"

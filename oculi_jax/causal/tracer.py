@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Float
 
 from .. import prompts
-from ..arrays import listing
+from ..arrays import integer, listing
 from ..intervention.context import active
 from ..intervention.protocol import are_interventions
 from ..pytrees import pytree, static
@@ -21,6 +21,13 @@ from ..sites import find_site
 from ..sweeps.sweeping import Progress
 from .noise import Noise
 from .patching import patch_sites, recovery
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..adapter.adapter import LlamaAttentionAdapter
+    from ..intervention.protocol import Interventions
+    from ..prompts import PromptLike
 
 
 @pytree
@@ -53,11 +60,9 @@ class TraceResult:
 
     def top_results(self, k: int = 10) -> list[dict[str, Any]]:
         """The k places that recover most, best first, as `{"layer", "site", "patched", "recovery"}`. Host function."""
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"k is {k!r}, and must be an integer of at least 1.")
         order = np.argsort(-np.asarray(self.recovery_matrix()), axis=None, kind="stable")  # NaN comes last
         rows = self._rows()
-        return [rows[place] for place in order[:k]]
+        return [rows[place] for place in order[: integer(k, "k", 1)]]
 
     def by_layer(self, layer: int) -> list[dict[str, Any]]:
         """The results of one layer, in the order of `sites`, as in `top_results`. Host function."""
@@ -99,7 +104,7 @@ class TraceResult:
         return f"TraceResult({', '.join(self.sites)}: patched {listing(getattr(self.patched, 'shape', ()))})"
 
 
-def site_name(name: Any) -> str:
+def site_name(name: str) -> str:
     """Our name of a site; the names of oculi's first edition (`residual_pre_attn`) are the guide's with another sign."""
     name = name.replace("residual_", "residual.", 1) if isinstance(name, str) else name
     return find_site(name)[0].name
@@ -115,7 +120,7 @@ class CausalTracer:
         adapter: a `LlamaAttentionAdapter`.
     """
 
-    def __init__(self, adapter: Any):
+    def __init__(self, adapter: LlamaAttentionAdapter):
         if not hasattr(adapter, "model") or not hasattr(adapter, "tokenizer"):
             raise TypeError(
                 f"CausalTracer takes an adapter, and was given a {type(adapter).__name__}: "
@@ -125,13 +130,13 @@ class CausalTracer:
 
     def trace(
         self,
-        clean: Any,
-        corrupted: Any,
+        clean: PromptLike,
+        corrupted: PromptLike | Noise | Interventions,
         metric: Callable[..., Any],
         *,
         sites: Sequence[str] = ("attn_out", "mlp_out"),
-        positions: Any = None,
-        attention_mask: Any = None,
+        positions: ArrayLike | None = None,
+        attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
         progress: Progress | bool | None = None,
     ) -> TraceResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 
-from ..arrays import listing
+from ..arrays import AnyArray, integer, listing
 from ..backends import check_model
 from ..intervention import ActivationPatch, PerLayer
 from ..metrics import of_prompt
@@ -21,6 +21,8 @@ from ..sites import SITES, Site
 from ..sweeps.sweeping import Progress, sweep
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..models.llama.model import Llama
     from .attribution import AttributionResult
 
@@ -56,12 +58,6 @@ class Verification:
         )
 
 
-def count(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 0:
-        raise ValueError(f"{what} is {value!r}, and must be an integer of 0 or more.")
-    return int(value)
-
-
 def number_of(result: AttributionResult, prompt: int | None) -> int:
     """The number of a pair; 0 where there is but one."""
     if result.clean.ndim == 0:
@@ -69,9 +65,7 @@ def number_of(result: AttributionResult, prompt: int | None) -> int:
             raise ValueError(f"prompt is {prompt!r}, and this result is of one pair of prompts: leave it out.")
         return 0
     n = result.clean.shape[0]
-    if prompt is None or isinstance(prompt, bool) or not hasattr(prompt, "__index__") or not 0 <= prompt < n:
-        raise ValueError(f"prompt is {prompt!r}, and this result is of {n} pairs of prompts: it must be 0 to {n - 1}.")
-    return int(prompt)
+    return integer(prompt, "prompt", 0, n - 1, note=f": this result is of {n} pairs of prompts")
 
 
 def entries_of(result: AttributionResult, site: str | None, number: int) -> Entries:
@@ -97,10 +91,10 @@ class Entries:
     def _ends(self) -> np.ndarray:
         return np.cumsum([np.prod(shape, dtype=int) for shape in self.shapes.values()])
 
-    def site_of(self, numbers: Any) -> np.ndarray:
+    def site_of(self, numbers: np.ndarray | int) -> np.ndarray:
         return np.array(list(self.shapes))[np.searchsorted(self._ends, numbers, side="right")]
 
-    def index(self, numbers: Any) -> dict[str, np.ndarray]:
+    def index(self, numbers: np.ndarray | int) -> dict[str, np.ndarray]:
         """`"layer"`, `"head"` and `"position"` of entries of one site, as far as it has them."""
         name = str(np.ravel(self.site_of(numbers))[0])
         at = list(self.shapes).index(name)
@@ -121,11 +115,11 @@ def _index_names(site: Site) -> list[str]:
 def verify(
     result: AttributionResult,
     model: Llama,
-    clean: Any,
-    corrupted: Any,
+    clean: ArrayLike,
+    corrupted: ArrayLike,
     metric: Callable[..., Any],
     *,
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     top: int = 10,
     sample: int = 50,
     seed: int = 0,
@@ -164,19 +158,10 @@ def verify(
     clean, real, single = check_prompts(config, clean, mask)
     corrupted, _, _ = check_prompts(config, corrupted, None)
     entries = entries_of(result, site, number)
-    n_prompts, sizes = len(np.atleast_1d(result.clean)), {**config.sizes, "T": clean.shape[1]}
-    own = single == (result.clean.ndim == 0) and len(clean) == n_prompts and clean.shape == corrupted.shape
-    for name, shape in entries.shapes.items():
-        letters = (*("L" * SITES[name].layered), *SITES[name].axes[:-1])
-        own = own and shape == tuple(sizes[letter] for letter in letters)
-    if not own:
-        given = " and ".join(listing(x.shape[int(single) :]) for x in (clean, corrupted))
-        raise ValueError(
-            f"This result is of {n_prompts} pair(s) of prompts, {entries.shapes}, and prompts {given} were given: give its own, "
-            "and its model."
-        )
+    sizes = {**config.sizes, "T": clean.shape[1]}
+    _check_own(result, entries, clean, corrupted, single, sizes)
     clean_value, corrupted_value = (float(np.ravel(np.asarray(x))[number]) for x in (result.clean, result.corrupted))
-    top, sample = count(top, "top"), count(sample, "sample")
+    top, sample = integer(top, "top", 0), integer(sample, "sample", 0)
     clean, corrupted, mask = clean[number], corrupted[number], None if real is None else real[number]
     metric = of_prompt(metric, number)
     sites = list(entries.shapes)
@@ -203,13 +188,35 @@ def verify(
             if callable(progress):
                 progress(done + n, len(chosen))
 
-        patches = _patches(SITES[site], entries.index(chosen[mine]), source[site], len(corrupted))
+        patches = _patches(SITES[site], entries.index(chosen[mine]), source[site], sizes["T"])
         patched[mine] = np.ravel(
             sweep(model, corrupted, patches, metric, mask=mask, progress=report if callable(progress) else progress)
         )
         done += len(mine)
     rounding = ROUNDING * max(1.0, abs(clean_value), abs(corrupted_value))
     return _compare(entries, chosen, patched - np.float32(corrupted_value), min(top, len(ranked)), rounding)
+
+
+def _check_own(
+    result: AttributionResult,
+    entries: Entries,
+    clean: AnyArray,
+    corrupted: AnyArray,
+    single: bool,
+    sizes: Mapping[str, int],
+) -> None:
+    """ValueError for prompts `[B, T]` that are not those of a result, as far as shapes tell."""
+    n_prompts = len(np.atleast_1d(result.clean))
+    own = single == (result.clean.ndim == 0) and len(clean) == n_prompts and clean.shape == corrupted.shape
+    for name, shape in entries.shapes.items():
+        letters = (*("L" * SITES[name].layered), *SITES[name].axes[:-1])
+        own = own and shape == tuple(sizes[letter] for letter in letters)
+    if not own:
+        given = " and ".join(listing(x.shape[int(single) :]) for x in (clean, corrupted))
+        raise ValueError(
+            f"This result is of {n_prompts} pair(s) of prompts, {entries.shapes}, and prompts {given} were given: give its own, "
+            "and its model."
+        )
 
 
 def _differs(site: Site, clean: Array, corrupted: Array, mask: Any) -> np.ndarray:

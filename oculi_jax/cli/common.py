@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import jax
 import typer
@@ -21,6 +21,9 @@ from ..models.llama.model import Llama
 from ..utils.files import write_aside
 from ..utils.tokens import load_tokenizer, unknown_words
 from ..visualize.canvas import door
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
 Model = Annotated[
@@ -56,19 +59,17 @@ def open_adapter(model: str | None, dtype: str, *texts: str | None) -> LlamaAtte
     # transformers warns where torch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     source = embedded_directory() if model is None else model
-    adapter = LlamaAttentionAdapter(Llama.from_pretrained(source, dtype=dtype), load_tokenizer(source))
-    notes = console(error=True)
+    loaded, tokenizer = Llama.from_pretrained(source, dtype=dtype), load_tokenizer(source)
+    adapter, notes = LlamaAttentionAdapter(loaded, tokenizer), console(error=True)
     if model is None:
-        size = len(adapter.tokenizer) - len(adapter.tokenizer.all_special_tokens)
+        size = len(tokenizer) - len(tokenizer.all_special_tokens)
         notes.print(
             f"No --model is given: this is tiny-facts, a small Llama that comes with oculi_jax and knows {size} words."
         )
-    for word in dict.fromkeys(word for text in texts if text for word in unknown_words(adapter.tokenizer, text)):
-        near = difflib.get_close_matches(word, (known.strip("▁") for known in adapter.tokenizer.get_vocab()), 1)
+    for word in dict.fromkeys(word for text in texts if text for word in unknown_words(tokenizer, text)):
+        near = difflib.get_close_matches(word, (known.strip("▁") for known in tokenizer.get_vocab()), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        notes.print(
-            f"The model has no token for {word!r} and reads it as {adapter.tokenizer.unk_token!r}.{hint}", markup=False
-        )
+        notes.print(f"The model has no token for {word!r} and reads it as {tokenizer.unk_token!r}.{hint}", markup=False)
     return adapter
 
 
@@ -94,7 +95,7 @@ def check_picture(path: Path | None) -> Path | None:
     return check_output(path, ".png", ".svg", ".pdf")
 
 
-def save_picture(figure: Any, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
     """Writes a figure, whole or not at all."""
     with write_aside(path) as aside:
         figure.savefig(aside, format=path.suffix[1:].lower(), dpi=150)
@@ -122,6 +123,6 @@ def integers(text: str | None, what: str) -> list[int] | None:
     return found
 
 
-def shown(text: Any) -> str:
+def shown(text: object) -> str:
     """A token as people can read it: quoted, with line breaks and other invisible characters written out."""
     return repr(str(text))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -16,6 +16,9 @@ from ..adapter.adapter import LlamaAttentionAdapter
 from ..metrics import Metric, log_probability, logit_difference
 from ..prompts import prepare
 from .common import console, shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Target = Annotated[
     str, typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default=False)
@@ -82,7 +85,7 @@ def legible(text: str) -> str:
     return token_labels([text], longest=10_000)[0]
 
 
-def heading(figure: Any, *lines: str) -> None:
+def heading(figure: Figure, *lines: str) -> None:
     """Titles a figure of one grid; lines that are wider than it go on in the next, at most three of each."""
     from ..visualize.canvas import LITERAL, MEDIUM
 

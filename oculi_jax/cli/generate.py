@@ -67,8 +67,9 @@ def _continue(
     adapter: LlamaAttentionAdapter, text: str, n: int, interventions: Any, options: dict[str, Any]
 ) -> tuple[list[str], np.ndarray, str]:
     """The new tokens' texts, up to the end token, the probability that the model gave each, and what they add to the text."""
-    model = adapter.model
-    prompt = adapter.tokenizer.encode(text)
+    model, tokenizer = adapter.model, adapter.tokenizer
+    assert tokenizer is not None
+    prompt = tokenizer.encode(text)
     ids, seen = adapter.generate(prompt, n, interventions, capture="final_norm", **options)
     new = ids[len(prompt) :]
     stops = np.atleast_1d(() if model.config.eos_token_id is None else model.config.eos_token_id)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 from jax.core import Tracer
 
 from ..backends import programs_of
 from ..capture import readings_of
 from ..prompts import prepare
 from ..utils.tokens import continuation
-from .generation import check_count, check_stops, write
-from .sampling import sampler
+from .generation import check_count, write
+from .options import DecodeOptions
+
+if TYPE_CHECKING:
+    from ..backends.protocol import Model
+    from ..intervention.protocol import Interventions
+    from ..utils.tokens import Tokenizer
 
 
 class Continued(NamedTuple):
@@ -31,12 +35,16 @@ class Continued(NamedTuple):
 
 
 def continue_ids(
-    model: Any, ids: Any, max_new_tokens: int, ambient: tuple[Any, ...], interventions: Any, **options: Any
+    model: Model,
+    ids: Any,
+    max_new_tokens: int,
+    ambient: tuple[Any, ...],
+    interventions: Interventions,
+    **options: Any,
 ) -> Any:
     """Ids `[T]` or `[B, T]` → ids with their continuations; with `capture`, that and what was captured."""
     _refuse_trace((model, ids))
-    _check_options(options)
-    done = _continue(model, None, ids, max_new_tokens, both(ambient, interventions), **options)
+    done = _continue(model, None, ids, max_new_tokens, both(ambient, interventions), DecodeOptions.of(options))
     found, activations = np.concatenate([done.prompts, done.new], axis=1).astype(np.int32), done.activations
     if not done.variants and not isinstance(ids[0], list | tuple) and np.ndim(ids) == 1:
         found, activations = found[0], jax.tree.map(lambda x: x[0], activations)
@@ -44,11 +52,15 @@ def continue_ids(
 
 
 def continue_texts(
-    model: Any, tokenizer: Any, texts: Any, max_new_tokens: int, interventions: Any, **options: Any
+    model: Model,
+    tokenizer: Tokenizer | None,
+    texts: str | Sequence[str],
+    max_new_tokens: int,
+    interventions: Interventions,
+    **options: Any,
 ) -> Any:
     """A text or a list of texts → the same with their continuations; with `capture`, that and what was captured."""
-    _check_options(options)
-    done = _continue(model, tokenizer, texts, max_new_tokens, interventions, **options)
+    done = _continue(model, tokenizer, texts, max_new_tokens, interventions, DecodeOptions.of(options))
     prompts = [texts] if isinstance(texts, str) else list(texts)
 
     each = prompts * (len(done.new) // len(prompts))
@@ -60,18 +72,9 @@ def continue_texts(
     return (found, activations) if activations else found
 
 
-def both(ambient: tuple[Any, ...], own: Any) -> tuple[Any, ...]:
+def both(ambient: tuple[Any, ...], own: Interventions) -> tuple[Any, ...]:
     """The interventions of the context and then the call's own."""
     return (*ambient, *(own if isinstance(own, list | tuple) else (own,)))
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    known = [
-        name for name, parameter in signature(_continue).parameters.items() if parameter.kind == Parameter.KEYWORD_ONLY
-    ]
-    if unknown := [name for name in options if name not in known]:
-        hint = " Tokens are drawn where temperature is above 0." if "do_sample" in unknown else ""
-        raise TypeError(f"generate has no option {', '.join(unknown)}; there are {', '.join(known)}.{hint}")
 
 
 def _refuse_trace(values: Any) -> None:
@@ -88,39 +91,27 @@ def _continue(
     prompt: Any,
     max_new_tokens: int,
     interventions: Any,
-    *,
-    temperature: Any = 0.0,
-    top_k: int | None = None,
-    top_p: Any = None,
-    min_p: Any = None,
-    stop_tokens: Any = None,
-    key: Array | None = None,
-    attention_mask: Any = None,
-    allow_longer: bool = False,
-    capture: Any = (),
+    options: DecodeOptions,
 ) -> Continued:
     """Arguments as in `oculi_jax.generate`, and prompts as an adapter takes them."""
-    config = model.config
+    config, attention_mask = model.config, options.attention_mask
     n_new = check_count(max_new_tokens)
     exact = not programs_of(model).compiles_per_length
     batch = prepare(
-        prompt, tokenizer, config, attention_mask=attention_mask, allow_longer=allow_longer, n_new=n_new, exact=exact
-    )
+        prompt, tokenizer, config,
+        attention_mask=attention_mask, allow_longer=options.allow_longer, n_new=n_new, exact=exact,
+    )  # fmt: skip
     tokens, real, n_tokens = batch.tokens, batch.mask, batch.n_tokens
     if attention_mask is None:
         # Texts or lists of unequal length: with the padding first, new tokens follow their prompts at once.
         shifts = n_tokens - real.sum(axis=1)
         tokens, real = (np.stack([np.roll(row, n) for row, n in zip(x, shifts, strict=True)]) for x in (tokens, real))
-    done = write(
-        model, tokens, real, interventions, n_new, n_covered=n_tokens,
-        sampler=sampler(temperature, top_k, top_p, min_p, config.vocab_size), stops=check_stops(stop_tokens, config),
-        key=key, capture=capture,
-    )  # fmt: skip
+    done = write(model, tokens, real, interventions, n_new, n_tokens, options)
     _refuse_trace(done.tokens)
     activations = done.activations
     if n_tokens != tokens.shape[1]:  # the padding that near lengths share a program by stands before the new tokens
         keep = np.r_[:n_tokens, tokens.shape[1] : tokens.shape[1] + n_new]
-        for reading in readings_of(capture, config, n_tokens + n_new) if activations else ():
+        for reading in readings_of(options.capture, config, n_tokens + n_new) if activations else ():
             name = reading.site.name
             for axis in reading.token_axes:
                 activations = {**activations, name: np.take(np.asarray(activations[name]), keep, axis=1 + axis)}

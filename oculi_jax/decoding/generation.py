@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,33 +12,39 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
-from ..arrays import listing, on_device
+from ..arrays import integer, integers, listing, on_device
 from ..backends import find_model, programs_of
-from ..capture import integers, readings_of
+from ..capture import readings_of
 from ..intervention.frame import Frame
 from ..intervention.rows import Rows
 from ..prompts import check_mask, check_tokens
-from .sampling import Sampler, sampler
+from .options import DecodeOptions
+from .sampling import sampler
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..backends.protocol import Model
+    from ..capture import CaptureLike
+    from ..intervention.protocol import Interventions
     from ..models.llama.config import LlamaConfig
     from ..models.llama.model import Llama
 
 
 def generate(
     model: Llama,
-    tokens: Any,
+    tokens: ArrayLike,
     max_new_tokens: int,
-    interventions: Any = (),
+    interventions: Interventions = (),
     *,
-    temperature: Any = 0.0,
+    temperature: ArrayLike = 0.0,
     top_k: int | None = None,
-    top_p: Any = None,
-    min_p: Any = None,
-    stop_tokens: Any = None,
+    top_p: ArrayLike | None = None,
+    min_p: ArrayLike | None = None,
+    stop_tokens: int | Sequence[int] | None = None,
     key: Array | None = None,
-    mask: Any = None,
-    capture: Any = (),
+    mask: ArrayLike | None = None,
+    capture: CaptureLike = (),
     allow_longer: bool = False,
 ) -> Any:
     """Continues one prompt. Interventions act on the prompt and on every new token, as they would in `forward`.
@@ -82,11 +88,16 @@ def generate(
     mask = check_mask(mask, n_tokens)
     real = np.ones(n_tokens, bool) if mask is None else mask
     check_length(config, n_tokens if on_device(real) else int(real.sum()), n_new, allow_longer)
-    written = write(
-        model, tokens[None], real[None], interventions, n_new, n_covered=n_tokens,
-        sampler=sampler(temperature, top_k, top_p, min_p, config.vocab_size), stops=check_stops(stop_tokens, config),
-        key=key, capture=capture,
-    )  # fmt: skip
+    options = DecodeOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop_tokens=stop_tokens,
+        key=key,
+        capture=capture,
+    )
+    written = write(model, tokens[None], real[None], interventions, n_new, n_tokens, options)
     found, activations = written.tokens, written.activations
     if not written.variants:
         found, activations = jax.tree.map(lambda x: x[0], (found, activations))
@@ -111,20 +122,18 @@ class Continuations:
 
 
 def write(
-    model: Any,
+    model: Model,
     tokens: Int[Any, "B T"],
     real: Bool[Any, "B T"],
-    interventions: Any,
+    interventions: Interventions,
     n_new: int,
-    *,
     n_covered: int,
-    sampler: Sampler,
-    stops: Int[Any, "M"],
-    key: Any,
-    capture: Any,
+    options: DecodeOptions,
 ) -> Continuations:
     """Continues prompts, or one prompt under variants of its interventions; their arrays cover `n_covered` tokens."""
     config = model.config
+    chosen_by = sampler(options.temperature, options.top_k, options.top_p, options.min_p, config.vocab_size)
+    stops = check_stops(options.stop_tokens, config)
     n_prompts, n_slots = len(tokens), tokens.shape[1] + n_new
     xp: Any = jnp if on_device(real) else np
     slots = xp.concatenate([real, xp.ones((n_prompts, n_new), bool)], axis=1)
@@ -140,15 +149,15 @@ def write(
         )
     size = axes[0] if axes else 1
     keys = None
-    if not sampler.greedy:
+    if not chosen_by.greedy:
         # Prompts of a batch draw apart; variants of one draw alike, so that they differ by the intervention alone.
-        one = check_key(key)
+        one = check_key(options.key)
         each = jax.random.split(one, n_prompts) if n_prompts > 1 else one[None]
         keys = jnp.broadcast_to(each[:, None], (n_prompts, size))
     shortest = n_slots if on_device(real) else int(slots.sum(axis=1).min())
-    readings = readings_of(capture, config, shortest)
+    readings = readings_of(options.capture, config, shortest)
     written = programs_of(model).decode_rows(
-        model, tokens, real, rows, size=size, n_covered=np.int32(n_covered), sampler=sampler, keys=keys, stops=stops,
+        model, tokens, real, rows, size=size, n_covered=np.asarray(n_covered, np.int32), sampler=chosen_by, keys=keys, stops=stops,
         n_new=n_new, readings=readings,
     )  # fmt: skip
     tokens, alive, activations = jax.tree.map(lambda x: x[0] if axes else x[:, 0], tuple(written))
@@ -164,16 +173,13 @@ def check_length(config: LlamaConfig, n_tokens: int, n_new: int, allow_longer: b
         )
 
 
-def check_count(max_new_tokens: Any) -> int:
+def check_count(max_new_tokens: int) -> int:
     """How many tokens to generate, at least one."""
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer):
-        raise TypeError(f"max_new_tokens is {max_new_tokens!r}, and an integer is needed: it is a part of the program.")
-    if not 1 <= max_new_tokens < 2**24:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, and must be at least 1, and less than {2**24}.")
-    return int(max_new_tokens)
+    n_new = integer(max_new_tokens, "max_new_tokens", 1, note=": it is a part of the program")
+    return integer(n_new, "max_new_tokens", high=2**24 - 1)
 
 
-def check_key(key: Any) -> Array:
+def check_key(key: Array | None) -> Array:
     """A typed random key from one of either kind."""
     if key is None:
         raise ValueError("Drawing tokens needs chance: give key=jax.random.key(seed), or temperature=0.0 for greedy.")
@@ -190,7 +196,7 @@ def check_key(key: Any) -> Array:
     return typed
 
 
-def check_stops(stop_tokens: Any, config: Any) -> Int[np.ndarray, "N"]:
+def check_stops(stop_tokens: int | Sequence[int] | None, config: LlamaConfig) -> Int[np.ndarray, "N"]:
     """Ids that end a row: those given, or the config's own where none are."""
     stops = config.eos_token_id if stop_tokens is None else stop_tokens
     ids = integers(() if stops is None else stops, "stop_tokens")

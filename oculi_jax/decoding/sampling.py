@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..arrays import as_array, on_device
+from ..arrays import as_array, integer, on_device
 from ..pytrees import pytree, static
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 @pytree
@@ -61,7 +64,7 @@ class Sampler:
 
 
 @partial(jax.jit, inline=True)
-def choose(sampler: Sampler, keys: Array | None, step: Any, logits: Float[Array, "C N V"]) -> Int[Array, "C N"]:
+def choose(sampler: Sampler, keys: Array | None, step: Array | int, logits: Float[Array, "C N V"]) -> Int[Array, "C N"]:
     """The next token of each row, from its key at this step."""
 
     def one(row: Float[Array, "V"], key: Array | None) -> Int[Array, ""]:
@@ -71,7 +74,9 @@ def choose(sampler: Sampler, keys: Array | None, step: Any, logits: Float[Array,
     return jax.vmap(jax.vmap(one, axes), axes)(logits, keys)
 
 
-def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: int) -> Sampler:
+def sampler(
+    temperature: ArrayLike, top_k: int | None, top_p: ArrayLike | None, min_p: ArrayLike | None, vocab_size: int
+) -> Sampler:
     """Checks what the host can see of the four options; `temperature`, `top_p` and `min_p` are data of the program."""
 
     def number(value: Any, name: str, allowed: str, ok: Any) -> Any:
@@ -82,11 +87,7 @@ def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: in
             raise ValueError(f"{name} is {value}, and must be a finite number, {allowed}.")
         return array.astype(np.float32)
 
-    if top_k is not None:
-        if isinstance(top_k, bool) or not isinstance(top_k, int | np.integer):
-            raise TypeError(f"top_k is {top_k!r}, and an integer is needed: it is a part of the program.")
-        if not 1 <= top_k <= vocab_size:
-            raise ValueError(f"top_k is {top_k}, and must be 1 to {vocab_size}, the size of the vocabulary.")
+    k = None if top_k is None else integer(top_k, "top_k", 1, vocab_size, note=": it is a part of the program")
     heat = number(temperature, "temperature", "0 (greedy) or more", lambda x: x >= 0)
     greedy = not on_device(heat) and heat == 0
     given = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -100,5 +101,5 @@ def sampler(temperature: Any, top_k: Any, top_p: Any, min_p: Any, vocab_size: in
         None if top_p is None else number(top_p, "top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
         None if min_p is None else number(min_p, "min_p", "0 to 1", lambda x: 0 <= x <= 1),
         bool(greedy),
-        None if top_k is None else int(top_k),
+        k,
     )

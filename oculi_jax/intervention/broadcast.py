@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..arrays import as_array, listing, on_device
+from ..arrays import AnyArray, as_array, listing, on_device
 from .each import PerLayer
 from .frame import Frame
+
+if TYPE_CHECKING:
+    pass
 
 
 class Carried(NamedTuple):
@@ -21,7 +24,7 @@ class Carried(NamedTuple):
     rows: Any
 
 
-def leading_axes(value: Any, rank: int) -> tuple[int, ...]:
+def leading_axes(value: object, rank: int) -> tuple[int, ...]:
     """The axes in front of a field's own `rank`: those of a sweep. What leads with the layers has none."""
     if isinstance(value, PerLayer):
         return ()
@@ -29,7 +32,7 @@ def leading_axes(value: Any, rank: int) -> tuple[int, ...]:
     return shape[: max(len(shape) - rank, 0)]
 
 
-def to_sweep_axes(array: Any, rank: int, frame: Frame, where: str, hint: str = "") -> Any:
+def to_sweep_axes(array: AnyArray, rank: int, frame: Frame, where: str, hint: str = "") -> Any:
     """An array with axes of the sweep before `rank` of its own as `Carried`; one without as it is."""
     lead, own = array.shape[: array.ndim - rank], array.shape[array.ndim - rank :]
     if not lead:
@@ -45,7 +48,7 @@ def to_sweep_axes(array: Any, rank: int, frame: Frame, where: str, hint: str = "
 
 
 def fit(
-    value: Any, letters: Sequence[str], frame: Frame, dtype: np.dtype, where: str, *, what: str, dense: bool = False
+    value: object, letters: Sequence[str], frame: Frame, dtype: np.dtype, where: str, *, what: str, dense: bool = False
 ) -> Any:
     """An array in canonical form: of all its field's axes, each as long as the run's or 1; or a number.
 
@@ -107,7 +110,7 @@ def first_wrong(array: np.ndarray, wrong: np.ndarray) -> str:
     return f"{array[place]} at {listing(place)}"
 
 
-def cast_to(array: Any, dtype: np.dtype, where: str, *, infinite: bool = False) -> Any:
+def cast_to(array: AnyArray, dtype: np.dtype, where: str, *, infinite: bool = False) -> Any:
     """An array in another dtype, its values checked where the host sees them; −∞ passes where `infinite` says so."""
     if dtype == np.dtype(bool):
         if array.dtype != bool and (on_device(array) or not np.isin(array, (0, 1)).all()):
@@ -132,6 +135,6 @@ def cast_to(array: Any, dtype: np.dtype, where: str, *, infinite: bool = False) 
     return cast
 
 
-def is_real(array: np.ndarray) -> bool:
+def is_real(array: AnyArray) -> bool:
     """Whether an array holds integers or floating-point numbers, bfloat16 among them."""
     return array.dtype.kind in "iuf" or array.dtype == jnp.bfloat16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,11 +18,14 @@ from .frame import Frame
 from .indices import Index, Positions, is_set
 from .protocol import as_list
 
+if TYPE_CHECKING:
+    from ..intervention.protocol import Intervention, Interventions
+
 # Fields that are small, and are checked by value also where they lie on a device.
 _SMALL = (Index, Strength, Positions, Table)
 
 
-def canonical(interventions: Any, frame: Frame) -> tuple[Any, ...]:
+def canonical(interventions: Interventions, frame: Frame) -> tuple[Any, ...]:
     """Every intervention of one run with its fields checked and in canonical form; one error lists all problems."""
     frame = dataclasses.replace(frame, axes=())
 
@@ -70,7 +73,7 @@ def names(items: Sequence[Any]) -> list[str]:
     return each if len(items) == 1 else [f"{name} (number {number})" for number, name in enumerate(each)]
 
 
-def check(item: Any, where: str) -> None:
+def check(item: Intervention, where: str) -> None:
     """Raises ValueError or TypeError for static fields that make no intervention, and for fields of no kind."""
     if not all("kind" in data.metadata for data in dataclasses.fields(item)):
         raise TypeError(
@@ -82,14 +85,14 @@ def check(item: Any, where: str) -> None:
         raise type(error)(f"{where}: {error}") from None
 
 
-def data_fields(item: Any) -> list[Any]:
+def data_fields(item: object) -> list[Any]:
     """The fields of an intervention that are data."""
     if not dataclasses.is_dataclass(item) or isinstance(item, type):
         return []
     return [data for data in dataclasses.fields(item) if data.metadata.get("kind") is not None]
 
 
-def sweep_axes(interventions: Any, n_prompts: int = 1) -> tuple[int, ...]:
+def sweep_axes(interventions: Interventions, n_prompts: int = 1) -> tuple[int, ...]:
     """The axes of a sweep to which all fields broadcast together; () where it is one run of each prompt."""
     items = as_list(interventions)
     axes: tuple[int, ...] = ()
@@ -114,7 +117,7 @@ def sweep_axes(interventions: Any, n_prompts: int = 1) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def by_value(item: Any) -> Any:
+def by_value(item: Intervention) -> Any:
     """The intervention with what is small on the host, where it can be checked by value."""
     changes = {}
     for data in data_fields(item):
@@ -125,7 +128,9 @@ def by_value(item: Any) -> Any:
     return dataclasses.replace(item, **changes) if changes else item
 
 
-def field_of_prompts(kind: Kind, value: Any, item: Any, frames: Sequence[Frame], where: str) -> tuple[Any, bool]:
+def field_of_prompts(
+    kind: Kind, value: object, item: Intervention, frames: Sequence[Frame], where: str
+) -> tuple[Any, bool]:
     """The canonical leaf of one field of several prompts, and whether it leads with them.
 
     Args:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .protocol import as_list
+
+if TYPE_CHECKING:
+    from ..adapter.adapter import LlamaAttentionAdapter
+    from ..intervention.protocol import Interventions
 
 # What is active here, outermost block first. Each thread and task has its own.
 _ACTIVE: ContextVar[tuple[InterventionContext, ...]] = ContextVar("oculi_jax_interventions", default=())
@@ -24,7 +28,7 @@ class InterventionContext:
         interventions: one intervention or a list of them, applied in order.
     """
 
-    def __init__(self, adapter: Any, interventions: Any):
+    def __init__(self, adapter: LlamaAttentionAdapter, interventions: Interventions):
         if not hasattr(adapter, "model") or not hasattr(adapter, "capture"):
             hint = " Pass the adapter of that model." if hasattr(adapter, "lm_head") else ""
             raise TypeError(f"InterventionContext takes an adapter, and was given a {type(adapter).__name__}.{hint}")
@@ -49,18 +53,18 @@ class InterventionContext:
             self._modules.pop().__exit__(None, None, None)
 
 
-def active(adapter: Any) -> tuple[Any, ...]:
+def active(adapter: object) -> tuple[Any, ...]:
     """The interventions that an adapter is under here."""
     return tuple(item for entry in _ACTIVE.get() if entry.adapter is adapter for item in entry.interventions)
 
 
-def active_in(module: Any) -> tuple[Any, ...]:
+def active_in(module: object) -> tuple[Any, ...]:
     """The interventions that a Hugging Face module's forward is under here."""
     mine = (entry for entry in _ACTIVE.get() if getattr(entry.adapter.model, "hf", None) is module)
     return tuple(item for entry in mine for item in entry.interventions)
 
 
-def active_on(model: Any) -> tuple[Any, ...]:
+def active_on(model: object) -> tuple[Any, ...]:
     """The interventions that a model's own `generate` is under here; ValueError where those here are all for others."""
     entries = _ACTIVE.get()
     mine = tuple(item for entry in entries if entry.adapter.model is model for item in entry.interventions)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
+from ..arrays import AnyArray
 from ..pytrees import pytree
 from ..sites import SITES, Site, site_of
 from .each import PerLayer
 from .fields import Anything, Mask, Values, field
+from .frame import Frame
 from .indices import Layer
+from .protocol import Intervention
 
 OPS = ("set", "add", "scale", "apply")
 
@@ -26,10 +29,12 @@ class _EditValue(Values):
 
     layer: str | None = "layer"
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
+        assert isinstance(owner, Edit)
         return () if owner.op == "apply" else super().axes(value, owner)
 
-    def canonical(self, value: Any, owner: Any, frame: Any, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
+        assert isinstance(owner, Edit)
         if owner.op == "apply":
             return Anything().canonical(value, owner, frame, where)
         return super().canonical(value, owner, frame, where)
@@ -84,7 +89,7 @@ class Edit:
 def lower(
     interventions: tuple[Any, ...],
     sizes: Mapping[str, int],
-    n_covered: Any = None,
+    n_covered: AnyArray | int | None = None,
     sites: Mapping[str, Site] = SITES,
 ) -> list[tuple[int, Edit]]:
     """The edits of canonical interventions, numbered by these, for a run of `sizes` on a model that has `sites`.
@@ -120,7 +125,7 @@ def _dense(edit: Edit, site: Site, sizes: Mapping[str, int]) -> Edit:
     return dataclasses.replace(edit, mask=leaf(edit.mask), value=value)
 
 
-def is_per_layer(x: Any) -> bool:
+def is_per_layer(x: object) -> TypeGuard[PerLayer]:
     return isinstance(x, PerLayer)
 
 
@@ -215,7 +220,7 @@ def is_site_shaped(edit: Edit) -> bool:
     return edit.op != "apply" or hasattr(edit.fn, "site_shaped")
 
 
-def limit_to_covered(edit: Edit, n_covered: Array | int, sizes: Mapping[str, int]) -> Edit:
+def limit_to_covered(edit: Edit, n_covered: AnyArray | int, sizes: Mapping[str, int]) -> Edit:
     """The edit in a run that has room for more tokens than its arrays cover: it leaves the others alone.
 
     Args:

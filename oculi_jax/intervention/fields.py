@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from .broadcast import cast_to, first_wrong, fit, is_real, leading_axes, to_swee
 from .each import PerLayer
 from .frame import Frame
 
+if TYPE_CHECKING:
+    from ..intervention.protocol import Intervention
+
 
 class Kind:
     """How one field becomes canonical. `owner` is the intervention, for fields that depend on another one of its fields.
@@ -38,11 +41,11 @@ class Kind:
 
     by_prompt = False
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         """The axes of a sweep that a value makes."""
         return ()
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         """The leaf, or `Carried` rows of leaves where it has the axes of a sweep, `frame.axes`."""
         raise NotImplementedError
 
@@ -53,10 +56,10 @@ class Strength(Kind):
 
     positive: bool = False
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         return leading_axes(value, 0)
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         given = value.x if isinstance(value, PerLayer) else value
         array = as_array(given)
         if on_device(array):
@@ -96,14 +99,14 @@ class Values(Kind):
         one_head = self.head is not None and site.head_axis is not None and getattr(owner, self.head) is not None
         return site.axes[1:] if one_head and not isinstance(value, PerLayer) else site.axes, dense
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         name = getattr(owner, self.site)
         if not isinstance(name, str) or name not in SITES:  # `canonical` says so
             return ()
         letters, dense = self._letters(value, owner, SITES[name])
         return leading_axes(value, len(letters) + dense)
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         site = frame.site(getattr(owner, self.site))
         letters, dense = self._letters(value, owner, site)
         what = f"those of {site.name!r}{'' if len(letters) == len(site.axes) else ' at one head'}"
@@ -127,7 +130,7 @@ class Mask(Values):
 
     layer: str | None = "layer"
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         given = as_array(value.x if isinstance(value, PerLayer) else value)
         if given.dtype != np.dtype(bool):
             raise TypeError(f"{where} has dtype {given.dtype}, and bool is needed.")
@@ -153,10 +156,10 @@ class Vector(Kind):
     heads: bool = False
     nonzero: bool = False
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         return leading_axes(value, 1)
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         site = frame.site(self.site if self.fixed else getattr(owner, self.site))
         letters: tuple[str, ...] = site.axes[-1:]
         if self.heads and isinstance(value, PerLayer) and as_array(value.x).ndim == 3:
@@ -179,10 +182,10 @@ class Table(Kind):
 
     site: str = "site"
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         return leading_axes(value, 2)
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         site = frame.site(getattr(owner, self.site))
         n_layers = frame.sizes["L"] if site.layered else 1
         widths = {frame.sizes[site.head_axis]} if site.head_axis else {1, frame.sizes[site.axes[-1]]}
@@ -207,7 +210,7 @@ class Capture(Kind):
 
     sites: str = "sites"
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         found = getattr(value, "activations", value)
         if not isinstance(found, Mapping):
             raise TypeError(
@@ -235,10 +238,16 @@ class Anything(Kind):
     """Any pytree of arrays, for an `apply` edit's own function, handed over as it is: no rank, no axes of a sweep.
 
     Where the edit acts at every layer, arrays with axes lead with `L`.
+
+    Attributes:
+        site, layer: the fields that name them.
     """
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
-        dense = frame.site(owner.site).layered and owner.layer is None
+    site: str = "site"
+    layer: str = "layer"
+
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
+        dense = frame.site(getattr(owner, self.site)).layered and getattr(owner, self.layer) is None
         n_layers = frame.sizes["L"]
 
         def leaf(x: Any) -> Any:
@@ -270,6 +279,6 @@ class Anything(Kind):
         return small
 
 
-def field(kind: Kind | None, *, default: Any = dataclasses.MISSING) -> Any:
+def field(kind: Kind | None, *, default: object = dataclasses.MISSING) -> Any:
     """A field of an intervention: `kind` for data, None for what is static (names, functions)."""
     return dataclasses.field(default=default, metadata={"kind": kind, "static": kind is None})

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
-from ..arrays import on_device
+from ..arrays import AnyArray, on_device
 from ..sites import Site, site_of
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Frame:
     config: LlamaConfig
     dtype: np.dtype
     n_tokens: int
-    mask: np.ndarray | Array | None
+    mask: AnyArray | None
     n_slots: int | None = None
     absolute: bool = False
     axes: tuple[int, ...] = ()
@@ -49,14 +48,14 @@ class Frame:
     def slots(self) -> int:
         return self.n_tokens if self.n_slots is None else self.n_slots
 
-    def site(self, name: Any) -> Site:
+    def site(self, name: object) -> Site:
         """The site of that name; ValueError where this model has none."""
         return site_of(name, self.config.sites)
 
     def site_dtype(self, site: Site) -> np.dtype:
         return self.dtype if site.dtype == "model" else np.dtype(site.dtype)
 
-    def positions(self, ranks: np.ndarray | Array, where: str) -> np.ndarray | Array:
+    def positions(self, ranks: AnyArray, where: str) -> AnyArray:
         """bool `[…, T]` over all slots from ranks `[…, M]` (or one rank) among the real tokens, negative ones from the last."""
         n_tokens, mask, given = self.slots, self.mask, ranks
         ranks = ranks if ranks.ndim else ranks[None]
@@ -82,7 +81,7 @@ class Frame:
         return _among_real(table, np.ones(n_tokens, bool) if mask is None else mask, np)
 
 
-def _short(ranks: np.ndarray | Array) -> str:
+def _short(ranks: AnyArray) -> str:
     listed = np.asarray(ranks).tolist() if ranks.ndim < 2 else np.asarray(ranks).ravel().tolist()
     return str(listed) if not ranks.ndim or len(listed) <= 8 else f"{str(listed[:8])[:-1]}, …]"
 

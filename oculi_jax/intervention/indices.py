@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,14 @@ from .each import PerLayer
 from .fields import Kind
 from .frame import Frame
 
+if TYPE_CHECKING:
+    from ..intervention.protocol import Intervention
+
 WORDS = {"L": "layers", "H": "query heads", "K": "key/value heads", "E": "residual dimensions", "F": "neurons",
          "D": "head dimensions", "T": "tokens", "S": "key positions"}  # fmt: skip
 
 
-def is_set(value: Any) -> bool:
+def is_set(value: object) -> TypeGuard[Sequence[object]]:
     """Whether a value of an index field means all of its entries in one run."""
     return isinstance(value, list | tuple | range)
 
@@ -43,17 +47,17 @@ class Index(Kind):
     letter: str = ""
     optional: bool = False
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         if value is None or is_set(value) or isinstance(value, PerLayer):
             return ()
         array = as_array(value)
         return array.shape[:-1] if array.dtype == bool else array.shape
 
-    def letter_of(self, value: Any, owner: Any, frame: Frame, where: str) -> str | None:
+    def letter_of(self, value: object, owner: Intervention, frame: Frame, where: str) -> str | None:
         """The axis's letter; None where there is none, which only None may stand for."""
         return self.letter
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         _no_layers(value, where)
         letter = self.letter_of(value, owner, frame, where)
         if value is None:
@@ -107,7 +111,7 @@ class Layer(Index):
     letter: str = "L"
     site: str | None = None
 
-    def letter_of(self, value: Any, owner: Any, frame: Frame, where: str) -> str | None:
+    def letter_of(self, value: object, owner: Intervention, frame: Frame, where: str) -> str | None:
         if self.site is None or frame.site(getattr(owner, self.site)).layered:
             return "L"
         if value is not None:
@@ -128,7 +132,7 @@ class Head(Index):
     optional: bool = True
     site: str = "site"
 
-    def letter_of(self, value: Any, owner: Any, frame: Frame, where: str) -> str | None:
+    def letter_of(self, value: object, owner: Intervention, frame: Frame, where: str) -> str | None:
         site = frame.site(getattr(owner, self.site))
         if site.head_axis is None and value is not None:
             raise ValueError(f"{where} is given, but the site {site.name!r} has no heads: it is {site.shape}.")
@@ -142,7 +146,7 @@ class Last(Index):
     optional: bool = True
     site: str = "site"
 
-    def letter_of(self, value: Any, owner: Any, frame: Frame, where: str) -> str | None:
+    def letter_of(self, value: object, owner: Intervention, frame: Frame, where: str) -> str | None:
         return frame.site(getattr(owner, self.site)).axes[-1]
 
 
@@ -156,10 +160,10 @@ class Positions(Kind):
     optional: bool = False
     by_prompt = True
 
-    def axes(self, value: Any, owner: Any) -> tuple[int, ...]:
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
         return Index().axes(value, owner)
 
-    def canonical(self, value: Any, owner: Any, frame: Frame, where: str) -> Any:
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
         _no_layers(value, where)
         if value is None:
             if self.optional:

@@ -22,6 +22,8 @@ from .fields import Capture, Strength, Table, Values, Vector, field
 from .indices import Head, Index, Last, Layer, Positions
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..models.llama.config import LlamaConfig
 
 # Letter → size of this run, T and S among them.
@@ -69,7 +71,7 @@ class HeadAblation:
     replacement: Any = field(Vector("z", fixed=True, heads=True), default=0.0)
 
     @classmethod
-    def grid(cls, config: LlamaConfig, replacement: Any = 0.0) -> HeadAblation:
+    def grid(cls, config: LlamaConfig, replacement: ArrayLike = 0.0) -> HeadAblation:
         """Every head of a model, for `sweep`: axes `[L, H]`. A mean of each head, `PerLayer` of `[L, H, D]`, is shared by all."""
         if not hasattr(config, "num_hidden_layers") or not hasattr(config, "num_attention_heads"):
             raise TypeError(

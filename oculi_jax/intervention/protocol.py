@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 if TYPE_CHECKING:
     from .edit import Edit
@@ -22,12 +22,18 @@ class Intervention(Protocol):
     A method `check()`, where there is one, raises ValueError or TypeError for static fields that make no intervention.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
     def edits(self, sizes: Mapping[str, int]) -> tuple[Edit, ...]:
         """The edits that it stands for, in order, in a run of these sizes (letter → size)."""
         ...
 
 
-def as_list(interventions: Any) -> list[Any]:
+# What functions take: one intervention, or several in the order in which they act.
+Interventions: TypeAlias = Intervention | Sequence[Intervention]
+
+
+def as_list(interventions: Interventions) -> list[Intervention]:
     """Interventions as a list, where one was given alone.
 
     Raises:
@@ -42,12 +48,12 @@ def as_list(interventions: Any) -> list[Any]:
     for number, item in enumerate(interventions):
         if isinstance(item, type):
             raise TypeError(f"interventions[{number}] is the class {item.__name__}; give an instance of it.")
-        if not isinstance(item, Intervention) or not dataclasses.is_dataclass(item):
+        if not isinstance(item, Intervention):
             raise TypeError(f"interventions[{number}] is a {type(item).__name__}, not an intervention.")
     return list(interventions)
 
 
-def are_interventions(given: Any) -> bool:
+def are_interventions(given: object) -> TypeGuard[Interventions]:
     """Whether one intervention is given, or a list of at least one, and not token ids or texts."""
     items = given if isinstance(given, list | tuple) else (given,)
     return len(items) > 0 and all(isinstance(item, Intervention) for item in items)

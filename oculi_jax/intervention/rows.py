@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -13,6 +13,9 @@ from .broadcast import Carried
 from .canonical import by_value, field_of_prompts, sweep_axes, with_leaves
 from .frame import Frame
 from .protocol import as_list
+
+if TYPE_CHECKING:
+    from ..intervention.protocol import Interventions
 
 
 @pytree
@@ -37,7 +40,7 @@ class Rows:
         return cls(leaves, tree, (False,) * len(leaves), (False,) * len(leaves))
 
     @classmethod
-    def of(cls, interventions: Any, frames: Sequence[Frame]) -> tuple[Rows, tuple[int, ...]]:
+    def of(cls, interventions: Interventions, frames: Sequence[Frame]) -> tuple[Rows, tuple[int, ...]]:
         """Checks interventions and makes them canonical.
 
         Args:

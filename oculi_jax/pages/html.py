@@ -116,30 +116,40 @@ def _data(m: Measured) -> dict[str, Any]:
             "target": _numbers(m.lens_target),
         },
         "attention": {"heads": m.heads, "selection": m.selection, "weights": _packed(m.patterns)},
-        "scores": {
-            "sequences": m.n_sequences,
-            "repeat": m.repeat,
-            "kinds": [
-                {
-                    "name": name,
-                    "label": label,
-                    "meaning": meaning,
-                    "values": _numbers(m.scores[name]),
-                    "errors": _numbers(m.errors[name]),
-                }
-                for name, (label, meaning) in SCORES.items()
-            ],
-        },
+        "scores": _scores(m),
         "ablation": _numbers(m.effects),
-        "attribution": {
-            "embedding": _numbers(m.embedding),
-            "attention": _numbers(m.attention),
-            "mlp": _numbers(m.mlp),
-            "other": _numbers(m.other),
-            "heads": _numbers(m.by_head),
-            "bias": _numbers(m.bias),
-            "error": _numbers(m.completeness_error),
-        },
+        "attribution": _attribution(m),
+    }
+
+
+def _scores(m: Measured) -> dict[str, Any]:
+    """What each head does on repeated random tokens."""
+    return {
+        "sequences": m.n_sequences,
+        "repeat": m.repeat,
+        "kinds": [
+            {
+                "name": name,
+                "label": label,
+                "meaning": meaning,
+                "values": _numbers(m.scores[name]),
+                "errors": _numbers(m.errors[name]),
+            }
+            for name, (label, meaning) in SCORES.items()
+        ],
+    }
+
+
+def _attribution(m: Measured) -> dict[str, Any]:
+    """What the parts of the model add to the target's logit."""
+    return {
+        "embedding": _numbers(m.embedding),
+        "attention": _numbers(m.attention),
+        "mlp": _numbers(m.mlp),
+        "other": _numbers(m.other),
+        "heads": _numbers(m.by_head),
+        "bias": _numbers(m.bias),
+        "error": _numbers(m.completeness_error),
     }
 
 

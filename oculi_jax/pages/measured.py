@@ -15,19 +15,22 @@ from jaxtyping import Float, Int
 from ..adapter.configs import CaptureConfig, LogitConfig, MLPConfig
 from ..analysis.attribution import AttributionMethods
 from ..analysis.circuits import PATTERNS
-from ..analysis.inputs import check_integer
+from ..arrays import integer
 from ..capture import CaptureSpec
 from ..diagnostics import HeadScores, head_scores
 from ..intervention import HeadAblation
 from ..intervention.context import active
-from ..metrics import logit_difference
+from ..metrics import Metric, logit_difference
+from ..output import Output
 from ..prompts import prepare
 from ..run import forward
 from ..sweeps.sweeping import sweep
 
 if TYPE_CHECKING:
     from ..adapter.adapter import LlamaAttentionAdapter
+    from ..adapter.structures import FullCapture, LogitCapture
 
+NAMED = tuple(name for name in PATTERNS if name != "unknown")
 TOP = 5  # likeliest tokens of a cell
 N_SEQUENCES, LONGEST_REPEAT = 8, 50  # of the head scores, as `oculi heads` has them
 # Bytes of patterns, two a weight, that a page holds by itself, and that it holds when told which heads.
@@ -121,8 +124,7 @@ def measure(
     prompt = prepare(text, adapter.tokenizer, config, attention_mask=None, allow_longer=allow_longer)
     tokens = prompt.tokens[0, : prompt.n_tokens]
     _check_sizes(len(tokens), n_layers)
-    if heads is not None:
-        heads = _check_heads(heads, n_layers, n_heads, len(tokens))
+    heads = None if heads is None else _check_heads(heads, n_layers, n_heads, len(tokens))
     wanted = None if target is None else adapter.to_single_token(target)
 
     out = forward(model, tokens, logits="last")
@@ -130,66 +132,35 @@ def measure(
     if not np.isfinite(logits).all():
         raise ValueError("The model's logits are not finite on this prompt: there is nothing to show.")
     goal = int(np.argmax(logits)) if wanted is None else wanted
-    top = min(TOP, config.vocab_size)
-    lens_config = LogitConfig(top_k=top, tokens=[goal])
-    full = adapter.capture_full(
-        text, attention=HEADS_ALONE, mlp=OUTPUT_ALONE, logits=lens_config, allow_longer=allow_longer
-    )
-    lens = full.logits
-    lens_ids = np.asarray(lens.top_k_indices)
-    lens_probabilities = np.exp(np.asarray(lens.top_k_logits) - np.asarray(lens.log_normalizer)[..., None])
-    parts = AttributionMethods.component_attribution(full.residual, full.mlp, model.lm_head.weight, goal)
-    shares = AttributionMethods.head_attribution(full.attention, model, goal, residual=full.residual)
-    assert parts.completeness_error is not None
-
+    wanted_lens = LogitConfig(top_k=min(TOP, config.vocab_size), tokens=[goal])
+    kept_parts: dict[str, Any] = {"attention": HEADS_ALONE, "mlp": OUTPUT_ALONE, "logits": wanted_lens}
+    full = adapter.capture_full(text, **kept_parts, allow_longer=allow_longer)
+    lens = _lens(full.logits)
     rival = int(np.argmax(np.where(np.arange(len(logits)) == goal, -np.inf, logits)))
-    metric = logit_difference(goal, rival)
-    plain = float(metric(out))
-    effects = np.asarray(sweep(model, tokens, HeadAblation.grid(config), metric, progress=progress)) - plain
+    effects = _ablated(model, tokens, logit_difference(goal, rival), out, progress)
     repeat = min(LONGEST_REPEAT, (config.max_position_embeddings - 1) // 2, config.vocab_size - 4)
     found = head_scores(model, n_sequences=N_SEQUENCES, length=repeat)
-    named = [name for name in PATTERNS if name != "unknown"]
     kept, selection = (heads, "given") if heads else _choose(effects, found, len(tokens))
-    ids = {goal, rival, *tokens.tolist(), *lens_ids.ravel().tolist()}
+    ids = {goal, rival, *tokens.tolist(), *lens["lens_ids"].ravel().tolist()}
 
     measured = Measured(
-        prompt=text,
-        name=_name(adapter.tokenizer),
-        sizes=config.sizes,
-        parameters=model.n_params,
-        dtype=str(model.dtype),
+        **_described(adapter, text),
         tokens=tokens,
         target=goal,
         chosen=target is not None,
         rival=rival,
         target_log_probability=float(jax.nn.log_softmax(logits)[goal]),
-        target_logit=float(parts.details["logit"]),
         rival_logit=float(logits[rival]),
-        next_ids=lens_ids[-1, -1],
-        next_probabilities=lens_probabilities[-1, -1],
-        lens_ids=lens_ids,
-        lens_probabilities=lens_probabilities,
-        lens_target=np.asarray(lens.probabilities)[..., 0],
+        **lens,
         heads=kept,
         selection=selection,
         patterns=_patterns(model, tokens, kept),
-        scores={name: np.asarray(getattr(found, name)) for name in named},
-        errors={name: np.asarray(found.standard_error[name]) for name in named},
-        n_sequences=N_SEQUENCES,
-        repeat=repeat,
+        **_scored(found, repeat),
         effects=effects,
-        embedding=float(parts.details["embedding"]),
-        attention=np.asarray(parts.values)[:, 0],
-        mlp=np.asarray(parts.values)[:, 1],
-        other=float(np.sum(parts.details["edits"])) + float(parts.details["norm_edit"]),
-        by_head=np.asarray(shares.values),
-        bias=float(np.sum(shares.details["bias"])),
-        completeness_error=float(parts.completeness_error),
-        words={i: str(adapter.tokenizer.decode([i])) for i in sorted(ids)},
+        **_attributed(full, model, goal),
+        words=dict(zip(sorted(ids), adapter.str_tokens(sorted(ids)), strict=True)),
     )
-    numbers = [value for value in vars(measured).values() if isinstance(value, float | np.ndarray)]
-    if not all(np.isfinite(value).all() for value in [*numbers, *measured.scores.values()]):
-        raise ValueError("The model gives numbers that are not finite on this prompt: there is nothing to show.")
+    _check_finite(measured)
     return measured
 
 
@@ -203,6 +174,70 @@ def _triangle(n_tokens: int) -> int:
     return n_tokens * (n_tokens + 1)
 
 
+def _described(adapter: LlamaAttentionAdapter, text: str) -> dict[str, Any]:
+    """The fields of `Measured` that say what was asked of which model."""
+    model = adapter.model
+    return {
+        "prompt": text,
+        "name": _name(adapter.tokenizer),
+        "sizes": model.config.sizes,
+        "parameters": model.n_params,
+        "dtype": str(model.dtype),
+    }
+
+
+def _scored(found: HeadScores, repeat: int) -> dict[str, Any]:
+    """The fields of `Measured` that say what heads do on repeated random tokens."""
+    return {
+        "scores": {name: np.asarray(getattr(found, name)) for name in NAMED},
+        "errors": {name: np.asarray(found.standard_error[name]) for name in NAMED},
+        "n_sequences": N_SEQUENCES,
+        "repeat": repeat,
+    }
+
+
+def _lens(lens: LogitCapture) -> dict[str, np.ndarray]:
+    """The fields of `Measured` that the logit lens gives."""
+    ids = np.asarray(lens.top_k_indices)
+    probabilities = np.exp(np.asarray(lens.top_k_logits) - np.asarray(lens.log_normalizer)[..., None])
+    return {
+        "next_ids": ids[-1, -1],
+        "next_probabilities": probabilities[-1, -1],
+        "lens_ids": ids,
+        "lens_probabilities": probabilities,
+        "lens_target": np.asarray(lens.probabilities)[..., 0],
+    }
+
+
+def _attributed(full: FullCapture, model: Any, goal: int) -> dict[str, Any]:
+    """The fields of `Measured` that say where the target's logit comes from."""
+    parts = AttributionMethods.component_attribution(full.residual, full.mlp, model.lm_head.weight, goal)
+    shares = AttributionMethods.head_attribution(full.attention, model, goal, residual=full.residual)
+    assert parts.completeness_error is not None
+    return {
+        "target_logit": float(parts.details["logit"]),
+        "embedding": float(parts.details["embedding"]),
+        "attention": np.asarray(parts.values)[:, 0],
+        "mlp": np.asarray(parts.values)[:, 1],
+        "other": float(np.sum(parts.details["edits"])) + float(parts.details["norm_edit"]),
+        "by_head": np.asarray(shares.values),
+        "bias": float(np.sum(shares.details["bias"])),
+        "completeness_error": float(parts.completeness_error),
+    }
+
+
+def _ablated(model: Any, tokens: np.ndarray, metric: Metric, out: Output, progress: Any) -> np.ndarray:
+    """What ablating each head does to a metric, `[L, H]`."""
+    values = sweep(model, tokens, HeadAblation.grid(model.config), metric, progress=progress)
+    return np.asarray(values) - float(metric(out))
+
+
+def _check_finite(measured: Measured) -> None:
+    numbers = [value for value in vars(measured).values() if isinstance(value, float | np.ndarray)]
+    if not all(np.isfinite(value).all() for value in [*numbers, *measured.scores.values()]):
+        raise ValueError("The model gives numbers that are not finite on this prompt: there is nothing to show.")
+
+
 def _check_sizes(n_tokens: int, n_layers: int) -> None:
     most = min(MOST_TOKENS, MOST_CELLS // n_layers)
     if n_tokens > most:
@@ -213,9 +248,7 @@ def _check_sizes(n_tokens: int, n_layers: int) -> None:
 
 
 def _check_heads(heads: Sequence[tuple[int, int]], n_layers: int, n_heads: int, n_tokens: int) -> list[tuple[int, int]]:
-    pairs = [
-        (check_integer(layer, "a layer of heads"), check_integer(head, "a head of heads")) for layer, head in heads
-    ]
+    pairs = [(integer(layer, "a layer of heads"), integer(head, "a head of heads")) for layer, head in heads]
     if not pairs:
         raise ValueError("heads is empty; leave it out, or name at least one head.")
     for layer, head in pairs:

@@ -15,6 +15,7 @@ from ..intervention.rows import Rows
 from ..sites import SITES
 
 if TYPE_CHECKING:
+    from ..arrays import AnyArray
     from ..models.llama.config import LlamaConfig
 
 
@@ -63,7 +64,7 @@ def _touched(edit: Edit, n_layers: int, n_tokens: int) -> Bool[Array, "L T"]:
     return jnp.broadcast_to(mask, (n_layers, n_tokens)) & layers[:, None]
 
 
-def what_needs_all_tokens(rows: Rows, tokens: Any, mask: Any, size: int, config: LlamaConfig) -> str:
+def what_needs_all_tokens(rows: Rows, tokens: AnyArray, mask: AnyArray | None, size: int, config: LlamaConfig) -> str:
     """By what a token's values may come to depend on later tokens, or an edit on how many tokens run; "" by nothing.
 
     Then what precedes an edited token is not as it was: an edit may let a query see later keys, and a function that is not

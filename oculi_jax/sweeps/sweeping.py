@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..arrays import on_device, under_trace
+from ..arrays import AnyArray, integer, on_device, under_trace
 from ..backends import find_model, programs_of
 from ..intervention.frame import Frame
 from ..intervention.rows import Rows
@@ -25,6 +25,10 @@ from .planning import Cost, Group, SweepPlan, make_plan
 from .reach import first_touched, what_needs_all_tokens
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..intervention.protocol import Interventions
+    from ..metrics import MetricLike
     from ..models.llama.model import Llama
 
 Progress = Callable[[int, int], None]
@@ -32,11 +36,11 @@ Progress = Callable[[int, int], None]
 
 def sweep(
     model: Llama,
-    tokens: Any,
-    interventions: Any,
+    tokens: ArrayLike,
+    interventions: Interventions,
     metric: Callable[..., Any],
     *,
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     batch_size: int | Literal["auto"] = "auto",
     reuse: bool = True,
     progress: Progress | bool | None = None,
@@ -94,11 +98,11 @@ def sweep(
 
 def plan(
     model: Llama,
-    tokens: Any,
-    interventions: Any,
+    tokens: ArrayLike,
+    interventions: Interventions,
     metric: Callable[..., Any],
     *,
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     batch_size: int | Literal["auto"] = "auto",
     reuse: bool = True,
     mesh: Mesh | None = None,
@@ -142,13 +146,13 @@ class _Prepared:
 
 def sweep_prompts(
     model: Llama,
-    tokens: Any,
-    mask: Any,
-    interventions: Any,
-    metric: Any,
-    batch_size: Any = "auto",
+    tokens: AnyArray,
+    mask: AnyArray | None,
+    interventions: Interventions,
+    metric: MetricLike,
+    batch_size: int | Literal["auto"] = "auto",
     reuse: bool = True,
-    progress: Any = None,
+    progress: Progress | bool | None = None,
     mesh: Mesh | None = None,
     single: bool = False,
 ) -> Any:
@@ -220,10 +224,7 @@ def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
 
 
 def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
-    if batch_size != "auto" and (
-        isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1
-    ):
-        raise ValueError(f"batch_size is {batch_size!r}, and must be 'auto' or an integer of 1 or more.")
+    size = None if batch_size == "auto" else integer(batch_size, "batch_size", 1, note=", or 'auto'")
     model, metric = prepared.model, prepared.metric
     config = model.config
     n_prompts, n_tokens = prepared.tokens.shape
@@ -243,7 +244,6 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
         note = what_needs_all_tokens(prepared.rows, prepared.tokens, prepared.mask, prepared.size, config)
         if note:
             first_tokens = np.minimum(first_tokens, 0)
-    size = None if batch_size == "auto" else int(batch_size)
     made = make_plan(
         cost, prepared.axes, n_prompts, first_layers, first_tokens=first_tokens, batch_size=size, budget=free // 2
     )
@@ -304,7 +304,8 @@ def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
                 out = programs.run_variants(
                     chunk.model, chunk.tokens, chunk.mask, rows, size=group.size,
                     metric=chunk.metric, metric_by_prompt=chunk.metric_by_prompt, mesh=prepared.mesh,
-                    base=base, start=np.int32(group.start) if plan.reuse else 0, n_rows=group.n_rows if plan.reuse else None,
+                    base=base, start=np.asarray(group.start, np.int32) if plan.reuse else 0,
+                    n_rows=group.n_rows if plan.reuse else None,
                 ).value  # fmt: skip
                 if any(isinstance(x, Tracer) for x in jax.tree.leaves(out)):
                     return None

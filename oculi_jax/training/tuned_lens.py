@@ -6,7 +6,7 @@ Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import as_array, listing
+from ..arrays import as_array, integer, listing
 from ..backends import check_model
 from ..capture import CaptureSpec
 from ..prompts import check_tokens
@@ -28,6 +28,8 @@ from ..utils.files import read_tensors, write_aside, write_tensors
 from ..utils.progress import progress
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from ..models.llama.config import LlamaConfig
     from ..models.llama.model import Llama
 
@@ -132,13 +134,13 @@ class TunedLens:
 
 def train_tuned_lens(
     model: Llama,
-    tokens: Any,
+    tokens: ArrayLike | Iterable[ArrayLike],
     *,
     n_steps: int,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     seed: int = 0,
-    mask: Any = None,
+    mask: ArrayLike | None = None,
 ) -> tuple[TunedLens, Float[np.ndarray, "N L"]]:
     """Fits a tuned lens: each layer's mean KL(model's distribution ‖ lens's), over all real positions, with Adam.
 
@@ -164,28 +166,26 @@ def train_tuned_lens(
         ValueError, TypeError: ids, a mask or a number that cannot be; no batch at all.
     """
     config = check_model(model)
-    for name, value in (("n_steps", n_steps), ("batch_size", batch_size)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} is {value!r}, and must be an integer from 1.")
+    n_steps, batch_size = integer(n_steps, "n_steps", 1), integer(batch_size, "batch_size", 1)
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.number):
         raise TypeError(f"learning_rate is {learning_rate!r}, and a number is needed.")
     if not 0 < learning_rate <= 1e3:
         raise ValueError(f"learning_rate is {learning_rate!r}, and must be above 0, and at most 1000.")
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed is {seed!r}, and must be an integer from 0.")
+    seed = integer(seed, "seed", 0)
     if hasattr(tokens, "shape"):
-        batches = _sampled(*_check_batch(tokens, mask, config), int(batch_size), seed)
+        batches = _sampled(*_check_batch(tokens, mask, config), batch_size, seed)
     elif mask is not None:
         raise ValueError("mask goes with tokens [N, T] as one array; an iterable of batches must be without padding.")
     else:
-        batches = (_check_batch(batch, None, config) for batch in tokens)
+        several: Any = tokens
+        batches = (_check_batch(batch, None, config) for batch in several)
 
     # The last layer has nothing to learn; under Adam even the rounding of its zero gradient would move it.
     whole = TunedLens.identity(config)
     lens = TunedLens(whole.weight[:-1], whole.bias[:-1])
     state = optax.scale_by_adam().init(lens)  # type: ignore[arg-type]
     losses = []
-    with progress("Fitting the tuned lens", int(n_steps)) as advance:
+    with progress("Fitting the tuned lens", n_steps) as advance:
         for step, (ids, real) in zip(range(n_steps), batches, strict=False):
             rate = np.float32(learning_rate * (1 - step / n_steps))
             lens, state, loss = _step(lens, state, model, ids, real, rate)
@@ -197,7 +197,9 @@ def train_tuned_lens(
     return TunedLens(weight, jnp.concatenate([lens.bias, whole.bias[-1:]])), np.stack(losses)
 
 
-def tuned_lens_kl(model: Llama, lens: TunedLens, tokens: Any, mask: Any = None) -> Float[Array, " L"]:
+def tuned_lens_kl(
+    model: Llama, lens: TunedLens, tokens: ArrayLike, mask: ArrayLike | None = None
+) -> Float[Array, " L"]:
     """How far a tuned lens is from what the model says: each layer's mean KL(model ‖ lens) over real positions, in nats.
 
     Args:

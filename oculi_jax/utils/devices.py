@@ -9,13 +9,29 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
+
 # What the weights may take of what is free; the rest is for activations and captures.
 _SHARE = 0.8
+
+
+class JaxDevice(Protocol):
+    """A `jax.Device`, for which JAX has no type that can be checked."""
+
+    @property
+    def platform(self) -> str: ...
+    @property
+    def device_kind(self) -> str: ...
+
+
+# A device, or the name of a platform; those of torch for its own models.
+DeviceLike: TypeAlias = "str | JaxDevice | torch.device"
 
 
 def get_default_device() -> Any:
@@ -29,7 +45,7 @@ def get_default_device() -> Any:
     return _torch_devices().find_device("mps") if device.platform == "cpu" and is_mps_available() else device
 
 
-def find_device(device: Any = None) -> Any:
+def find_device(device: DeviceLike | None = None) -> Any:
     """A `jax.Device` from a device, a platform's name (`"cpu"`, `"gpu"`, `"cuda"`, `"tpu"`), or None for JAX's first."""
     if device is None:
         return jax.local_devices()[0]
@@ -82,11 +98,12 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def memory(device: Any = None) -> tuple[int | None, int | None]:
+def memory(device: JaxDevice | torch.device | None = None) -> tuple[int | None, int | None]:
     """Bytes in all and bytes free, of a device of JAX or torch; of the host for None, and for a device without its own."""
     if isinstance(device, jax.Device):
+        of_jax: Any = device
         try:
-            stats = device.memory_stats() or {}
+            stats = of_jax.memory_stats() or {}
         except RuntimeError:
             stats = {}
         if "bytes_limit" in stats:
@@ -140,7 +157,7 @@ class Recommendation:
         return self.reason
 
 
-def recommend_device_for_model(model: Any, dtype: str = "auto") -> Recommendation:
+def recommend_device_for_model(model: object, dtype: str = "auto") -> Recommendation:
     """The first of these that has room: the default device in float32, then in half precision; the CPU likewise.
 
     Half precision is bfloat16, on Apple GPUs float16. Where nothing has room, the CPU is recommended,

@@ -5,9 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..prompts import PromptLike
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: text to ids and back, as any of Hugging Face's does it."""
+
+    def encode(self, text: str, /, *args: Any, **kwargs: Any) -> Sequence[int]: ...
+    def decode(self, ids: Any, /, *args: Any, **kwargs: Any) -> str: ...
 
 
 def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
@@ -24,64 +36,65 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
         raise OSError(f"There is no usable tokenizer in {os.fspath(source)!r}: {reason}") from error
 
 
-def _need(tokenizer: Any) -> None:
+def _need(tokenizer: Tokenizer | None) -> Any:
     if not hasattr(tokenizer, "encode") or not hasattr(tokenizer, "decode"):
         raise TypeError(f"A tokenizer is needed for text, and a {type(tokenizer).__name__} was given.")
+    return tokenizer
 
 
-def to_single_token(tokenizer: Any, text: str) -> int:
+def to_single_token(tokenizer: Tokenizer | None, text: str) -> int:
     """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
-    _need(tokenizer)
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    known = _need(tokenizer)
+    ids = known.encode(text, add_special_tokens=False)
     if len(ids) != 1:
-        pieces = [tokenizer.decode([i]) for i in ids]
+        pieces = [known.decode([i]) for i in ids]
         hint = ""
-        if text and not text.startswith(" ") and len(tokenizer.encode(" " + text, add_special_tokens=False)) == 1:
+        if text and not text.startswith(" ") and len(known.encode(" " + text, add_special_tokens=False)) == 1:
             hint = f" {' ' + text!r}, with a space before it, is one."
         raise ValueError(f"{text!r} is not one token but {len(ids)}: {pieces}.{hint}")
     if unknown_words(tokenizer, text):
-        raise ValueError(
-            f"{text!r} is not in the vocabulary of the model, which would read it as {tokenizer.unk_token!r}."
-        )
+        raise ValueError(f"{text!r} is not in the vocabulary of the model, which would read it as {known.unk_token!r}.")
     return int(ids[0])
 
 
-def unknown_words(tokenizer: Any, text: str) -> list[str]:
+def unknown_words(tokenizer: Tokenizer | None, text: str) -> list[str]:
     """The parts of a text for which the tokenizer has no token but its unknown one, in order."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if unknown is None or unknown not in ids or not getattr(tokenizer, "is_fast", False):
+    known = _need(tokenizer)
+    unknown = getattr(known, "unk_token_id", None)
+    ids = known.encode(text, add_special_tokens=False)
+    if unknown is None or unknown not in ids or not getattr(known, "is_fast", False):
         return []
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = known(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     words = [text[start:stop].strip() for i, (start, stop) in zip(ids, spans, strict=True) if i == unknown]
-    return [word for word in words if word and word != tokenizer.unk_token]
+    return [word for word in words if word and word != known.unk_token]
 
 
-def str_tokens(tokenizer: Any, text_or_ids: Any) -> list[str]:
+def str_tokens(tokenizer: Tokenizer | None, text_or_ids: PromptLike) -> list[str]:
     """The text of each token, of a text (with the special tokens that the tokenizer adds) or of ids `[T]` or `[1, T]`."""
-    _need(tokenizer)
-    ids = tokenizer.encode(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids)
+    known = _need(tokenizer)
+    ids = known.encode(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids)
     ids = np.asarray(ids)
     ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
     if ids.ndim != 1:
         raise ValueError(f"str_tokens takes one text or ids [T], and was given an array {list(ids.shape)}.")
-    return [tokenizer.decode([int(i)]) for i in ids]
+    return [known.decode([int(i)]) for i in ids]
 
 
-def continuation(tokenizer: Any, prompt: str, new: Any) -> str:
+def continuation(tokenizer: Tokenizer | None, prompt: str, new: ArrayLike) -> str:
     """What new ids `[T]` add to a prompt: decoding all beyond decoding the prompt, as some tokenizers drop a text's first space."""
-    before = list(tokenizer.encode(prompt))
-    whole = tokenizer.decode([*before, *np.asarray(new).tolist()], skip_special_tokens=True)
-    return whole[len(tokenizer.decode(before, skip_special_tokens=True)) :]
+    known = _need(tokenizer)
+    before = list(known.encode(prompt))
+    whole = known.decode([*before, *np.asarray(new).tolist()], skip_special_tokens=True)
+    return whole[len(known.decode(before, skip_special_tokens=True)) :]
 
 
-def first_difference(tokenizer: Any, one: str | Sequence[int], other: str | Sequence[int]) -> int | None:
+def first_difference(tokenizer: Tokenizer | None, one: str | Sequence[int], other: str | Sequence[int]) -> int | None:
     """The first position at which two prompts' tokens differ; None where they are the same.
 
     Where one is the start of the other, that is the length of the shorter.
     """
-    _need(tokenizer)
-    a, b = (tokenizer.encode(text) if isinstance(text, str) else list(map(int, text)) for text in (one, other))
+    known = _need(tokenizer)
+    a, b = (known.encode(text) if isinstance(text, str) else list(map(int, text)) for text in (one, other))
     for position, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return position

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .canvas import (
     LARGE,
@@ -28,12 +28,13 @@ from .canvas import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 KEY, QUERY, WEIGHT = "Key (attending to)", "Query (attending from)", "attention weight"
 
 
 def attention_heatmap(
-    pattern: Any, tokens: Sequence[str] | None = None, ax: Axes | None = None, title: str | None = None
+    pattern: ArrayLike, tokens: Sequence[str] | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """One head's pattern: where each token (down) attends to (across).
 
@@ -62,7 +63,7 @@ def attention_heatmap(
 
 
 def head_grid(
-    patterns: Any,
+    patterns: ArrayLike,
     titles: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arrays import integer
 from .canvas import (
     LINES,
     MISSING,
@@ -66,7 +67,8 @@ def attribution_bars(
     Raises:
         ValueError, TypeError: a shape, a number of labels or a k that cannot be.
     """
-    given, method = result_or_values, ""
+    given: Any = result_or_values
+    method = ""
     if hasattr(given, "values") and hasattr(given, "method"):
         layers, method = given.layers or None if layers is None else layers, given.method
         given = given.values
@@ -74,8 +76,7 @@ def attribution_bars(
             raise TypeError(f"This result's values are named: {', '.join(given)}. Give one of them.")
     values = as_values(given, "values", "L", "L H", hint="Give one prompt, and one position.")
     numbers = as_numbers(layers, len(values), "layers")
-    if k is not None and not (isinstance(k, int | np.integer) and k >= 1):
-        raise ValueError(f"k is {k!r}, and must be an integer of at least 1.")
+    k = None if k is None else integer(k, "k", 1)
     if values.ndim == 2 and labels is not None:
         raise ValueError("labels name the bars of values [L]; those of [L, 2] and [L, H] have names of their own.")
     if values.ndim == 1:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arrays import as_array
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from matplotlib.lines import Line2D
+    from numpy.typing import ArrayLike
 
 SMALL, MEDIUM, LARGE = 7, 8.5, 10  # points: ticks and cells, names of axes, titles
 WEIGHTS, SIGNED, MISSING = "viridis", "RdBu_r", "0.75"  # colour maps, and the grey of what is not finite
@@ -22,7 +25,7 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 STYLES = ("-", "--", ":", "-.")  # of the second, third and fourth seven lines
 POSITIVE, NEGATIVE = "#B2182B", "#2166AC"  # the ends of SIGNED
 LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # text is shown as it is, "$" and "_" too
-LONGEST = 16  # characters of a token's label
+LONGEST = 16  # characters of a token's labelfrom ..arrays import as_array
 
 
 def door() -> None:
@@ -88,12 +91,10 @@ def inches(ax: Axes) -> tuple[float, float]:
     return ax.bbox.width / ax.figure.dpi, ax.bbox.height / ax.figure.dpi
 
 
-def as_values(values: Any, name: str, *shapes: str, hint: str = "") -> np.ndarray:
+def as_values(values: ArrayLike, name: str, *shapes: str, hint: str = "") -> np.ndarray:
     """float64, on the host, of one of the shapes (`"L H"`), none of whose axes is empty."""
-    if hasattr(values, "detach"):  # torch
-        values = values.detach().cpu().float()
     try:
-        array = np.asarray(values, np.float64)
+        array = np.asarray(as_array(values), np.float64)
     except ValueError as error:
         raise ValueError(f"{name} is not an array of numbers: {error}") from error
     if array.ndim not in {len(shape.split()) for shape in shapes}:
@@ -104,7 +105,7 @@ def as_values(values: Any, name: str, *shapes: str, hint: str = "") -> np.ndarra
     return array
 
 
-def as_numbers(given: Any, count: int, name: str) -> list[int]:
+def as_numbers(given: Sequence[int] | None, count: int, name: str) -> list[int]:
     """True numbers of layers or heads, one for each row; 0, 1, … where none are given."""
     if given is None:
         return list(range(count))
@@ -117,7 +118,7 @@ def as_numbers(given: Any, count: int, name: str) -> list[int]:
     return [int(number) for number in numbers]
 
 
-def as_texts(given: Any, count: int, name: str) -> list[str]:
+def as_texts(given: Sequence[str] | None, count: int, name: str) -> list[str]:
     """One text for each entry."""
     if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray):
         raise TypeError(f"{name} is of type {type(given).__name__}, and a list of {count} texts is needed.")

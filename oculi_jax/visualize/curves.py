@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,15 +12,16 @@ from .canvas import as_numbers, as_texts, as_values, canvas, door, draw_legend, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 
 def layer_profile(
-    values: Any,
+    values: ArrayLike,
     layers: Sequence[int] | None = None,
     labels: Sequence[str] | None = None,
     *,
     ylabel: str,
-    spread: Any = None,
+    spread: ArrayLike | None = None,
     ax: Axes | None = None,
     title: str | None = None,
 ) -> Figure:
@@ -66,8 +67,8 @@ def layer_profile(
 
 
 def alpha_curve(
-    alphas: Any,
-    scores: Any,
+    alphas: ArrayLike,
+    scores: ArrayLike,
     ylabel: str = "score",
     best: float | None = None,
     ax: Axes | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,10 +29,11 @@ from .canvas import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 
 def head_heatmap(
-    values: Any,
+    values: ArrayLike,
     label: str,
     layers: Sequence[int] | None = None,
     diverging: bool = False,
@@ -72,7 +73,7 @@ def head_heatmap(
 
 
 def entropy_heatmap(
-    entropy: Any, layers: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
+    entropy: ArrayLike, layers: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """Each head's attention entropy in nats: layers down, heads across.
 
@@ -91,7 +92,7 @@ def entropy_heatmap(
 
 
 def sweep_heatmap(
-    effects: Any,
+    effects: ArrayLike,
     xlabel: str | None = None,
     label: str = "effect on the metric",
     layers: Sequence[int] | None = None,

@@ -29,6 +29,7 @@ from .curves import layer_profile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
 
 FORM = '[{"layer": 0, "predictions": [(" Paris", 0.77), …]}, …], as LogitLensAnalysis.layer_predictions returns'
 
@@ -102,7 +103,7 @@ def lens_table(
 
 
 def probability_trajectory(
-    values: Any, layers: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
+    values: ArrayLike, layers: Sequence[int] | None = None, ax: Axes | None = None, title: str | None = None
 ) -> Figure:
     """The probability of one or several tokens over layers, on a scale of 0 to 1.
 
@@ -132,7 +133,7 @@ def probability_trajectory(
     drawn = figure.axes[0] if ax is None else ax
     drawn.set_ylim(-0.02, 1.02)
     if isinstance(values, Mapping):
-        draw_legend(drawn, drawn.lines[-len(rows) :], token_labels(list(named)))
+        draw_legend(drawn, drawn.lines[-len(rows) :], token_labels(list(map(str, named))))
     return figure
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
+from ...arrays import AnyArray
 from ...capture import Reading
 from ...decoding.sampling import Sampler, choose
 from ...intervention.rows import Rows
@@ -26,60 +27,86 @@ if TYPE_CHECKING:
 _SLOTS = 4
 
 
+class _Decoding(NamedTuple):
+    """What every step of decoding C prompts × N variants shares; arguments as in `Programs.decode_rows`."""
+
+    model: Llama
+    rows: Rows
+    size: int
+    n_covered: AnyArray | int
+    sampler: Sampler
+    keys: Array | None
+    stops: Int[AnyArray, "M"]
+
+    def advance(
+        self, slot: Array | int, tokens: Int[Array, "C N T"], real: Bool[AnyArray, "C S"], cache: tuple[Array, ...] = ()
+    ) -> tuple[Float[Array, "C N V"], tuple[Array, ...]]:
+        """Runs the tokens in slots `slot`, … after those of the cache: the logits after the last, and their keys and values."""
+        layers = tuple(range(self.model.config.num_hidden_layers))
+        readings = tuple(Reading(SITES[name], layers, None, None) for name in ("k", "v"))
+
+        def one(interventions: Any, real: Array, tokens: Array, *past: Array) -> tuple[Array, tuple[Array, ...]]:
+            layout = lay_out(self.model.config, tokens, real, first=slot, n_keys=real.shape[0])
+            taps = Taps.of(interventions, self.model.config, layout, ("k", "v"), self.n_covered)
+            done = passed(self.model, taps, readings, to_end=True, past=past or None)
+            assert layout.queries is not None and done.normalised is not None
+            last = jnp.argmax(jnp.where(layout.queries, jnp.arange(layout.n_tokens), -1))
+            final = jax.lax.dynamic_slice_in_dim(done.normalised, last, 1)
+            return self.model.logits(final)[0], (done.activations["k"], done.activations["v"])
+
+        return self.rows.map(one, self.size)(real, 0, tokens, *cache)
+
+    def put(
+        self, whole: Array, slot: Array | int, step: Array | int, logits: Array, done: Array
+    ) -> tuple[Array, Array]:
+        """The texts with the next token in a slot, and which rows are done."""
+        new = jnp.where(done, self.model.config.pad_id, choose(self.sampler, self.keys, step, logits))
+        return jax.lax.dynamic_update_slice_in_dim(whole, new[..., None], slot, 2), done | _among(new, self.stops)
+
+    def read(
+        self, whole: Array, real: AnyArray, alive: Array, readings: tuple[Reading, ...]
+    ) -> dict[str, Float[Array, "C N ..."]]:
+        """What readings find in the finished texts, in which what follows a stop is padding."""
+
+        def one(interventions: Any, real: Array, tokens: Array, alive: Array) -> dict[str, Array]:
+            layout = lay_out(self.model.config, tokens, jnp.concatenate([real, alive]))
+            names = [reading.site.name for reading in readings]
+            taps = Taps.of(interventions, self.model.config, layout, names, self.n_covered)
+            return passed(self.model, taps, readings, to_end=False).activations
+
+        return self.rows.map(one, self.size)(real, 0, whole, alive)
+
+
 @compiled("size", "n_new", "readings")
 def decode_rows(
     model: Llama,
-    tokens: Int[Array, "C T"],
-    real: Bool[Array, "C T"],
+    tokens: Int[AnyArray, "C T"],
+    real: Bool[AnyArray, "C T"],
     rows: Rows,
     *,
     size: int,
-    n_covered: Any,
+    n_covered: AnyArray | int,
     sampler: Sampler,
     keys: Array | None,
-    stops: Int[Array, "M"],
+    stops: Int[AnyArray, "M"],
     n_new: int,
     readings: tuple[Reading, ...],
 ) -> Written:
     """See `Programs.decode_rows`."""
-    config = model.config
+    config, decoding = model.config, _Decoding(model, rows, size, n_covered, sampler, keys, stops)
     n_prompts, n_tokens = tokens.shape
     n_slots = n_tokens + n_new
     slots = jnp.concatenate([real, jnp.ones((n_prompts, n_new), bool)], axis=1)
-    layers = tuple(range(config.num_hidden_layers))
-    cache_readings = tuple(Reading(SITES[name], layers, None, None) for name in ("k", "v"))
-
-    def advance(
-        slot: Any, tokens: Array, real: Array, cache: tuple[Array, ...] = ()
-    ) -> tuple[Array, tuple[Array, ...]]:
-        """Runs the tokens [C, N, T] of slots `slot`, … after those of the cache: logits [C, N, V], and their keys and values."""
-
-        def one(interventions: Any, real: Array, tokens: Array, *past: Array) -> tuple[Array, tuple[Array, ...]]:
-            layout = lay_out(config, tokens, real, first=slot, n_keys=real.shape[0])
-            taps = Taps.of(interventions, config, layout, ("k", "v"), n_covered)
-            done = passed(model, taps, cache_readings, to_end=True, past=past or None)
-            assert layout.queries is not None and done.normalised is not None
-            last = jnp.argmax(jnp.where(layout.queries, jnp.arange(layout.n_tokens), -1))
-            final = jax.lax.dynamic_slice_in_dim(done.normalised, last, 1)
-            return model.logits(final)[0], (done.activations["k"], done.activations["v"])
-
-        return rows.map(one, size)(real, 0, tokens, *cache)
-
-    def put(whole: Array, step: Any, logits: Array, done: Array) -> tuple[Array, Array]:
-        new = jnp.where(done, config.pad_id, choose(sampler, keys, step, logits))
-        whole = jax.lax.dynamic_update_slice_in_dim(whole, new[..., None], n_tokens + step, 2)
-        return whole, done | _among(new, stops)
-
     # Rotary types that change with the length past some point turn every key anew there: no cache can hold them.
     cached = config.steady_length is None or n_slots <= config.steady_length
     whole = jnp.concatenate([tokens, jnp.full((n_prompts, n_new), config.pad_id, jnp.int32)], axis=1)
     whole = jnp.broadcast_to(whole[:, None], (n_prompts, size, n_slots))
     with jax.named_scope("prefill"):
         seen = slots if cached else jnp.pad(real, [(0, 0), (0, n_new)])
-        logits, cache = advance(0, whole[..., :n_tokens], seen)
+        logits, cache = decoding.advance(0, whole[..., :n_tokens], seen)
         room = [(0, n_new if axis == _SLOTS else 0) for axis in range(6)]
         cache = tuple(jnp.pad(x, room) for x in cache) if cached else ()
-    whole, done = put(whole, 0, logits, jnp.zeros((n_prompts, size), bool))
+    whole, done = decoding.put(whole, n_tokens, 0, logits, jnp.zeros((n_prompts, size), bool))
 
     def unfinished(state: Any) -> Array:
         step, *_, done = state
@@ -89,14 +116,13 @@ def decode_rows(
         step, whole, cache, done = state
         slot = n_tokens + step - 1
         if cached:
-            logits, added = advance(slot, jax.lax.dynamic_slice_in_dim(whole, slot, 1, 2), slots, cache)
+            logits, added = decoding.advance(slot, jax.lax.dynamic_slice_in_dim(whole, slot, 1, 2), slots, cache)
             # Outside the map over rows and the scan over layers, where it is done in place.
-            cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(x, y, slot, _SLOTS) for x, y in zip(cache, added, strict=True)
-            )
+            pairs = zip(cache, added, strict=True)
+            cache = tuple(jax.lax.dynamic_update_slice_in_dim(x, y, slot, _SLOTS) for x, y in pairs)
         else:
-            logits, _ = advance(0, whole, slots & (jnp.arange(n_slots) <= slot)[None, :])
-        whole, done = put(whole, step, logits, done)
+            logits, _ = decoding.advance(0, whole, slots & (jnp.arange(n_slots) <= slot)[None, :])
+        whole, done = decoding.put(whole, slot + 1, step, logits, done)
         return step + 1, whole, cache, done
 
     with jax.named_scope("decode"):
@@ -104,17 +130,8 @@ def decode_rows(
     new = whole[..., n_tokens:]
     ended = _among(new, stops).astype(jnp.int32)
     alive = jnp.cumsum(ended, axis=-1) - ended == 0
-    if not readings:
-        return Written(new, alive, {})
-
-    def reread(interventions: Any, real: Array, tokens: Array, alive: Array) -> dict[str, Array]:
-        layout = lay_out(config, tokens, jnp.concatenate([real, alive]))
-        names = [reading.site.name for reading in readings]
-        taps = Taps.of(interventions, config, layout, names, n_covered)
-        return passed(model, taps, readings, to_end=False).activations
-
-    return Written(new, alive, rows.map(reread, size)(real, 0, whole, alive))
+    return Written(new, alive, decoding.read(whole, real, alive, readings) if readings else {})
 
 
-def _among(ids: Int[Array, "..."], stops: Int[Array, "M"]) -> Bool[Array, "..."]:
+def _among(ids: Int[Array, "..."], stops: Int[AnyArray, "M"]) -> Bool[Array, "..."]:
     return jnp.any(ids[..., None] == stops.reshape(*(1,) * ids.ndim, -1), axis=-1)

@@ -11,10 +11,12 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from ...arrays import AnyArray
 from ...capture import Reading, at_positions
 
 if TYPE_CHECKING:
     from ...models.llama.model import Llama
+    from .layout import Layout
     from .taps import Tap, Taps
 
 # Keys and values of other tokens, of all layers: [L, K, P, D] each.
@@ -37,7 +39,7 @@ def run_layers(
     taps: Taps,
     readings: Sequence[Reading] = (),
     *,
-    start: Any = 0,
+    start: AnyArray | int = 0,
     stop: int | None = None,
     past: Past | None = None,
     remat: bool = False,
@@ -82,16 +84,8 @@ def run_layers(
         resid = jax.lax.fori_loop(start, stop, step, resid)
         return Ran(resid, {}, jnp.zeros(taps.n_interventions, jnp.int32))
 
-    # Where each layer's value goes in its buffer, which holds the layers asked for and no others; −1: nowhere.
-    slots = {
-        r.site.name: np.array([r.layers.index(i) if i in r.layers else -1 for i in range(n_layers)], np.int32)
-        for r in layered
-    }
-    buffers = {}
-    for r in layered if start < stop else ():
-        shape = r.shape(model.config, layout.n_tokens, layout.n_keys)
-        dtype = r.dtype or (resid.dtype if r.site.dtype == "model" else r.site.dtype)
-        buffers[r.site.name] = jnp.zeros(shape, dtype)
+    slots = {r.site.name: _slots(r, n_layers) for r in layered}
+    buffers = {r.site.name: _buffer(r, model, layout, resid.dtype) for r in (layered if start < stop else ())}
 
     def scanned(carry: tuple[Array, dict[str, Array], Array], xs: tuple[Array, Any]) -> tuple[Any, None]:
         resid, buffers, applied = carry
@@ -118,6 +112,16 @@ def read(reading: Reading, tap: Tap, real: Array | None) -> Array:
     if reading.positions is not None:
         value = at_positions(value, reading.site.axes.index("T"), reading.positions, real)
     return value if reading.dtype is None else value.astype(reading.dtype)
+
+
+def _slots(reading: Reading, n_layers: int) -> np.ndarray:
+    """Where each layer's value goes in a reading's buffer, which holds the layers asked for and no others; −1: nowhere."""
+    return np.array([reading.layers.index(i) if i in reading.layers else -1 for i in range(n_layers)], np.int32)
+
+
+def _buffer(reading: Reading, model: Llama, layout: Layout, dtype: np.dtype) -> Array:
+    own = dtype if reading.site.dtype == "model" else reading.site.dtype
+    return jnp.zeros(reading.shape(model.config, layout.n_tokens, layout.n_keys), reading.dtype or own)
 
 
 def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array, everywhere: bool) -> Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from ...arrays import AnyArray
 from ...models.llama.rope import rotary
 from ...pytrees import pytree, static
 
@@ -27,7 +28,7 @@ class Layout:
         tokens: the ids that run; of padding, which may be no id at all, 0.
         queries: True at real ones among the tokens that run; None where all are.
         keys: True at the slots that hold a token so far; None where all do.
-        rotations: cosines and sines for each kind of layer.
+        rotations: cosines and sines of the `A` = D/2 angles, for each kind of layer.
         allowed: which keys each token may look at, for each kind of layer.
         first: the first slot; an integer, part of the program, or (in decoding) data.
         n_keys: `S`; static.
@@ -37,7 +38,7 @@ class Layout:
     tokens: Int[Array, "T"]
     queries: Bool[Array, "T"] | None
     keys: Bool[Array, "S"] | None
-    rotations: tuple[Float[Array, "C T D/2"], Float[Array, "C T D/2"]]
+    rotations: tuple[Float[Array, "C T A"], Float[Array, "C T A"]]
     allowed: Bool[Array, "C T S"]
     first: Any
     n_keys: int = static()
@@ -52,7 +53,7 @@ class Layout:
         """Whether every slot's token runs."""
         return self.n_tokens == self.n_keys
 
-    def at(self, layer: Array) -> tuple[tuple[Float[Array, "T D/2"], Float[Array, "T D/2"]], Bool[Array, "T S"]]:
+    def at(self, layer: Array) -> tuple[tuple[Float[Array, "T A"], Float[Array, "T A"]], Bool[Array, "T S"]]:
         """The rotation and the allowed keys of a layer."""
         kind = 0 if len(set(self.kinds)) == 1 else jnp.asarray(self.kinds)[layer]
         cos, sin = self.rotations
@@ -74,10 +75,10 @@ class Layout:
 
 def lay_out(
     config: LlamaConfig,
-    tokens: Int[Array, "T"],
-    real: Bool[Array, "S"] | None = None,
+    tokens: Int[AnyArray, "T"],
+    real: Bool[AnyArray, "S"] | None = None,
     *,
-    first: Any = 0,
+    first: Array | int = 0,
     n_keys: int | None = None,
 ) -> Layout:
     """The layout of tokens that stand in the slots from `first` on.
@@ -91,13 +92,16 @@ def lay_out(
         n_keys: `S`; None for a whole prompt.
     """
     n_tokens = tokens.shape[0]
-    n_keys = n_tokens if n_keys is None else n_keys
-    slots, every = first + jnp.arange(n_tokens), jnp.arange(n_keys)
-    positions, length, queries, keys = slots, n_keys, None, None
+    total = n_tokens if n_keys is None else n_keys
+    slots, every = first + jnp.arange(n_tokens), jnp.arange(total)
+    positions: Array = slots
+    length: Array | int = total
+    queries: Array | None = None
+    keys: Array | None = None
     if real is not None:
         ranks = jnp.maximum(jnp.cumsum(real) - 1, 0)
         queries, positions = (jax.lax.dynamic_slice_in_dim(x, first, n_tokens) for x in (real, ranks))
-        length, keys = jnp.sum(real), real & (every < first + n_tokens)
+        length, keys = jnp.sum(real), jnp.asarray(real) & (every < first + n_tokens)
         tokens = jnp.where(queries, tokens, 0)
     kinds = tuple(dict.fromkeys(config.layer_kinds))
     allowed = []
@@ -110,12 +114,12 @@ def lay_out(
     cos, sin = (jnp.stack(parts) for parts in zip(*turned, strict=True))
     number = {kind: i for i, kind in enumerate(kinds)}
     return Layout(
-        tokens,
+        jnp.asarray(tokens),
         queries,
         keys,
         (cos, sin),
         allowed=jnp.stack(allowed),
         first=first,
-        n_keys=n_keys,
+        n_keys=total,
         kinds=tuple(number[k] for k in config.layer_kinds),
     )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from ...arrays import AnyArray
 from ...capture import Reading, at_positions
 from ...metrics import Metric
 from ...output import Output
@@ -19,6 +20,7 @@ from .layout import lay_out
 from .taps import Taps
 
 if TYPE_CHECKING:
+    from ...metrics import MetricLike
     from ...models.llama.model import Llama
 
 
@@ -54,8 +56,8 @@ def ends(readings: Sequence[Reading]) -> bool:
 @compiled("readings", "logits", "remat")
 def run(
     model: Llama,
-    tokens: Int[Array, "T"],
-    mask: Bool[Array, "T"] | None,
+    tokens: Int[AnyArray, "T"],
+    mask: Bool[AnyArray, "T"] | None,
     interventions: tuple[Any, ...],
     readings: tuple[Reading, ...],
     *,
@@ -71,10 +73,10 @@ def run(
         assert done.normalised is not None
         rows = done.normalised if logits == "all" else at_positions(done.normalised, 0, (-1,), mask)[0]
         out = model.logits(rows)
-    return Output(out, done.activations, done.applied, mask)
+    return Output(out, done.activations, done.applied, None if mask is None else jnp.asarray(mask))
 
 
-def measure(model: Llama, normalised: Float[Array, "T E"], mask: Bool[Array, "T"] | None, metric: Any) -> Any:
+def measure(model: Llama, normalised: Float[Array, "T E"], mask: Bool[Array, "T"] | None, metric: MetricLike) -> Any:
     """The metric of one run, from the logits that it reads and no others."""
     if not isinstance(metric, Metric):
         return metric(Output(model.logits(normalised), {}, jnp.zeros(0, jnp.int32), mask))
@@ -85,11 +87,11 @@ def measure(model: Llama, normalised: Float[Array, "T E"], mask: Bool[Array, "T"
 @compiled("keep", "top_k", "dtype")
 def lens(
     model: Llama,
-    resid: Float[Array, "N T E"],
+    resid: Float[AnyArray, "N T E"],
     keep: tuple[str, ...],
     *,
     top_k: int | None = None,
-    tokens: Int[Array, "M"] | None = None,
+    tokens: Int[AnyArray, "M"] | None = None,
     dtype: str = "float32",
 ) -> dict[str, Array]:
     """See `Programs.lens`."""

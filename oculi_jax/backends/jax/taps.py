@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
+from ...arrays import AnyArray
 from ...intervention.edit import Edit, apply_edit, cut_rows, lower
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Taps:
         config: LlamaConfig,
         layout: Layout,
         wanted: Collection[str] = (),
-        n_covered: Any = None,
+        n_covered: AnyArray | int | None = None,
     ) -> Taps:
         """The taps of canonical interventions, whose arrays cover `n_covered` tokens (None: all)."""
         sizes = {**config.sizes, "T": layout.n_keys, "S": layout.n_keys}

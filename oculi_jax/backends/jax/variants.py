@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from ...arrays import AnyArray
 from ...capture import Reading
 from ...intervention.rows import Rows
 from ...pytrees import pytree
@@ -21,6 +22,7 @@ from .programs import measure, passed
 from .taps import Taps
 
 if TYPE_CHECKING:
+    from ...metrics import MetricLike
     from ...models.llama.model import Llama
 
 
@@ -29,18 +31,18 @@ class Base:
     """What a run leaves for others that agree with it up to some layer, or up to some token.
 
     Attributes:
-        resid: the residual stream entering each layer, and, last, leaving the last one.
+        resid: the residual stream entering each of the `J` − 1 layers, and, last, leaving the last one.
         keys, values: None where every variant runs all tokens.
     """
 
-    resid: Float[Array, "L+1 T E"]
+    resid: Float[Array, "J T E"]
     keys: Float[Array, "L K T D"] | None
     values: Float[Array, "L K T D"] | None
 
 
 @compiled("keys")
 def run_base(
-    model: Llama, tokens: Int[Array, "C T"], mask: Bool[Array, "C T"] | None, rows: Rows, *, keys: bool
+    model: Llama, tokens: Int[AnyArray, "C T"], mask: Bool[AnyArray, "C T"] | None, rows: Rows, *, keys: bool
 ) -> Base:
     """See `Programs.run_base`; the arrays of what it returns lead with the prompts."""
     layers = tuple(range(model.config.num_hidden_layers))
@@ -61,16 +63,16 @@ def run_base(
 @compiled("size", "metric_by_prompt", "readings", "n_rows", "mesh")
 def run_variants(
     model: Llama,
-    tokens: Int[Array, "C T"],
-    mask: Bool[Array, "C T"] | None,
+    tokens: Int[AnyArray, "C T"],
+    mask: Bool[AnyArray, "C T"] | None,
     rows: Rows,
     *,
     size: int = 1,
-    metric: Any = None,
+    metric: MetricLike | None = None,
     metric_by_prompt: tuple[bool, ...] = (),
     readings: tuple[Reading, ...] = (),
     base: Base | None = None,
-    start: Int[Array, ""] | int = 0,
+    start: Int[AnyArray, ""] | int = 0,
     n_rows: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,23 +20,26 @@ from .programs import passed
 from .rows import refuse_trace
 from .taps import Taps, prepare
 
+if TYPE_CHECKING:
+    from jax import Array
+
+    from ...arrays import AnyArray
+
 
 @torch.inference_mode()
 def decode_rows(
-    model: TorchLlama, tokens: Any, real: Any, rows: Rows, *, size: int, n_covered: Any, sampler: Sampler, keys: Any,
-    stops: Any, n_new: int, readings: tuple[Reading, ...],
+    model: TorchLlama, tokens: AnyArray, real: AnyArray, rows: Rows, *, size: int, n_covered: AnyArray | int, sampler: Sampler,
+    keys: Array | None, stops: AnyArray, n_new: int, readings: tuple[Reading, ...],
 ) -> Written:  # fmt: skip
     """See `Programs.decode_rows`; each token is chosen by the JAX program's own code."""
     refuse_trace((tokens, real, rows, keys))
     w, config, tokens, real = model.weights(), model.config, np.asarray(tokens), np.asarray(real)
-    n_prompts, n_tokens = tokens.shape
-    n_rows, n_slots = n_prompts * size, n_tokens + n_new
+    (n_prompts, n_tokens), n_slots = tokens.shape, tokens.shape[1] + n_new
+    n_rows = n_prompts * size
     edits = prepare(w, rows, n_prompts, size, n_slots, int(n_covered))
     slots = np.repeat(np.concatenate([real, np.ones((n_prompts, n_new), bool)], axis=1), size, axis=0)
-    whole = np.concatenate([tokens, np.full((n_prompts, n_new), config.pad_id, np.int32)], axis=1)
-    whole = np.repeat(whole, size, axis=0)
-    cached = config.steady_length is None or n_slots <= config.steady_length
-    cache: list[tuple[Tensor, Tensor]] = []
+    whole = np.repeat(np.pad(tokens, [(0, 0), (0, n_new)], constant_values=config.pad_id), size, axis=0)
+    cached, cache = config.steady_length is None or n_slots <= config.steady_length, list[tuple[Tensor, Tensor]]()
 
     def advance(first: int, end: int) -> Tensor:
         """The logits `[N, V]` after slots `first` to `end`, those before them being in the cache."""
@@ -71,11 +74,11 @@ def decode_rows(
             break
     ended = np.isin(whole[:, n_tokens:], stops)
     alive = np.cumsum(ended, axis=1) - ended == 0
-    activations = {}
+    seen: dict[str, Tensor] = {}
     if readings:
         finished = np.concatenate([np.repeat(real, size, axis=0), alive], axis=1)
         layout = lay_out(config, finished, n_slots, w.embed.device)
-        done_over = passed(w, whole, layout, edits, rows, readings, to_end=False)
-        activations = {name: to_jax(value.unflatten(0, (-1, size))) for name, value in done_over.taps.captured.items()}
+        seen = passed(w, whole, layout, edits, rows, readings, to_end=False).taps.captured
+    activations = {name: to_jax(value.unflatten(0, (-1, size))) for name, value in seen.items()}
     found, alive = (x.reshape(n_prompts, size, n_new) for x in (whole[:, n_tokens:], alive))
     return Written(to_jax(found.copy()), to_jax(alive), activations)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import torch
+
+if TYPE_CHECKING:
+    from ...utils.devices import DeviceLike
 
 
 def there() -> list[str]:
@@ -14,12 +17,14 @@ def there() -> list[str]:
     return [*(name for name, on in found if on), "cpu"]
 
 
-def find_device(device: Any = None) -> torch.device:
+def find_device(device: DeviceLike | None = None) -> torch.device:
     """One of torch's devices, by its name or JAX's; for None a GPU, else the CPU. ValueError where it is not there."""
+    name = there()[0] if device is None else str(device)
     if isinstance(device, jax.Device):
-        device = {"gpu": "cuda"}.get(device.platform, device.platform)
+        of_jax: Any = device
+        name = "cuda" if of_jax.platform == "gpu" else of_jax.platform
     try:
-        found = torch.device(there()[0] if device is None else device)
+        found = torch.device(name)
     except (RuntimeError, TypeError):
         raise ValueError(f"device is {device!r}, which is none of torch's; it has {', '.join(there())} here.") from None
     if found.type not in there() or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):

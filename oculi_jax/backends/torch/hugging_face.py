@@ -31,7 +31,7 @@ _lock = threading.Lock()
 _entered: dict[int, list[Any]] = {}
 
 
-def llama_class(hf: Any) -> Any:
+def llama_class(hf: object) -> Any:
     """The class of transformers that a module is of, found without importing transformers; None where it is of another."""
     return next((kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM"), None)
 
@@ -39,7 +39,7 @@ def llama_class(hf: Any) -> Any:
 @contextmanager
 def intervened(model: TorchLlama) -> Iterator[None]:
     """While it lasts, the module's forward is under the interventions that are active where it is called, and its own elsewhere."""
-    hf = model.hf
+    hf: Any = model.hf
     with _lock:
         entered = _entered.setdefault(id(hf), [0, hf.__dict__.get("forward")])
         entered[0] += 1
@@ -90,40 +90,22 @@ def _run(
     **others: Any,
 ) -> Any:
     """The module's forward, with its cache (`past_key_values` before transformers 5.24), under interventions."""
+    hf: Any = model.hf
     cache = past_key_values if cache is None else cache
-    others.pop("cache_position", None)
-    if unknown := [name for name, value in others.items() if value is not None and value is not False]:
-        raise NotImplementedError(f"Inside an InterventionContext the model's forward has no {', '.join(unknown)}.")
-    if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
-        raise NotImplementedError(
-            "Inside an InterventionContext the model's forward takes input_ids and a mask [B, S]."
-        )
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(f"input_ids is {list(input_ids.shape)}, and prompts [B, T] of one token or more are needed.")
-    if kept := [
-        name for name in ("output_attentions", "output_hidden_states") if getattr(model.hf.config, name, False)
-    ]:
-        raise NotImplementedError(
-            f"Inside an InterventionContext the model's forward has no {', '.join(kept)}, which its config asks for: use the "
-            "adapter's capture."
-        )
-    if axes := sweep_axes(interventions, len(input_ids)):
-        raise ValueError(
-            f"The interventions of this context have axes {listing(axes)}; the adapter's generate decodes variants side by side."
-        )
+    ids = _check_call(hf, interventions, input_ids, attention_mask, others)
     w, config = model.weights(), model.config
     library = vars(sys.modules[llama_class(model.hf).__module__])
-    if cache is None and (use_cache or (use_cache is None and model.hf.config.use_cache)):
-        cache = library["DynamicCache"](config=model.hf.config)
+    if cache is None and (use_cache or (use_cache is None and hf.config.use_cache)):
+        cache = library["DynamicCache"](config=hf.config)
     first = 0 if cache is None else cache.get_seq_length()
-    n_rows, n_tokens = input_ids.shape
+    n_rows, n_tokens = ids.shape
     n_keys = first + n_tokens
     if attention_mask is not None and (len(attention_mask) != n_rows or attention_mask.shape[1] < n_keys):
         raise ValueError(
             f"attention_mask is {list(attention_mask.shape)}, and [{n_rows}, {n_keys}] is needed, cached and new tokens."
         )
     real = np.ones((n_rows, n_keys), bool) if attention_mask is None else attention_mask[:, :n_keys].cpu().numpy() != 0
-    tokens = input_ids.cpu().numpy()
+    tokens = ids.cpu().numpy()
     ranks = np.cumsum(real, axis=1)[:, first:] - 1
     if position_ids is not None and (position_ids.cpu().numpy() != ranks)[real[:, first:]].any():
         raise NotImplementedError(
@@ -150,6 +132,36 @@ def _run(
     output = library["CausalLMOutputWithPast"]
     out = output(logits=logits, **{"cache" if hasattr(output, "cache") else "past_key_values": cache})
     return out.to_tuple() if return_dict is False else out
+
+
+def _check_call(
+    hf: Any,
+    interventions: tuple[Any, ...],
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    others: dict[str, Any],
+) -> Tensor:
+    """The ids `[B, T]` of a call of the module's forward; raises for what it has not inside a context."""
+    if unknown := [
+        name for name, value in others.items() if name != "cache_position" and value is not None and value is not False
+    ]:
+        raise NotImplementedError(f"Inside an InterventionContext the model's forward has no {', '.join(unknown)}.")
+    if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
+        raise NotImplementedError(
+            "Inside an InterventionContext the model's forward takes input_ids and a mask [B, S]."
+        )
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"input_ids is {list(input_ids.shape)}, and prompts [B, T] of one token or more are needed.")
+    if kept := [name for name in ("output_attentions", "output_hidden_states") if getattr(hf.config, name, False)]:
+        raise NotImplementedError(
+            f"Inside an InterventionContext the model's forward has no {', '.join(kept)}, which its config asks for: use the "
+            "adapter's capture."
+        )
+    if axes := sweep_axes(interventions, len(input_ids)):
+        raise ValueError(
+            f"The interventions of this context have axes {listing(axes)}; the adapter's generate decodes variants side by side."
+        )
+    return input_ids
 
 
 class _Kept(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ from .devices import find_device
 from .hugging_face import intervened, llama_class
 from .layers import Weights
 
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+    from numpy.typing import ArrayLike
+    from transformers import PreTrainedModel
+
+    from ...intervention.protocol import Interventions
+    from ...utils.devices import DeviceLike
+
 
 class TorchLlama:
     """A Llama that torch runs: what `forward`, `sweep`, `generate`, `lens` and the adapter take, as they take a `Llama`.
@@ -34,13 +42,13 @@ class TorchLlama:
 
     backend = "torch"
 
-    def __init__(self, config: LlamaConfig, read: Callable[[str], Tensor], hf: Any = None):
+    def __init__(self, config: LlamaConfig, read: Callable[[str], Tensor], hf: PreTrainedModel | None = None):
         """`read` gives the tensor that a checkpoint calls by a name; it is asked anew for every run."""
         self.config, self.hf, self._read = config, hf, read
         self._unembedding: jax.Array | None = None
 
     @classmethod
-    def of(cls, hf: Any) -> TorchLlama:
+    def of(cls, hf: PreTrainedModel) -> TorchLlama:
         """Of a Hugging Face `LlamaForCausalLM`; TypeError for another class, ValueError for weights that cannot be read."""
         kind = llama_class(hf)
         if kind is None:
@@ -61,8 +69,8 @@ class TorchLlama:
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        dtype: Any = "auto",
-        device: Any = None,
+        dtype: DTypeLike = "auto",
+        device: DeviceLike | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         *,
@@ -157,7 +165,9 @@ class TorchLlama:
         """Number of parameters, the embedding counted once where it is tied."""
         return self.config.n_params
 
-    def generate(self, input_ids: Any, max_new_tokens: int = 20, interventions: Any = (), **options: Any) -> np.ndarray:
+    def generate(
+        self, input_ids: ArrayLike, max_new_tokens: int = 20, interventions: Interventions = (), **options: Any
+    ) -> Any:
         """As `Llama.generate`."""
         from ...decoding.continuation import continue_ids
         from ...intervention.context import active_on

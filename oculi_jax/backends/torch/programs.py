@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,6 +21,9 @@ from .layout import Layout, lay_out
 from .model import TorchLlama
 from .rows import refuse_trace
 from .taps import Taps, prepare
+
+if TYPE_CHECKING:
+    from ...arrays import AnyArray
 
 
 @dataclass
@@ -53,7 +56,7 @@ def passed(
 
 @torch.inference_mode()
 def run(
-    model: TorchLlama, tokens: Any, mask: Any, interventions: tuple[Any, ...], readings: tuple[Reading, ...], *,
+    model: TorchLlama, tokens: AnyArray, mask: AnyArray | None, interventions: tuple[Any, ...], readings: tuple[Reading, ...], *,
     logits: str = "none", remat: bool = False,
 ) -> Output:  # fmt: skip
     """See `Programs.run`; `remat` is JAX's."""
@@ -71,13 +74,13 @@ def run(
             row = row[-1 if real is None else int(np.flatnonzero(real)[-1])]
         out = to_jax(w.logits(row))
     activations = {r.site.name: to_jax(done.taps.captured[r.site.name][0]) for r in readings}
-    return Output(out, activations, to_jax(done.taps.applied()[0]), None if mask is None else to_jax(real))
+    return Output(out, activations, to_jax(done.taps.applied()[0]), None if real is None else to_jax(real))
 
 
 @torch.inference_mode()
 def lens(
-    model: TorchLlama, resid: Any, keep: tuple[str, ...], *,
-    top_k: int | None = None, tokens: Any = None, dtype: str = "float32",
+    model: TorchLlama, resid: AnyArray, keep: tuple[str, ...], *,
+    top_k: int | None = None, tokens: AnyArray | None = None, dtype: str = "float32",
 ) -> dict[str, jax.Array]:  # fmt: skip
     """See `Programs.lens`."""
     refuse_trace((resid, tokens))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,12 @@ from ...intervention.rows import Rows
 from ...metrics import Metric
 from ...output import Output
 from ...sites import SITES, Site, site_of
+
+if TYPE_CHECKING:
+    from jax import Array
+    from torch import Tensor
+
+    from ...metrics import MetricLike
 
 
 class Leaf(NamedTuple):
@@ -42,7 +48,7 @@ class _Varies(NamedTuple):
     array: Any
 
 
-def refuse_trace(values: Any) -> None:
+def refuse_trace(values: object) -> None:
     """TypeError where something is traced: torch runs outside of JAX's transformations."""
     if under_trace(values):
         raise TypeError(
@@ -131,7 +137,7 @@ def _depends(program: Any, given: tuple[bool, ...]) -> list[bool]:
 
 
 @partial(jax.jit, static_argnums=(3,))
-def judged(metric: Any, logits: Any, mask: Any, by_prompt: tuple[bool, ...]) -> Any:
+def judged(metric: MetricLike, logits: Tensor, mask: Array | None, by_prompt: tuple[bool, ...]) -> Any:
     """The metric `[C, N, …]` of C prompts in N variants each, from the logits `[C, N, …]` that it reads."""
 
     def one(metric: Any, logits: Any, mask: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -23,6 +23,10 @@ from .programs import logits_of, passed
 from .rows import judged, refuse_trace
 from .taps import Taps, at_positions, prepare
 
+if TYPE_CHECKING:
+    from ...arrays import AnyArray
+    from ...metrics import MetricLike
+
 
 @dataclass(frozen=True)
 class Base:
@@ -39,7 +43,7 @@ class Base:
 
 
 @torch.inference_mode()
-def run_base(model: TorchLlama, tokens: Any, mask: Any, rows: Rows, *, keys: bool) -> Base:
+def run_base(model: TorchLlama, tokens: AnyArray, mask: AnyArray | None, rows: Rows, *, keys: bool) -> Base:
     """See `Programs.run_base`."""
     w, layers, tokens = model.weights(), tuple(range(model.config.num_hidden_layers)), np.asarray(tokens)
     sites = ("resid_post", "k", "v") if keys else ("resid_post",)
@@ -54,9 +58,9 @@ def run_base(model: TorchLlama, tokens: Any, mask: Any, rows: Rows, *, keys: boo
 
 @torch.inference_mode()
 def run_variants(
-    model: TorchLlama, tokens: Any, mask: Any, rows: Rows, *,
-    size: int = 1, metric: Any = None, metric_by_prompt: tuple[bool, ...] = (), readings: tuple[Reading, ...] = (),
-    base: Base | None = None, start: Any = 0, n_rows: int | None = None, mesh: Any = None,
+    model: TorchLlama, tokens: AnyArray, mask: AnyArray | None, rows: Rows, *,
+    size: int = 1, metric: MetricLike | None = None, metric_by_prompt: tuple[bool, ...] = (), readings: tuple[Reading, ...] = (),
+    base: Base | None = None, start: AnyArray | int = 0, n_rows: int | None = None, mesh: object = None,
 ) -> Seen:  # fmt: skip
     """See `Programs.run_variants`; a mesh is JAX's."""
     refuse_trace((tokens, mask, rows, metric))

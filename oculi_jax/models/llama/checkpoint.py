@@ -25,6 +25,9 @@ from .config import LlamaConfig
 from .parameters import Parameter, parameter_table
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+
+    from ...utils.devices import DeviceLike
     from .model import Llama
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +50,7 @@ class Stored:
 def load(
     source: str | os.PathLike[str],
     *,
-    dtype: Any,
+    dtype: DTypeLike,
     place: Callable[[Parameter], jax.sharding.Sharding] | None,
     revision: str | None,
     local_files_only: bool,
@@ -108,7 +111,9 @@ def named_parameters(model: Llama) -> dict[str, Array]:
     return named
 
 
-def placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Parameter], jax.sharding.Sharding]:
+def placement(
+    device: DeviceLike | None, mesh: jax.sharding.Mesh | None
+) -> Callable[[Parameter], jax.sharding.Sharding]:
     """Where each parameter goes: onto a device (None: the default one), or over a mesh."""
     if mesh is None:
         single = jax.sharding.SingleDeviceSharding(find_device(device))
@@ -125,8 +130,8 @@ def placement(device: Any, mesh: jax.sharding.Mesh | None) -> Callable[[Paramete
             "asks for a sharding at every gather and contraction. Make it with jax.make_mesh(shape, ('data', 'model'), "
             "axis_types=(jax.sharding.AxisType.Auto,) * 2)."
         )
-    size = mesh.shape["model"]
-    return lambda row: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*row.split(size)))
+    size, whole = mesh.shape["model"], mesh
+    return lambda row: jax.sharding.NamedSharding(whole, jax.sharding.PartitionSpec(*row.split(size)))
 
 
 def _find(source: str | os.PathLike[str], revision: str | None, local_files_only: bool) -> Path:

@@ -374,32 +374,14 @@ def _read_rope(
             group[_ORIGINAL] = fields[_ORIGINAL]
         else:
             problems.append(f"{_ORIGINAL} is given, and the rotary type {kind!r} does not read it")
-    read = _Reader(group, problems)
-    read.refuse_unknown((*required, *optional), _INERT_ROPE, ignore_as=f"{spelling}.{{}}")
-    values: dict[str, Any] = {}
-    for name in (*required, *optional):
-        value = group.get(name)
-        if value is None:
-            if name in required:
-                problems.append(f"{spelling}.{name} is missing, and the rotary type {kind!r} needs it")
-            continue
-        if name in ("short_factor", "long_factor"):
-            if not (isinstance(value, list) and all(map(_is_number, value)) and len(value) == (head_dim or 0) // 2):
-                problems.append(
-                    f"{spelling}.{name} must be a list of head_dim/2 = {(head_dim or 0) // 2} positive numbers"
-                )
-            else:
-                values[name] = tuple(float(v) for v in value)
-        elif name == "truncate":
-            if not isinstance(value, bool):
-                problems.append(f"{spelling}.truncate is {value!r}, and true or false is expected")
-            values[name] = value
-        elif name == _ORIGINAL and not (isinstance(value, int) and not isinstance(value, bool) and 1 < value < 2**31):
-            problems.append(f"{spelling}.{name} is {value!r}, and an integer above 1 is expected")
-        elif not _is_number(value):
-            problems.append(f"{spelling}.{name} is {value!r}, and a positive number is expected")
-        else:
-            values[name] = int(value) if name == _ORIGINAL else float(value)
+    _Reader(group, problems).refuse_unknown((*required, *optional), _INERT_ROPE, ignore_as=f"{spelling}.{{}}")
+    for name in required:
+        if group.get(name) is None:
+            problems.append(f"{spelling}.{name} is missing, and the rotary type {kind!r} needs it")
+    given = [name for name in (*required, *optional) if group.get(name) is not None]
+    n_angles = (head_dim or 0) // 2
+    values = {name: _rope_value(name, group[name], f"{spelling}.{name}", n_angles, problems) for name in given}
+    values = {name: value for name, value in values.items() if value is not None}
     if _ORIGINAL in optional:
         values.setdefault(_ORIGINAL, longest)
     if "factor" in optional and longest and values.get(_ORIGINAL):
@@ -414,3 +396,24 @@ def _read_rope(
         problems.append(f"rope_theta is {theta!r}, and a number above 1 is expected")
         return None
     return RopeConfig(type=kind, theta=10000.0 if theta is None else float(theta), **values)
+
+
+def _rope_value(name: str, value: Any, where: str, n_angles: int, problems: list[str]) -> Any:
+    """One field of a rotary type, checked; None where it cannot be."""
+    if name in ("short_factor", "long_factor"):
+        if isinstance(value, list) and all(map(_is_number, value)) and len(value) == n_angles:
+            return tuple(float(v) for v in value)
+        problems.append(f"{where} must be a list of head_dim/2 = {n_angles} positive numbers")
+    elif name == "truncate":
+        if isinstance(value, bool):
+            return value
+        problems.append(f"{where} is {value!r}, and true or false is expected")
+    elif name == _ORIGINAL:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 < value < 2**31:
+            return value
+        problems.append(f"{where} is {value!r}, and an integer above 1 is expected")
+    elif _is_number(value):
+        return float(value)
+    else:
+        problems.append(f"{where} is {value!r}, and a positive number is expected")
+    return None

@@ -7,7 +7,7 @@ Layers are one `Block` whose leaves lead with `L`; `backends/jax/layers.py` runs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,15 @@ from .rope import rotate
 if TYPE_CHECKING:
     import os
 
+    from jax.typing import DTypeLike
+    from numpy.typing import ArrayLike
 
+    from ...arrays import AnyArray
+    from ...intervention.protocol import Interventions
+    from ...utils.devices import DeviceLike
+
+
+@runtime_checkable
 class Tap(Protocol):
     """Who runs the model, seen from inside: called with each site's value, it returns what the pass goes on with."""
 
@@ -38,7 +46,7 @@ class Tap(Protocol):
 Remember = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def einsum(equation: str, *operands: Array, dtype: Any = None) -> Array:
+def einsum(equation: str, *operands: Array, dtype: DTypeLike | None = None) -> Array:
     """`jnp.einsum` at full float32 precision for float32 operands on every platform; `dtype` is the result's."""
     full = operands[0].dtype == jnp.float32
     return jnp.einsum(
@@ -128,7 +136,7 @@ class Attention(nnx.Module):
         return tap("attn_out", self.o("htd,ehd->te", z))
 
 
-def masked_softmax(scores: Float[Array, "H T S"], allowed: Bool[Array, "H T S"]) -> Float[Array, "H T S"]:
+def masked_softmax(scores: Float[Array, "H T S"], allowed: Bool[Array, "#H T S"]) -> Float[Array, "H T S"]:
     """Softmax over the allowed keys; a row with none is zero. No value or gradient of it is ever NaN.
 
     A score of −∞ counts as not allowed.
@@ -233,8 +241,8 @@ class Llama(nnx.Module):
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
-        dtype: Any = "auto",
-        device: Any = None,
+        dtype: DTypeLike = "auto",
+        device: DeviceLike | None = None,
         mesh: jax.sharding.Mesh | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
@@ -284,7 +292,9 @@ class Llama(nnx.Module):
 
         save(self, directory)
 
-    def generate(self, input_ids: Any, max_new_tokens: int = 20, interventions: Any = (), **options: Any) -> np.ndarray:
+    def generate(
+        self, input_ids: ArrayLike, max_new_tokens: int = 20, interventions: Interventions = (), **options: Any
+    ) -> Any:
         """Continues prompts as Hugging Face's `generate` does: the prompt's ids and the new ones, greedily by default.
 
         It is under an `InterventionContext` of an adapter of this model. Inside `jit` use `oculi_jax.generate`.
@@ -345,7 +355,7 @@ class Llama(nnx.Module):
         """The unembedding; float32 whatever the weights."""
         return einsum("...e,ve->...v", normalised, self.lm_head.weight, dtype=jnp.float32)
 
-    def logits_of(self, normalised: Float[Array, "... E"], tokens: Int[Array, "N"]) -> Float[Array, "... N"]:
+    def logits_of(self, normalised: Float[Array, "... E"], tokens: Int[AnyArray, "N"]) -> Float[Array, "... N"]:
         """Logits of some tokens; NaN for an id beyond the vocabulary."""
         rows = self.lm_head.weight.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return einsum("...e,ne->...n", normalised, rows, dtype=jnp.float32)

@@ -50,7 +50,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
         turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)  # type: ignore[operator]
         return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 
-    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    low, high = dimension(rope.beta_fast or 32.0), dimension(rope.beta_slow or 1.0)
     if rope.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
@@ -81,8 +81,8 @@ def _longrope(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Arr
     return jnp.where(jnp.asarray(length) > rope.original_max_position_embeddings, long, short)  # type: ignore[operator]
 
 
-def inverse_frequencies(config: LlamaConfig, length: Array | int, rope: RopeConfig) -> Float[Array, "D/2"] | np.ndarray:
-    """Radians per position for each pair of dimensions.
+def inverse_frequencies(config: LlamaConfig, length: Array | int, rope: RopeConfig) -> Float[Array, " A"] | np.ndarray:
+    """Radians per position for each of the `A` = D/2 pairs of dimensions.
 
     Args:
         config: the model's config.
