@@ -52,6 +52,7 @@ class Letters:
         return "".join(chr(97 + i % 26) for i in ids)
 
 
+@pytest.mark.quick
 def test_attention_capture() -> None:
     c = ADAPTER.capture(prompt())
     assert c.queries.shape == c.z.shape == (L, H, T, D) and c.patterns.shape == (L, H, T, T)
@@ -75,6 +76,7 @@ def test_what_was_not_asked_for_is_none_and_layers_are_true_numbers() -> None:
     assert m.gate is None and m.up is None and m.post_activation.dtype == jnp.bfloat16
 
 
+@pytest.mark.quick
 def test_residual_and_mlp_captures() -> None:
     r, m = ADAPTER.capture_residual(prompt()), ADAPTER.capture_mlp(prompt())
     for got, site in ((r.pre_attn, "resid_pre"), (r.post_attn, "resid_mid"), (r.pre_mlp, "resid_mid"), (r.post_mlp, "resid_post"),
@@ -113,6 +115,7 @@ def test_top_k_never_holds_the_whole_vocabulary() -> None:
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 8 * 16 * 4096 * 4 / 2
 
 
+@pytest.mark.quick
 def test_full_capture_is_the_four_captures_of_one_pass() -> None:
     full = ADAPTER.capture_full(
         prompt(), residual=ResidualConfig(layers=[1]), logits=LogitConfig(layers=[0, 2], top_k=2, positions=[-1])
@@ -188,6 +191,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", REFUSED)
 def test_prompts_that_are_refused(name: str) -> None:
     given, arguments, kind, message = REFUSED[name]

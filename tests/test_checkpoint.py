@@ -20,6 +20,8 @@ from oculi_jax.models.llama.parameters import parameter_table
 
 from .tiny import tiny_llama
 
+pytestmark = pytest.mark.quick
+
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 

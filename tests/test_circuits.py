@@ -83,6 +83,7 @@ def assert_classes_are_clear(capture: AttentionCapture) -> None:
         assert_clear(scores[name], floor + threshold * (1.0 - floor))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("n_real", [1, 2, 3, 7, 8, 10, 23])
 def test_scores_are_their_definitions_wherever_the_padding_is(n_real: int) -> None:
     """Padding before, after and between, holding ids that the prompt repeats."""
@@ -278,6 +279,7 @@ def test_padding_changes_nothing() -> None:
         assert_scores(CircuitDetection.scores(adapter.capture(padded, attention_mask=mask)), want, ROUTES)
 
 
+@pytest.mark.quick
 def test_induction_is_judged_from_the_tokens() -> None:
     """The control: with the same patterns and shuffled ids nothing of induction is left, and positions still count."""
     capture = LlamaAttentionAdapter(MODEL).capture(repeated())

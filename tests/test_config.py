@@ -10,6 +10,8 @@ from oculi_jax.models.llama import LlamaConfig
 
 from .tiny import BASE
 
+pytestmark = pytest.mark.quick
+
 _LLAMA_3_ROPE = {
     "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
     "rope_type": "llama3",

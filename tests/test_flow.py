@@ -16,6 +16,8 @@ from .test_attribution import captures
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING
 
+pytestmark = pytest.mark.quick
+
 
 def as_attention(patterns: Any, layers: tuple[int, ...] | None = None) -> AttentionCapture:
     patterns = jnp.asarray(patterns, jnp.float32)

@@ -32,6 +32,7 @@ def model(request: pytest.FixtureRequest) -> Llama:
     return tiny_llama(**KINDS[request.param])
 
 
+@pytest.mark.quick
 @pytest.mark.numerical
 def test_the_stream_is_the_sum_of_its_parts(model: Llama) -> None:
     a = forward(model, prompt(), capture=ALL).activations
@@ -41,6 +42,7 @@ def test_the_stream_is_the_sum_of_its_parts(model: Llama) -> None:
     near(a["resid_pre"][0], a["embed"], 0)
 
 
+@pytest.mark.quick
 @pytest.mark.numerical
 def test_heads_sum_to_the_attention_output(model: Llama) -> None:
     a = forward(model, prompt(), capture=("z", "attn_out", "pattern", "v")).activations
@@ -82,6 +84,7 @@ def test_padding_on_either_side_changes_nothing_at_the_real_tokens(model: Llama,
     near(got, plain.activations["resid_mid"][:, [0, -1]])
 
 
+@pytest.mark.quick
 def test_capturing_some_layers_and_positions_is_indexing_all(model: Llama) -> None:
     whole = forward(model, prompt(), capture=ALL)
     spec = CaptureSpec(tuple(name for name, site in SITES.items() if site.layered), layers=(2, 0), positions=(-1, 3))
@@ -102,6 +105,7 @@ def test_capture_dtype_and_logit_choices() -> None:
     assert forward(model, prompt(), logits="none").logits is None
 
 
+@pytest.mark.quick
 def test_captures_do_not_allocate_or_run_layers_that_nobody_wants() -> None:
     model = tiny_llama(num_hidden_layers=16)
 
@@ -123,6 +127,7 @@ def test_captures_do_not_allocate_or_run_layers_that_nobody_wants() -> None:
     assert lengths == {3}
 
 
+@pytest.mark.quick
 @pytest.mark.numerical
 def test_the_lens_of_the_last_residual_is_the_models_own_logits(model: Llama) -> None:
     out = forward(model, prompt(), capture="resid_post")
@@ -136,6 +141,7 @@ def test_the_lens_of_the_last_residual_is_the_models_own_logits(model: Llama) ->
     near(lens(model, resid[0, 0]), lens(model, resid)[0, 0])
 
 
+@pytest.mark.quick
 @pytest.mark.numerical
 def test_transformations_agree_with_plain_calls() -> None:
     model = tiny_llama()
@@ -167,6 +173,7 @@ def test_rematerialisation_changes_the_memory_and_not_the_gradient() -> None:
     assert temp[1] < 0.7 * temp[0]
 
 
+@pytest.mark.quick
 def test_masked_softmax_has_neither_nan_values_nor_nan_gradients() -> None:
     scores = jnp.array([[[1e4, -1e4, 3e38], [0.0, 1.0, 2.0], [jnp.inf, 1.0, 2.0]]])
     allowed = jnp.array([[[True, True, False], [False, False, False], [False, True, True]]])

@@ -198,6 +198,7 @@ def test_variants_are_their_single_runs() -> None:
     np.testing.assert_array_equal(sites[2], single)
 
 
+@pytest.mark.quick
 def test_axes_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Steer.layer \[3\], Steer.vector \[3, \d+\]"):
         generate(MODEL, IDS, N, Steer(np.array([2, 1, 0]), np.stack([PATCH] * 3), np.ones(3)))
@@ -227,6 +228,7 @@ def test_a_row_that_stops_is_filled_with_the_pad_id_and_the_others_go_on() -> No
     np.testing.assert_array_equal(rows[0], PLAIN[:cut] + [0] * (N - cut))
 
 
+@pytest.mark.quick
 def test_the_capture_is_of_the_intervened_run() -> None:
     given, full = CASES["patch"]
     ids, found = generate(MODEL, IDS, N, given, capture=("resid_post", "pattern"))
@@ -282,6 +284,7 @@ def test_other_numbers_are_no_other_program(caplog: pytest.LogCaptureFixture) ->
     assert not [r.getMessage() for r in caplog.records if "Compiling" in r.getMessage()]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -46,8 +46,8 @@ def clean(model: Llama) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in forward(model, prompt(), capture=ALL).activations.items()}
 
 
-def run(model: Llama, *interventions, **kwargs):
-    return forward(model, prompt(), interventions, capture=ALL, **kwargs)
+def run(model: Llama, *interventions, capture=ALL, **kwargs):
+    return forward(model, prompt(), interventions, capture=capture, **kwargs)
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -72,20 +72,19 @@ OFF = {
 def test_an_intervention_that_is_off_changes_no_bit_on_one_program_path(model: Llama, name: str) -> None:
     """The same program with the index traced to a layer that does not exist is the run without it."""
     off = OFF[name]
-    out = run(model, off)
-    base = run(model)
+    out = run(model, off, capture=())
     assert out.applied.tolist() == [0]
-    near(out.logits, base.logits, ROUNDING)
+    near(out.logits, run(model, capture=()).logits, ROUNDING)
     if hasattr(off, "layer"):
-        never = jax.jit(lambda layer: run(model, dataclasses.replace(off, layer=layer)))(jnp.int32(99))
+        program = jax.jit(lambda layer: run(model, dataclasses.replace(off, layer=layer), capture=()))
+        never, here = program(jnp.int32(99)), program(jnp.int32(1))
         assert never.applied.tolist() == [0]
-        twin = jax.jit(lambda layer: run(model, dataclasses.replace(off, layer=layer)))(jnp.int32(1))
-        np.testing.assert_array_equal(never.logits, twin.logits)
+        np.testing.assert_array_equal(never.logits, here.logits)
 
 
 @pytest.mark.parametrize("site", [name for name in SITES if name != "allowed"])
 def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: dict, site: str) -> None:
-    base = run(model)
+    base = run(model, capture=())
     if SITES[site].layered:
         patches = [
             ActivationPatch(site, 1, clean[site][1]),
@@ -95,8 +94,9 @@ def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: 
     else:
         patches = [ActivationPatch(site, None, clean[site]), Edit(site, "set", None, value=clean[site])]
     for patch in patches:
-        near(run(model, patch).logits, base.logits, ROUNDING)
-        assert run(model, patch).activations[site].shape == clean[site].shape
+        out = run(model, patch, capture=site)
+        near(out.logits, base.logits, ROUNDING)
+        assert out.activations[site].shape == clean[site].shape
 
 
 @pytest.mark.parametrize("site", LAYERED)
@@ -121,6 +121,7 @@ def test_an_edit_at_a_layer_leaves_everything_before_it_alone(model: Llama, site
     assert np.abs(np.asarray(out.logits) - np.asarray(clean.logits)).max() > 1e-4
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("op", "want"), [("set", lambda x: 0 * x + 0.5), ("add", lambda x: x + 0.5), ("scale", lambda x: x * 0.5)]
 )
@@ -133,6 +134,7 @@ def test_edit_ops_masks_and_positions(model: Llama, clean: dict, op: str, want) 
     near(got, expected, ROUNDING)
 
 
+@pytest.mark.quick
 def test_edits_apply_in_the_order_given(model: Llama, clean: dict) -> None:
     a, b = Edit("resid_mid", "add", 1, value=1.0), Edit("resid_mid", "scale", 1, value=3.0)
     near(run(model, a, b).activations["resid_mid"][1], (clean["resid_mid"][1] + 1) * 3, ROUNDING)
@@ -168,6 +170,7 @@ def test_a_blend_is_many_ablations(model: Llama, clean: dict) -> None:
     near(half.activations["z"][0, 1], clean["z"][0, 1] / 2, ROUNDING)
 
 
+@pytest.mark.quick
 def test_scalers_scale_scores_and_spectra_leaves_its_siblings_alone(model: Llama, clean: dict) -> None:
     scores, layer = clean["scores"][1], 1
     q = run(model, QScaler(layer, 2, 1.5)).activations["scores"][1]
@@ -185,6 +188,7 @@ def test_scalers_scale_scores_and_spectra_leaves_its_siblings_alone(model: Llama
         near(s.activations["pattern"][1, head], clean["pattern"][1, head], ROUNDING)
 
 
+@pytest.mark.quick
 def test_knockout_forbids_an_edge_and_the_row_renormalises(model: Llama, clean: dict) -> None:
     out = run(model, AttentionKnockout(1, 2, query=-1, key=3)).activations
     near(out["scores"][1], clean["scores"][1], ROUNDING)
@@ -204,6 +208,7 @@ def test_patching_the_whole_last_residual_gives_the_other_runs_logits(model: Lla
     near(out.logits, other.logits, ROUNDING)
 
 
+@pytest.mark.quick
 def test_patch_at_a_head_and_positions(model: Llama, clean: dict) -> None:
     value = np.random.default_rng(0).normal(size=(L, K, T, D)).astype(np.float32)
     for given, head in ((value[1], None), (PerLayer(value), None), (PerLayer(value), 1), (value[1, 1], 1)):
@@ -230,6 +235,7 @@ def test_positions_count_real_tokens_under_padding(model: Llama) -> None:
     near(forward(model, padded, knock, mask=real).logits[n:], run(model, knock).logits)
 
 
+@pytest.mark.quick
 def test_steer_and_direction_ablation(model: Llama, clean: dict) -> None:
     d = np.random.default_rng(0).normal(size=E).astype(np.float32)
     out = run(model, Steer(1, d, 2.5, positions=[3]))
@@ -243,6 +249,7 @@ def test_steer_and_direction_ablation(model: Llama, clean: dict) -> None:
     near(start["embed"], clean["embed"] + d, ROUNDING)
 
 
+@pytest.mark.quick
 def test_ablation_of_a_component_and_of_a_neuron(model: Llama, clean: dict) -> None:
     assert not np.asarray(run(model, Ablation("mlp_out", 1)).activations["mlp_out"][1]).any()
     act = np.asarray(run(model, Ablation("act", 1, 7)).activations["act"][1])
@@ -303,6 +310,7 @@ def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Lla
     def strength():
         return floats[rng.integers(len(floats))](rng.integers(1, 9))
 
+    jax.clear_caches()  # what a test before this one compiled
     for make in families:
         with compilations() as compiled:
             forward(model, prompt(), make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
@@ -337,10 +345,12 @@ def test_bfloat16_models_take_the_same_interventions() -> None:
 
 @pytest.mark.parametrize("site", LAYERED)
 def test_ablation_of_any_site_and_of_its_last_index(model: Llama, site: str) -> None:
-    whole, last = np.asarray(run(model, Ablation(site, 1)).activations[site][1]), SITES[site].axes[-1]
+    index = {"E": E, "F": 40, "D": D, "T": T, "S": T}[SITES[site].axes[-1]] - 1
+    whole, one = (
+        np.asarray(run(model, Ablation(site, 1, i), capture=site, logits="none").activations[site][1])
+        for i in (None, index)
+    )
     assert not whole.any()
-    index = {"E": E, "F": 40, "D": D, "T": T, "S": T}[last] - 1
-    one = np.asarray(run(model, Ablation(site, 1, index)).activations[site][1])
     assert not one[..., index].any() and one[..., :index].any()
 
 

@@ -87,6 +87,7 @@ def test_an_array_for_each_layer_is_refused_by_name_where_the_prompt_is_as_long_
     near(found, [METRIC(forward(MODEL, tokens, make(row))) for row in array], 1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("site", ["z", "v", "resid_pre", "pattern", "embed"])
 def test_a_value_has_its_sites_rank(site: str) -> None:
     """Less axes than the site's are refused, whatever they would broadcast to."""
@@ -218,6 +219,7 @@ def test_each_prompt_has_its_own(name: str, backend: str, request: pytest.Fixtur
         assert not compiled
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)])
 def test_a_family_of_masks_is_one_program(backend: str, request: pytest.FixtureRequest) -> None:
     model = MODEL if backend == "jax" else request.getfixturevalue("twin")
@@ -282,6 +284,7 @@ FREEZES = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", FREEZES)
 def test_what_cannot_be_frozen(name: str) -> None:
     make, kind, message = FREEZES[name]

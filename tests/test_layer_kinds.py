@@ -22,6 +22,8 @@ from .test_parity_torch import make
 from .tiny import prompt, tiny_llama
 from .tolerances import LOGITS, ROUTES
 
+pytestmark = pytest.mark.quick
+
 T, WINDOW, THETA = 11, 4, 100.0
 
 

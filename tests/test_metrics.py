@@ -74,6 +74,7 @@ def golden(position: int) -> dict[str, float]:
     }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("position", [-1, 2])
 def test_values_are_those_of_scipy(position: int) -> None:
     want = golden(position)
@@ -164,6 +165,7 @@ def test_the_last_logits_are_enough_for_the_last_position() -> None:
 IDS = [3, np.int64(4), np.uint8(5), np.array(6), jnp.int32(7), jnp.asarray(8, jnp.uint8)]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("make", [lambda i: logit_difference(i, 9), log_probability, lambda i: cross_entropy([i, 2])])
 def test_other_ids_of_any_type_are_no_other_program(make) -> None:
     chex.clear_trace_counter()
@@ -322,6 +324,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_are_sentences(name: str) -> None:
     call, error, match = REFUSALS[name]

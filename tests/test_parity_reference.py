@@ -11,6 +11,8 @@ from oculi_jax.models.llama import Llama
 
 from .tolerances import assert_parity, parity
 
+pytestmark = pytest.mark.quick
+
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 

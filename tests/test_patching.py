@@ -75,6 +75,7 @@ def test_each_entry_is_the_single_run_with_that_patch(model: Llama, grid: Patchi
     assert np.ptp(wanted) > 100 * ROUTES and (grid.site, grid.by) == ("z", ("layer", "head", "position"))
 
 
+@pytest.mark.quick
 def test_noising_is_denoising_with_the_roles_swapped(model: Llama, grid: PatchingResult) -> None:
     swapped = activation_patching(
         model, CORRUPTED, CLEAN, METRIC, "z", ("layer", "head", "position"), direction="noising"
@@ -304,6 +305,7 @@ def trace(model: Llama, clean: Any, corrupted: Any, **options: Any) -> Any:
     return CausalTracer(LlamaAttentionAdapter(model)).trace(clean, corrupted, METRIC, **options)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_be_is_refused_in_a_sentence(model: Llama, name: str) -> None:
     call, sentence = WRONG[name]

@@ -147,6 +147,7 @@ def test_a_row_is_the_single_run(name: str) -> None:
     near(sweep(MODEL, IDS, family, METRIC, batch_size=2), expected)
 
 
+@pytest.mark.quick
 def test_what_is_reused_is_what_nothing_before_it_changed() -> None:
     """The plans of the families above, so that the test above is known to have gone that way."""
     reused = {name: plan(MODEL, IDS, family, METRIC, batch_size=2) for name, (family, *_) in FAMILIES.items()}
@@ -232,6 +233,7 @@ def test_under_a_trace_it_is_the_same() -> None:
     near(slope, (loss(2.0 + 1e-2) - loss(2.0 - 1e-2)) / 2e-2, GRADIENT)
 
 
+@pytest.mark.quick
 def test_other_numbers_are_no_other_program() -> None:
     model, first, second = tiny_llama(), prompt(13), prompt(13, 1)
     grid = HeadAblation.grid(model.config)
@@ -261,6 +263,7 @@ def test_progress_and_calls_keep_to_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     assert seen[-1] == (2 * L * T, 2 * L * T) and len(seen) == len(calls) and sorted(seen) == seen
 
 
+@pytest.mark.quick
 def test_a_plan_counts_what_a_hand_counts() -> None:
     planned = plan(MODEL, IDS, HeadAblation.grid(MODEL.config), METRIC, batch_size=H)
     assert planned.reuse and [g.start for g in planned.groups] == [0, 1, 2]
@@ -275,6 +278,7 @@ def test_a_plan_counts_what_a_hand_counts() -> None:
     assert not every.reuse and every.flops == every.naive_flops == L * H * (L * per_layer + 2 * 61 * E)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("seed", range(6))
 def test_every_variant_is_in_one_group_that_runs_all_it_may_change(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -295,6 +299,7 @@ def test_every_variant_is_in_one_group_that_runs_all_it_may_change(seed: int) ->
     assert found.reuse or found.flops == whole.flops
 
 
+@pytest.mark.quick
 def test_several_prompts_keep_to_the_budget_too() -> None:
     cost = Cost(tiny_config(num_hidden_layers=12, hidden_size=256), 128, 2, 4, "cpu", 1)
     one = make_plan(cost, (4,), 1, None, None, 1, 1).bytes
@@ -303,6 +308,7 @@ def test_several_prompts_keep_to_the_budget_too() -> None:
         assert found.bytes <= 20 * one and found.prompts < 4096
 
 
+@pytest.mark.quick
 def test_a_small_budget_makes_small_calls() -> None:
     cost = Cost(MODEL.config, T, 2, 4, "cpu", 1)
     large, small = (make_plan(cost, (200,), 1, None, None, None, budget) for budget in (1 << 30, 100_000))
@@ -398,6 +404,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(name: str) -> None:
     changes, kind, message = REFUSED[name]
@@ -409,6 +416,7 @@ def test_refusals(name: str) -> None:
             call(MODEL, tokens, interventions, metric, **given)
 
 
+@pytest.mark.quick
 def test_forward_names_sweep() -> None:
     with pytest.raises(ValueError, match="use oculi_jax.sweep for all of them"):
         forward(MODEL, IDS, HeadAblation.grid(MODEL.config))

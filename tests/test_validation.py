@@ -26,6 +26,8 @@ from oculi_jax.intervention import (
 
 from .tiny import prompt, tiny_llama
 
+pytestmark = pytest.mark.quick
+
 MODEL = tiny_llama()  # L 3, H 4, K 2, D 6, E 24, F 40, V 61
 NAN = float("nan")
 
