@@ -37,16 +37,16 @@ def find_model(model: object) -> Any:
 
         module: Any = model
         return TorchLlama.of(module)
-    if getattr(model, "backend", None) != "torch":
+    if getattr(model, "backend", "jax") == "jax":
         check_model(model)
     return model
 
 
 def check_model(model: object) -> LlamaConfig:
     """The config of a JAX model; TypeError for what is none."""
-    if _is_of_transformers(model) or getattr(model, "backend", None) == "torch":
+    if _is_of_transformers(model) or getattr(model, "backend", "jax") != "jax":
         raise TypeError(
-            "This differentiates or reads the model as a JAX pytree, and was given one that torch runs: load it with "
+            "This differentiates or reads the model as a JAX pytree, and was given one that is none: load it with "
             "Llama.from_pretrained(directory)."
         )
     if isinstance(model, type) or not hasattr(model, "config") or not hasattr(model, "embed_tokens"):
