@@ -19,8 +19,8 @@ from ...sites import SITES, Site, site_of
 
 if TYPE_CHECKING:
     from jax import Array
-    from torch import Tensor
 
+    from ...arrays import AnyArray
     from ...metrics import MetricLike
 
 
@@ -137,7 +137,7 @@ def _depends(program: Any, given: tuple[bool, ...]) -> list[bool]:
 
 
 @partial(jax.jit, static_argnums=(3,))
-def judged(metric: MetricLike, logits: Tensor, mask: Array | None, by_prompt: tuple[bool, ...]) -> Any:
+def judged(metric: MetricLike, logits: Array, mask: AnyArray | None, by_prompt: tuple[bool, ...]) -> Any:
     """The metric `[C, N, …]` of C prompts in N variants each, from the logits `[C, N, …]` that it reads."""
 
     def one(metric: Any, logits: Any, mask: Any) -> Any:
