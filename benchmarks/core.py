@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from table import HUB_ID, Plan, Row, arguments, hugging_face, installed, measure, side_by_side, verdict  # isort: skip
+from table import HUB_ID, Plan, Row, arguments, compilations, hugging_face, installed, measure, side_by_side, verdict  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -141,19 +141,12 @@ def interventions(model: Llama) -> Iterator[tuple[bool, Any]]:
 
 def recompile_row(model: Llama, tokens: np.ndarray) -> Row:
     """The first of each kind compiles, the others must not; a listener that hears no first one would prove nothing."""
-    compiles: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiles.append(duration_secs)
-
     firsts, others = [], []
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    for first, intervention in interventions(model):
-        compiles.clear()
-        run(model, tokens[:16], interventions=intervention, logits="last")
-        (firsts if first else others).append(len(compiles))
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with compilations() as heard:
+        for first, intervention in interventions(model):
+            heard.clear()
+            run(model, tokens[:16], interventions=intervention, logits="last")
+            (firsts if first else others).append(len(heard))
     text = f"{sum(others)} in {len(others)} calls (at least {min(firsts)} in a first one)"
     return verdict(text, "0", sum(others) == 0 and min(firsts) > 0, compiles=sum(others), first_compiles=firsts)
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from table import Plan, Row, arguments, measure, verdict  # isort: skip
+from table import Plan, Row, arguments, compilations, measure, verdict  # isort: skip
 
 import jax
 import jax.numpy as jnp
@@ -241,22 +240,6 @@ def agreement_row(bench: Bench) -> Row:
         note=f"z of one head recovers most at {', '.join(f'{name} ({x:+.2f})' for name, x in largest.items())}.",
         errors=errors, variants={name: x.size for name, x in theirs.items()}, recovery=largest,
     )  # fmt: skip
-
-
-@contextmanager
-def compilations() -> Iterator[list[float]]:
-    """Seconds of each backend compilation within it."""
-    heard: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            heard.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield heard
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def compile_row(bench: Bench) -> Row:

@@ -14,7 +14,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 Row = dict[str, Any]
 # What a row measures, the peer that it needs (or none), and how.
 Plan = list[tuple[str, str, Callable[[], Row]]]
+
+
+@contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Seconds of each backend compilation within it."""
+    heard: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            heard.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield heard
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def verdict(measured: str, bar: str, ok: bool | None, **values: Any) -> Row:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -78,8 +80,12 @@ def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: AnyA
     """
     if mask is None:
         return jnp.take(value, np.array(positions) % value.shape[axis], axis=axis)
+    return _at_ranks(value, axis, jnp.asarray(positions), mask)
+
+
+@partial(jax.jit, static_argnums=1, inline=True)
+def _at_ranks(value: Array, axis: int, wanted: Array, mask: AnyArray) -> Array:
     rank = jnp.cumsum(mask) - 1
-    wanted = jnp.asarray(positions)
     wanted = jnp.where(wanted < 0, wanted + rank[-1] + 1, wanted)
     match = (rank[None, :] == wanted[:, None]) & mask[None, :]
     found = match.any(axis=1).reshape(-1, *(1,) * (value.ndim - axis - 1))

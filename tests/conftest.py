@@ -18,6 +18,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # `.ci/everywhere` compiles as users do, and real models are optimised in any case.
 if os.environ.get("OCULI_TESTS_COMPILE", "quickly") == "quickly":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # the other core has tests of its own
     if version("jaxlib").startswith("0.10."):  # later ones have no others
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # The threads of torch and LAPACK slow down manyfold where they have to wait for cores.

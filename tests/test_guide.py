@@ -120,6 +120,7 @@ def test_every_block_runs(
 ) -> None:
     if CARD not in document:
         request.getfixturevalue("loaded_once")
+    jax.config.update("jax_disable_most_optimizations", False)  # they compute for longer than they compile
     monkeypatch.setattr(sys, "path", list(sys.path))  # the card's blocks import from weights/
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     (tmp_path / "docs" / "pictures").mkdir(parents=True)

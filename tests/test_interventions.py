@@ -84,19 +84,19 @@ def test_an_intervention_that_is_off_changes_no_bit_on_one_program_path(model: L
 
 @pytest.mark.parametrize("site", [name for name in SITES if name != "allowed"])
 def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: dict, site: str) -> None:
+    """In every form that a value has, each at a layer of its own where the site has layers."""
     base = run(model, capture=())
+    patches = [Edit(site, "set", None, value=clean[site])]  # the dense form holds every layer
     if SITES[site].layered:
-        patches = [
-            ActivationPatch(site, 1, clean[site][1]),
-            ActivationPatch(site, 1, PerLayer(clean[site])),  # a whole run's capture: the layer's row is taken
-            Edit(site, "set", None, value=clean[site]),  # the dense form holds every layer
-        ]
+        patches.append(ActivationPatch(site, 1, clean[site][1]))
+        patches.append(
+            ActivationPatch(site, 2, PerLayer(clean[site]))
+        )  # a whole run's capture: the layer's row is taken
     else:
-        patches = [ActivationPatch(site, None, clean[site]), Edit(site, "set", None, value=clean[site])]
-    for patch in patches:
-        out = run(model, patch, capture=site)
-        near(out.logits, base.logits, ROUNDING)
-        assert out.activations[site].shape == clean[site].shape
+        patches.append(ActivationPatch(site, None, clean[site]))
+    out = run(model, *patches, capture=site)
+    near(out.logits, base.logits, ROUNDING)
+    near(out.activations[site], clean[site], ROUNDING)
 
 
 @pytest.mark.parametrize("site", LAYERED)
@@ -346,10 +346,8 @@ def test_bfloat16_models_take_the_same_interventions() -> None:
 @pytest.mark.parametrize("site", LAYERED)
 def test_ablation_of_any_site_and_of_its_last_index(model: Llama, site: str) -> None:
     index = {"E": E, "F": 40, "D": D, "T": T, "S": T}[SITES[site].axes[-1]] - 1
-    whole, one = (
-        np.asarray(run(model, Ablation(site, 1, i), capture=site, logits="none").activations[site][1])
-        for i in (None, index)
-    )
+    both = (Ablation(site, 1, index), Ablation(site, 2))
+    one, whole = np.asarray(run(model, *both, capture=site, logits="none").activations[site])[1:]
     assert not whole.any()
     assert not one[..., index].any() and one[..., :index].any()
 

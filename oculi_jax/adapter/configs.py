@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
 QK_STAGES = ("post_rope", "pre_rope")
 
 
-class _OfSites:
+class _OfSites(ABC):
     """A config whose fields are sites of the layers, and some outside them."""
 
     layers: Sequence[int] | None
     dtype: DTypeLike | None
 
+    @abstractmethod
     def fields(self) -> dict[str, str]:
         """Field of the capture → site."""
-        raise NotImplementedError
 
     def specs(self) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -48,10 +49,7 @@ class AttentionAnalysis:
         """
         if not isinstance(threshold, jax.Array) and not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold!r}, and must be a fraction above 0 and at most 1, such as 0.9.")
-        held = jnp.cumsum(jnp.sort(_patterns(capture), axis=-1, descending=True), axis=-1)
-        total = held[..., -1:]
-        short = held < total * (jnp.asarray(threshold, jnp.float32) - _ROUNDING)
-        return jnp.where(total[..., 0] > 0, jnp.sum(short, axis=-1) + 1, 0).astype(jnp.int32)
+        return _span(_patterns(capture), jnp.asarray(threshold, jnp.float32))
 
     @staticmethod
     def attention_to_position(capture: AttentionCapture, position: int) -> Float[Array, "L H T"]:
@@ -86,3 +84,11 @@ class AttentionAnalysis:
 def _patterns(capture: AttentionCapture) -> Array:
     patterns = jnp.asarray(need(capture, "AttentionCapture", "patterns"), jnp.float32)
     return jnp.where(real_tokens(capture)[None, None, :, None], patterns, 0.0)
+
+
+@partial(jax.jit, inline=True)
+def _span(patterns: Float[Array, "L H T S"], threshold: Float[Array, ""]) -> Int[Array, "L H T"]:
+    held = jnp.cumsum(jnp.sort(patterns, axis=-1, descending=True), axis=-1)
+    total = held[..., -1:]
+    short = held < total * (threshold - _ROUNDING)
+    return jnp.where(total[..., 0] > 0, jnp.sum(short, axis=-1) + 1, 0).astype(jnp.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, overload
 
@@ -332,6 +333,7 @@ def _pair(capture: AttentionCapture, source: Head, target: Head, method: str) ->
     return Result(arrived, f"{method}_composition")
 
 
+@partial(jax.jit, inline=True)
 def _moved(patterns: Float[Array, "L H T S"], values: Float[Array, "L K T D"] | None) -> Float[Array, "L H T"]:
     """What heads brought to each position from elsewhere, in 0…1: the attention, or where values are given its size."""
     elsewhere = patterns * (1.0 - jnp.eye(patterns.shape[-1], dtype=jnp.float32))[None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -149,6 +150,7 @@ class CorrelationAnalysis:
         return with_pvalue(norms[..., real], entropy[..., real])
 
 
+@partial(jax.jit, inline=True)
 def _pearson(x: Float[Array, "... N"], y: Float[Array, "... N"], real: Bool[Array, "... N"]) -> Float[Array, "..."]:
     def unit(values: Array) -> tuple[Array, Array]:
         off = centred(values, real)[1]
@@ -164,6 +166,7 @@ def _pearson(x: Float[Array, "... N"], y: Float[Array, "... N"], real: Bool[Arra
     return jnp.where(x_constant | y_constant, jnp.nan, r)
 
 
+@partial(jax.jit, static_argnums=3, inline=True)
 def _spearman(
     x: Float[Array, "... N"],
     y: Float[Array, "... N"],

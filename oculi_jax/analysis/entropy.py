@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from .inputs import at_position, check_capture, need
 from .statistics import centred, count, real_tokens, root
@@ -50,10 +52,7 @@ class EntropyAnalysis:
             TypeError, ValueError: another capture, a batch (map over it with `jax.vmap`), or patterns not captured.
         """
         p = jnp.asarray(need(capture, "AttentionCapture", "patterns"), jnp.float32)
-        # 1 stands in for 0, and for what the device may flush to 0: 1 ln 1 adds nothing and its gradient is finite.
-        p = jnp.where(p < jnp.finfo(jnp.float32).tiny, 1.0, p)
-        entropy = jnp.sum(-p * jnp.log(p), axis=-1)
-        return jnp.where(real_tokens(capture)[None, None, :], entropy, 0.0)
+        return _entropy(p, real_tokens(capture))
 
     @staticmethod
     def effective_rank(capture: AttentionCapture) -> Float[Array, "L H T"]:
@@ -110,3 +109,10 @@ class EntropyAnalysis:
             return at_position(capture, EntropyAnalysis.token_entropy(capture), 2, -1)
 
         return aggregate(treatment) - aggregate(control)
+
+
+@partial(jax.jit, inline=True)
+def _entropy(p: Float[Array, "L H T S"], real: Bool[Array, "T"]) -> Float[Array, "L H T"]:
+    # 1 stands in for 0, and for what the device may flush to 0: 1 ln 1 adds nothing and its gradient is finite.
+    p = jnp.where(p < jnp.finfo(jnp.float32).tiny, 1.0, p)
+    return jnp.where(real[None, None, :], jnp.sum(-p * jnp.log(p), axis=-1), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -243,6 +244,7 @@ def _size(capture: LogitCapture) -> int | None:
     return None if capture.logits is None else capture.logits.shape[-1]
 
 
+@partial(jax.jit, inline=True)
 def _unembed(normalized: Float[Array, "L E"], rows: Float[Array, "N E"]) -> Float[Array, "L N"]:
     dtype = jnp.promote_types(normalized.dtype, rows.dtype)
     return jnp.einsum(
@@ -251,6 +253,7 @@ def _unembed(normalized: Float[Array, "L E"], rows: Float[Array, "N E"]) -> Floa
     )  # fmt: skip
 
 
+@partial(jax.jit, inline=True)
 def _of_token(values: Float[Array, "L V"], token: Array) -> Float[Array, " L"]:
     return values.at[:, token].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 

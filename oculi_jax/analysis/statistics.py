@@ -1,7 +1,11 @@
-"""What analyses share: which tokens are real, averages over them, and roots whose gradient at zero is zero."""
+"""What analyses share: which tokens are real, averages over them, and roots whose gradient at zero is zero.
+
+Analyses may be called outside `jit`; then each of these is one program, where its operations would be a dozen.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,9 +24,15 @@ def real_tokens(capture: AnyCapture, ignore_first: int = 0) -> Bool[Array, "T"]:
     n_tokens = capture.tokens.shape[0]
     ignore_first = integer(ignore_first, "ignore_first", 0, n_tokens - 1, note=f": the prompt has {n_tokens} tokens")
     real = jnp.ones(n_tokens, bool) if capture.mask is None else jnp.asarray(capture.mask, bool)
-    return real & (jnp.cumsum(real) > ignore_first)
+    return _beyond(real, ignore_first)
 
 
+@partial(jax.jit, inline=True)
+def _beyond(real: Bool[Array, "T"], n: int) -> Bool[Array, "T"]:
+    return real & (jnp.cumsum(real) > n)
+
+
+@partial(jax.jit, inline=True)
 def centred(
     values: Float[Array, "... T"], real: Bool[Array, "... T"]
 ) -> tuple[Float[Array, "..."], Float[Array, "... T"]]:
@@ -42,12 +52,14 @@ def count(real: Bool[Array, "... T"]) -> Float[Array, "..."]:
     return jnp.sum(real, axis=-1).astype(jnp.float32)
 
 
+@partial(jax.jit, inline=True)
 def root(x: Array) -> Array:
     """√x whose gradient at 0 is 0."""
     zero = x == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
 
 
+@partial(jax.jit, inline=True)
 def norm(x: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Length of the last axis."""
     return root(jnp.sum(x * x, axis=-1))
