@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     )
     from .models.llama.model import Llama
     from .output import Output
+    from .prompts import padded
     from .reading import lens
     from .run import forward
     from .sites import SITES, Site, find_site
@@ -79,6 +80,7 @@ _CONTENTS = {
     ),
     "models.llama.model": ("Llama",),
     "output": ("Output",),
+    "prompts": ("padded",),
     "reading": ("lens",),
     "run": ("forward",),
     "sites": ("SITES", "Site", "find_site"),
@@ -134,6 +136,7 @@ __all__ = [
     "load_tokenizer",
     "metrics",
     "models",
+    "padded",
     "plan",
     "save",
     "sweep",

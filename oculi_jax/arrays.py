@@ -16,6 +16,22 @@ from jax.core import Tracer
 AnyArray: TypeAlias = np.ndarray | Array
 
 
+# Short names of dtypes that people write, as the command lines of others take them.
+SHORT = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "f32": "float32",
+}
+
+
+def full_name(dtype: Any) -> Any:
+    """`"bfloat16"` for `"bf16"` and its like; whatever else was given, as it is."""
+    return SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype
+
+
 def on_device(value: object) -> bool:
     """Whether a value is a JAX array or tracer, which is checked by shape and dtype alone."""
     return isinstance(value, jax.Array)

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from .arrays import AnyArray, integers
+from .arrays import AnyArray, full_name, integers
 from .sites import Site, site_of
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _at_ranks(value: Array, axis: int, wanted: Array, mask: AnyArray) -> Array:
 def float_dtype(dtype: DTypeLike, what: str) -> str:
     """The name of a floating-point dtype given as a string or dtype."""
     try:
-        name = jnp.dtype(dtype).name
+        name = jnp.dtype(full_name(dtype)).name
     except TypeError:
         raise ValueError(f"{what} is {dtype!r}, which is not a dtype.") from None
     if name not in ("float32", "bfloat16", "float16"):

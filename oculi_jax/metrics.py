@@ -190,6 +190,18 @@ class CrossEntropy(Metric):
         return -jnp.mean(_log_probabilities(logits, self.continuation))
 
 
+def apply_metric(metric: Callable[[Output], Any], out: Output) -> Any:
+    """What a function of the user's own makes of a run, inside a compiled program; TypeError where it takes numbers out of it."""
+    try:
+        return metric(out)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(
+            "The metric makes a Python or NumPy number of a value that is not known yet: it is compiled into the program. Leave "
+            "out float(), int(), bool(), .item(), if and np., and return the value as it is, such as "
+            "lambda out: out.logits[-1, 3]."
+        ) from error
+
+
 def check_metric(
     metric: object, vocab_size: int, tokens: AnyArray, mask: AnyArray | None
 ) -> tuple[Any, tuple[bool, ...]]:

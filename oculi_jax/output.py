@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from .arrays import listing
 from .pytrees import pytree
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Activations(Mapping[str, Array]):
+    """Site → its captured values, in the order in which they were asked for; a pytree that prints as shapes."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # of arrays there is no one answer
+
+    def __init__(self, values: Mapping[str, Array]):
+        self._values = dict(values)
+
+    def __getitem__(self, site: str) -> Array:
+        if site in self._values:
+            return self._values[site]
+        near = difflib.get_close_matches(str(site), self._values, 1)
+        known = f"captured are {', '.join(self)}" if self else "nothing was"
+        hint = f"Did you mean {near[0]!r}?" if near else f"Ask for it: capture={site!r}."
+        raise NotCaptured(f"{site!r} was not captured; {known}. {hint}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        shapes = (f"{site} {listing(getattr(value, 'shape', ()))}" for site, value in self.items())
+        return "{" + ", ".join(shapes) + "}"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+        return [(jax.tree_util.DictKey(name), value) for name, value in self.items()], tuple(self)
+
+    @classmethod
+    def tree_unflatten(cls, names: tuple[str, ...], values: Iterable[Any]) -> Activations:
+        return cls(dict(zip(names, values, strict=True)))
+
+
+class NotCaptured(KeyError):
+    """A site that a run did not return."""
+
+    __str__ = Exception.__str__  # KeyError's puts quotes around a sentence
 
 
 @pytree
@@ -25,21 +68,21 @@ class Output:
     """
 
     logits: Float[Array, "T V"] | Float[Array, "V"] | None
-    activations: Mapping[str, Array]
+    activations: Mapping[str, Array]  # an `Activations`
     applied: Int[Array, "N"]
     mask: Bool[Array, "T"] | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.activations, dict):
+            object.__setattr__(self, "activations", Activations(self.activations))
+
     def __getitem__(self, site: str) -> Array:
         """What was captured at a site: `out["pattern"]` is `out.activations["pattern"]`."""
-        if site not in self.activations:
-            known = f"captured are {', '.join(self.activations)}" if self.activations else "nothing was"
-            raise KeyError(f"{site!r} was not captured; {known}. Ask for it: capture={site!r}.")
         return self.activations[site]
 
     def __repr__(self) -> str:
         def shape(x: Any) -> str:
             return "None" if x is None else listing(getattr(x, "shape", ()))
 
-        captured = ", ".join(f"{site} {shape(value)}" for site, value in self.activations.items())
         applied = f", applied {shape(self.applied)}" if getattr(self.applied, "shape", (0,)) != (0,) else ""
-        return f"Output(logits {shape(self.logits)}, activations {{{captured}}}{applied})"
+        return f"Output(logits {shape(self.logits)}, activations {self.activations!r}{applied})"

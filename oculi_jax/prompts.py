@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .arrays import AnyArray, as_array, listing, on_device
+from .arrays import AnyArray, as_array, integer, listing, on_device
 
 if TYPE_CHECKING:
     from .models.llama.config import LlamaConfig
@@ -24,9 +25,10 @@ def check_tokens(tokens: ArrayLike, vocab_size: int) -> AnyArray:
         raise TypeError(
             "tokens is text, and ids [T] are needed: encode it with the tokenizer, or give it to the adapter."
         )
-    array = as_array(tokens)
+    array = ids_of(tokens)
     if array.ndim != 1:
         hint = " Map forward over a batch with jax.vmap." if array.ndim == 2 else ""
+        hint = " It is one prompt with an axis for a batch: give tokens[0]." if array.shape[:-1] == (1,) else hint
         raise ValueError(f"tokens has shape {listing(array.shape)}, and one sequence [T] is needed.{hint}")
     if array.shape[0] == 0:
         raise ValueError("The prompt is empty: tokens has shape [0], and at least one token is needed.")
@@ -40,6 +42,76 @@ def check_tokens(tokens: ArrayLike, vocab_size: int) -> AnyArray:
             f"tokens[{wrong[0]}] is {array[wrong[0]]}, and this model's vocabulary has ids 0 to {vocab_size - 1}."
         )
     return array.astype(np.int32)
+
+
+def ids_of(tokens: object) -> Any:
+    """An array of ids; TypeError or ValueError for a tokenizer's whole answer, and for rows of unequal lengths."""
+    if isinstance(tokens, Mapping):
+        if "input_ids" in tokens:
+            raise TypeError('tokens is a dictionary, as a tokenizer returns it; give its ids: tokens["input_ids"].')
+        raise TypeError(
+            f"tokens is a dictionary with {', '.join(map(str, tokens)) or 'nothing in it'}, and ids are needed."
+        )
+    if isinstance(tokens, list | tuple) and len({np.size(row) for row in tokens if np.ndim(row) == 1}) > 1:
+        raise ValueError(
+            "tokens holds prompts of unequal lengths. Make one array of them, and a mask: tokens, mask = oculi_jax.padded(rows)."
+        )
+    return as_array(tokens)
+
+
+def padded(
+    rows: Sequence[str] | Sequence[Sequence[int]] | Sequence[np.ndarray],
+    tokenizer: Tokenizer | None = None,
+    *,
+    length: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of unequal lengths as one array, padded on the right, and which of its tokens are real.
+
+    Args:
+        rows: texts, or lists of ids.
+        tokenizer: for texts, which get the special tokens that it adds; its pad id is what padding is, else 0.
+        length: how long to make them; the longest row's length for None.
+
+    Returns:
+        `tokens` int32 `[B, T]` and `mask` bool `[B, T]`, True at real tokens.
+
+    Raises:
+        ValueError: no rows, an empty one, or a `length` shorter than the longest. TypeError: texts without a tokenizer.
+
+    Example:
+        tokens, mask = padded(["The capital of France is", "Hello"], tokenizer)
+        sweep(model, tokens, HeadAblation.grid(model.config), metric, mask=mask)
+    """
+    if len(rows) == 0:
+        raise ValueError("rows is empty: at least one prompt is needed.")
+    found, _ = _rows([rows] if isinstance(rows, str) else rows, tokenizer, None)
+    lengths = [len(row) for row in found]
+    if min(lengths) == 0:
+        raise ValueError("rows holds an empty prompt: at least one token is needed in each.")
+    longest = max(lengths)
+    length = (
+        longest
+        if length is None
+        else integer(length, "length", longest, note=f": the longest row has {longest} tokens")
+    )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    tokens = np.full((len(found), length), 0 if pad is None else pad, np.int32)
+    for row, ids in zip(tokens, found, strict=True):
+        row[: len(ids)] = ids
+    return tokens, np.arange(length)[None, :] < np.array(lengths)[:, None]
+
+
+def warn_of_padding(tokens: np.ndarray, pad: int | None, name: str) -> None:
+    """Says where rows of a batch that came without a mask begin or end with the pad id, and so may hold padding as text."""
+    if pad is None or tokens.ndim != 2:
+        return
+    rows = np.flatnonzero((tokens[:, 0] == pad) | (tokens[:, -1] == pad))
+    if rows.size:
+        warnings.warn(
+            f"Prompt {rows[0]} begins or ends with token {pad}, the pad id, and every token is taken for text: no {name} was "
+            f"given. Where it is padding, give {name}, True at real tokens; where it is text, give {name} all True.",
+            stacklevel=3,
+        )
 
 
 def check_mask(mask: ArrayLike | None, n_tokens: int) -> AnyArray | None:
@@ -60,7 +132,7 @@ def check_prompts(
     config: LlamaConfig, tokens: ArrayLike, mask: ArrayLike | None
 ) -> tuple[AnyArray, AnyArray | None, bool]:
     """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
-    given = tokens if isinstance(tokens, str) else as_array(tokens)
+    given = tokens if isinstance(tokens, str) else ids_of(tokens)
     if isinstance(given, str) or given.ndim != 2:
         tokens = check_tokens(tokens, config.vocab_size)[None]
         mask = check_mask(mask, tokens.shape[1])
@@ -76,11 +148,13 @@ def check_prompts(
         for row in masks:
             check_mask(row, given.shape[1])
         return xp.stack(rows), masks, False
+    if xp is np:
+        warn_of_padding(np.stack(rows), config.pad_token_id, "mask")
     return xp.stack(rows), None, False
 
 
-# What an adapter takes: a text or several; ids `[T]` or `[B, T]`; lists of ids of unequal lengths.
-PromptLike: TypeAlias = str | Sequence[str] | ArrayLike
+# What an adapter takes: a text or several; ids `[T]` or `[B, T]`; lists of ids of unequal lengths; a chat's messages.
+PromptLike: TypeAlias = str | Sequence[str] | ArrayLike | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -131,6 +205,10 @@ def prepare(
         exact: no padding beyond the longest prompt, where nothing is compiled for a length.
     """
     rows, mask = _rows(prompt, tokenizer, attention_mask)
+    together = len({len(row) for row in rows}) == 1 and (len(rows) > 1 or getattr(prompt, "ndim", 1) == 2)
+    if attention_mask is None and together and not is_text(prompt):
+        pad = getattr(tokenizer, "pad_token_id", None)
+        warn_of_padding(np.stack(rows), config.pad_token_id if pad is None else pad, "attention_mask")
     lengths = [len(row) for row in rows]
     n_tokens = max(lengths, default=0)
     if not rows or min(lengths) == 0:
@@ -165,9 +243,29 @@ def is_text(prompt: object) -> TypeGuard[str | Sequence[str]]:
     )
 
 
+def is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    """Whether a prompt is messages of a chat: dictionaries with `role` and `content`."""
+    return (
+        isinstance(prompt, list | tuple)
+        and len(prompt) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= set(message) for message in prompt)
+    )
+
+
+def _chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> np.ndarray:
+    """The ids of a chat by the tokenizer's own template, up to where the assistant is to speak."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("These are messages of a chat, and this tokenizer has no chat template: give text, or ids.")
+    speaks = messages[-1]["role"] != "assistant"
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=speaks, return_dict=False)
+    return np.asarray(ids, np.int64).reshape(-1)
+
+
 def _rows(prompt: Any, tokenizer: Any, attention_mask: Any) -> tuple[list[np.ndarray], np.ndarray | None]:
     if isinstance(prompt, Mapping):
         raise TypeError("The prompt is a dictionary; give its input_ids, and its attention_mask by that name.")
+    if is_chat(prompt):
+        return [_chat(prompt, tokenizer)], None
     texts = [prompt] if isinstance(prompt, str) else prompt
     if is_text(texts):
         if attention_mask is not None:

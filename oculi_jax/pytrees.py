@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
+import numpy as np
 
 T = TypeVar("T")
 
@@ -41,7 +42,10 @@ def pytree(cls: type[T] | None = None, /, *, kw_only: bool = False, repr: bool =
     """
     if cls is None:
         return partial(pytree, kw_only=kw_only, repr=repr)
-    cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=kw_only, repr=repr)(cls)
+    own = "__repr__" in vars(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=kw_only, repr=False)(cls)
+    if repr and not own:
+        cls.__repr__ = _shown  # type: ignore[method-assign]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     fixed = tuple(field.name for field in fields if field.metadata.get("static"))
     data = tuple(field.name for field in fields if field.name not in fixed)
@@ -62,3 +66,21 @@ def pytree(cls: type[T] | None = None, /, *, kw_only: bool = False, repr: bool =
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _shown(x: Any) -> str:
+    """A dataclass's repr in which arrays of more than a few numbers are their types and shapes."""
+    values = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+    return f"{type(x).__name__}({', '.join(f'{name}={_short(value)}' for name, value in values.items())})"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim:
+        few = isinstance(value, np.ndarray) and value.ndim == 1 and value.size <= _MANY
+        return str(value.tolist()) if few else f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, list | tuple) and len(value) > _MANY:
+        return f"{type(value).__name__} of {len(value)}"
+    return repr(value)
+
+
+_MANY = 8

@@ -64,7 +64,11 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path: Path, dtype, kind: dict)
     model.save_pretrained(tmp_path)
     back = Llama.from_pretrained(tmp_path)
     assert same(model, back) and back.dtype == jnp.dtype(dtype)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
 
 
 def test_shards_hold_what_the_file_says(sharded: Path) -> None:
@@ -84,7 +88,7 @@ def test_dtype_and_device_are_chosen_by_name() -> None:
     assert model.dtype == jnp.bfloat16 and model.device == jax.devices()[0]
     np.testing.assert_array_equal(model.embed[...], exact.embed[...].astype(jnp.bfloat16))
     assert Llama.from_pretrained(WEIGHTS / "tiny-gqa", device=jax.devices()[3]).device == jax.devices()[3]
-    for wrong in ("float8", "int8", "bf16", np.int32):
+    for wrong in ("float8", "int8", "bf8", np.int32):
         with pytest.raises(ValueError, match="'bfloat16', 'float16'"):
             Llama.from_pretrained(WEIGHTS / "tiny-gqa", dtype=wrong)
     with pytest.raises(ValueError, match="JAX has cpu here"):

@@ -13,7 +13,7 @@ from oculi_jax import SITES, forward, generate, load
 from oculi_jax.cli.interventions import KINDS, parse
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.embedded import embedded_directory
-from oculi_jax.intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler
+from oculi_jax.intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler, Steer
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .margins import assert_leads
@@ -34,7 +34,7 @@ def test_a_line_is_an_intervention() -> None:
     for line, want in lines.items():
         found = parse(line)
         assert type(found) is type(want) and vars(found) == vars(want)
-    assert {type(parse(line)) for line in lines} == set(KINDS.values())
+    assert {type(parse(line)) for line in lines} | {Steer} == set(KINDS.values())  # its direction is in a file
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_he
     plain, changed = texts
     assert plain.startswith("Paris. ") and changed != plain
     assert re.search(r"^The capital of France is Paris\. \w+ \w+ .*\s{2,}The capital of France is", out, re.M)
-    assert "part at new token 0: 'Paris'" in out
+    assert "part at new token 0: ' Paris'" in out
     assert png(tmp_path / "texts.png").std() > 0.05
 
 

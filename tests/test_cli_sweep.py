@@ -281,7 +281,7 @@ def test_oculi_patch_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Pa
     profile = {int(line.split()[0]): line for line in out.splitlines() if re.match(r"\d+ '", line)}
     recovered = [abs(float(re.findall(r"[+-]\d+\.\d+", line)[1])) for line in profile.values()]
     assert min(recovered[:2]) - max(recovered[2:], default=0.0) > 2 * HOOKS  # so which two lead is in no doubt
-    assert set(list(profile)[:2]) == {10, 14} and "10 'Mary'→'John'" in profile[10]
+    assert set(list(profile)[:2]) == {10, 14} and "10 ' Mary'→' John'" in profile[10]
     assert min(profile) >= 10  # nothing before the first token that differs
 
 
@@ -296,9 +296,9 @@ def test_oculi_patch_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Pa
         (["sweep", "The", "--target", "Mary", "-o", "{tmp}/x.jpg"], "must end in .png, .svg, .pdf"),
         (
             ["patch", "one two", "one", "--target", "Mary"],
-            "the clean prompt has 3, ['<s>', 'one', 'two'], and the corrupted one 2, ['<s>', 'one']",
+            "the clean prompt has 3, ['<s>', ' one', ' two'], and the corrupted one 2, ['<s>', ' one']",
         ),
-        (["patch", "one two", "one two", "--target", "Mary"], "Both prompts are the tokens ['<s>', 'one', 'two']"),
+        (["patch", "one two", "one two", "--target", "Mary"], "Both prompts are the tokens ['<s>', ' one', ' two']"),
         (["patch", "one two", "one three", "--target", "Parisien"], "'Parisien' is not in the vocabulary"),
     ],
 )

@@ -20,6 +20,7 @@ from .margins import assert_apart, assert_clear, assert_leads
 from .prompts import FRANCE
 from .test_forward_laws import near
 from .tiny import prompt, tiny_llama
+from .token_texts import token_text
 from .tolerances import ROUNDING, ROUTES
 
 T, V, TOKEN = 11, 61, 34
@@ -303,7 +304,7 @@ def test_the_lens_of_hugging_faces_hidden_states(
     for top_k in (3, 12):  # fewer and more than were kept
         best = np.argsort(-p, axis=-1, kind="stable")[:, :top_k]
         rows = lens.layer_predictions(capture, position, top_k=top_k)
-        texts = [[trained.tokenizer.decode([i]) for i in row] for row in best]
+        texts = [[token_text(trained.tokenizer, i) for i in row] for row in best]
         assert [[name for name, _ in row["predictions"]] for row in rows] == texts
         near([[chance for _, chance in row["predictions"]] for row in rows], np.take_along_axis(p, best, -1))
     near(lens.prediction_convergence(capture, position), (p[-1] * np.log(p[-1] / p)).sum(-1))

@@ -119,6 +119,7 @@ def test_no_circle_of_imports() -> None:
     assert not leads, f"these files import one another: {', '.join(sorted(leads))}"
 
 
+@pytest.mark.torch  # imports every module
 def test_no_module_is_hidden_by_a_function_of_its_name() -> None:
     import importlib
     import types

@@ -36,7 +36,7 @@ TOKENS = {
     "beyond": ([1, 61], ValueError, r"tokens\[1\] is 61, and this model's vocabulary has ids 0 to 60"),
     "negative": ([-1, 3], ValueError, r"tokens\[0\] is -1"),
     "empty": ([], ValueError, "prompt is empty"),
-    "batch": ([[1, 2]], ValueError, r"shape \[1, 2\], and one sequence \[T\].*jax.vmap"),
+    "batch": ([[1, 2], [3, 4]], ValueError, r"shape \[2, 2\], and one sequence \[T\].*jax.vmap"),
     "text": ("abc", TypeError, "tokens is text"),
     "device float": (jnp.ones(3), TypeError, "float32, and integers"),
 }  # fmt: skip
@@ -217,7 +217,7 @@ def test_an_output_is_indexed_by_site() -> None:
     out = forward(MODEL, prompt(), capture=("z", "resid_post"))
     assert out["z"] is out.activations["z"]
     with pytest.raises(
-        KeyError, match="'pattern' was not captured; captured are resid_post, z. Ask for it: capture='pattern'"
+        KeyError, match="'pattern' was not captured; captured are z, resid_post. Ask for it: capture='pattern'"
     ):
         out["pattern"]
     with pytest.raises(KeyError, match="'z' was not captured; nothing was"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -70,6 +72,7 @@ class LlamaAttentionAdapter:
         *,
         attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
+        **others: object,
     ) -> AttentionCapture:
         """Queries, keys, values, patterns and head outputs: `[L, H, T, D]`, `[L, K, T, D]` twice, `[L, H, T, T]`, `[L, H, T, D]`.
 
@@ -82,6 +85,7 @@ class LlamaAttentionAdapter:
         Raises:
             ValueError, TypeError: a prompt or config that cannot be run, before anything runs.
         """
+        _refuse(others, "capture", CaptureConfig)
         return self._run(
             ids_or_text, {"attention": CaptureConfig() if config is None else config}, attention_mask, allow_longer
         )["attention"]
@@ -93,8 +97,10 @@ class LlamaAttentionAdapter:
         *,
         attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
+        **others: object,
     ) -> ResidualCapture:
         """The residual stream's four points, `[L, T, E]` each, with what attribution needs. Arguments as in `capture`."""
+        _refuse(others, "capture_residual", ResidualConfig)
         return self._run(
             ids_or_text, {"residual": ResidualConfig() if config is None else config}, attention_mask, allow_longer
         )["residual"]
@@ -106,8 +112,10 @@ class LlamaAttentionAdapter:
         *,
         attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
+        **others: object,
     ) -> MLPCapture:
         """The MLP's projections and neurons, `[L, T, F]` each, and output `[L, T, E]`. Arguments as in `capture`."""
+        _refuse(others, "capture_mlp", MLPConfig)
         return self._run(ids_or_text, {"mlp": MLPConfig() if config is None else config}, attention_mask, allow_longer)[
             "mlp"
         ]
@@ -120,11 +128,13 @@ class LlamaAttentionAdapter:
         attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
         tuned_lens: TunedLens | None = None,
+        **others: object,
     ) -> LogitCapture:
         """The logit lens at every layer, `[L, T, V]`; with `top_k`, which never holds as much, `[L, T, k]`.
 
         Arguments as in `capture`, and `tuned_lens`: a `TunedLens` that translates each layer's stream first.
         """
+        _refuse(others, "capture_logits", LogitConfig)
         configs: dict[str, Config] = {"logits": LogitConfig() if config is None else config}
         return self._run(ids_or_text, configs, attention_mask, allow_longer, tuned_lens)["logits"]
 
@@ -314,3 +324,21 @@ def _structure(
                 **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight,
                 lens=kind_of_lens,
             )  # fmt: skip
+
+
+def _refuse(others: Mapping[str, object], method: str, config: type) -> None:
+    """TypeError for arguments that there are not; names the config where they are fields of it."""
+    if not others:
+        return
+    fields = {field.name for field in dataclasses.fields(config)}
+    if set(others) <= fields:
+        given = ", ".join(f"{name}={_brief(value)}" for name, value in others.items())
+        raise TypeError(f"{method} takes that in its config: config={config.__name__}({given}).")
+    near = {name: difflib.get_close_matches(name, fields, 1) for name in others if name not in fields}
+    hints = [f" Did you mean {config.__name__}({found[0]}=…)?" for found in near.values() if found]
+    raise TypeError(f"{method} has no argument {', '.join(near)}.{''.join(hints)}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else "…"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from ..arrays import listing
+from ..output import Output
 from ..sites import SITES
 from ..utils.files import read_tensors, write_aside, write_tensors
 from .structures import AttentionCapture, FullCapture, LogitCapture, MLPCapture, ResidualCapture
@@ -27,22 +30,22 @@ FORMAT = "oculi_jax capture 1"
 
 
 def save(
-    capture: AnyCapture | Mapping[str, ArrayLike],
+    capture: AnyCapture | FullCapture | Output | Mapping[str, ArrayLike],
     path: str | os.PathLike[str],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a capture structure, or a dictionary of arrays such as `Output.activations`, as a safetensors file.
+    """Writes a capture structure, an `Output`, or a dictionary of arrays such as `Output.activations`, as a safetensors file.
 
     The file is written aside and renamed: it is whole, or it does not exist.
 
     Args:
-        capture: a capture (`AttentionCapture` and its like), or name → array.
+        capture: a capture (`AttentionCapture` and its like), an `Output`, or name → array.
         path: where to.
         metadata: texts to keep with it, such as the model's name. The axes of every array are kept anyway.
     """
     arrays, static = _flatten(capture)
-    kind = type(capture).__name__ if type(capture).__name__ in STRUCTURES else "arrays"
+    kind = type(capture).__name__ if type(capture).__name__ in (*STRUCTURES, "Output") else "arrays"
     header = {
         **(metadata or {}),
         "format": FORMAT,
@@ -50,15 +53,16 @@ def save(
         "static": json.dumps(static),
         "axes": json.dumps({name: axes for name, value in arrays.items() if (axes := _axes(name, np.ndim(value)))}),
     }
-    if reserved := set(metadata or {}) & {"format", "kind", "static", "axes"}:
+    if reserved := set(metadata or {}) & {"format", "kind", "static", "axes", "sums"}:
         raise ValueError(f"metadata holds {sorted(reserved)}, which are written anyway; use other names.")
+    tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    header["sums"] = json.dumps({name: _sum(array) for name, array in tensors.items()})
     with write_aside(path) as aside:
-        tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
         write_tensors(aside, tensors, header, name=Path(path))
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Reopens what `save` wrote: the same structure, or a dictionary of arrays.
+    """Reopens what `save` wrote: the same structure, or a dictionary of arrays. What does not fit together is refused.
 
     Raises:
         OSError: there is no such file. ValueError: it is no whole capture file.
@@ -68,12 +72,35 @@ def load(path: str | os.PathLike[str]) -> Any:
     arrays = {name: _array(value) for name, value in tensors.items()}
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} is a safetensors file, but no capture: it lacks the metadata that save writes.")
+    try:
+        sums = json.loads(header.get("sums", "{}"))
+        changed = [name for name, array in tensors.items() if sums.get(name, _sum(array)) != _sum(array)]
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{path}'s metadata was changed since it was written.") from None
+    if changed:
+        raise ValueError(f"{path} was changed since it was written: {', '.join(changed)} is not what was saved.")
     if header.get("kind") == "arrays":
         return arrays
+    if header.get("kind") == "Output":
+        return _output(path, arrays)
     try:
-        return _build(STRUCTURES[header["kind"]], arrays, json.loads(header["static"]))
+        found = _build(STRUCTURES[header["kind"]], arrays, json.loads(header["static"]))
+        for part in (
+            (found.attention, found.residual, found.mlp, found.logits) if isinstance(found, FullCapture) else (found,)
+        ):
+            _check(part)
+        return found
+    except _Wrong as error:
+        raise ValueError(f"{path} holds no capture that fits together: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a capture that this version knows: {error!r}.") from None
+
+
+def _sum(array: np.ndarray) -> int:
+    """A checksum of an array's dtype, shape and bytes: it finds what was damaged, or mixed up, and no more than that."""
+    return zlib.crc32(
+        np.ascontiguousarray(array).reshape(-1).view(np.uint8), zlib.crc32(f"{array.dtype}{array.shape}".encode())
+    )
 
 
 def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,8 +109,15 @@ def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if wrong := [name for name in capture if not isinstance(name, str)]:
             raise TypeError(f"save takes names → arrays, and {wrong[0]!r} is not a name.")
         return dict(capture), {}
+    if isinstance(capture, Output):
+        others = {"logits": capture.logits, "applied": capture.applied, "mask": capture.mask}
+        arrays = {f"activations.{name}": value for name, value in capture.activations.items()}
+        return arrays | {name: value for name, value in others.items() if value is not None}, {}
     if type(capture) not in STRUCTURES.values():
-        raise TypeError(f"save takes a capture or a dictionary of arrays, and was given a {type(capture).__name__}.")
+        hint = ' Give an array a name: save({"logits": array}, path).' if hasattr(capture, "shape") else ""
+        raise TypeError(
+            f"save takes a capture, an Output or a dictionary of arrays, and was given a {type(capture).__name__}.{hint}"
+        )
     arrays: dict[str, Any] = {}
     static: dict[str, Any] = {}
     for item in dataclasses.fields(capture):
@@ -121,6 +155,69 @@ _FIELD_AXES = {
     "output": "L T E", "logits": "L T V", "top_k_logits": "L T k", "top_k_indices": "L T k", "log_normalizer": "L T",
     "probabilities": "L T N", "probability_tokens": "N", "normalized": "L T E", "tokens": "T", "mask": "T",
 }  # fmt: skip
+
+
+class _Wrong(ValueError):
+    """What does not fit together in a file."""
+
+
+def _output(path: Path, arrays: dict[str, Any]) -> Output:
+    own = {name: arrays.pop(name, None) for name in ("logits", "applied", "mask")}
+    if own["applied"] is None or not all(name.startswith("activations.") for name in arrays):
+        raise ValueError(f"{path} does not describe an Output that this version knows.")
+    return Output(activations={name.removeprefix("activations."): value for name, value in arrays.items()}, **own)
+
+
+def _check(capture: Any) -> None:
+    """Every static field by its kind, and every array's dtype and axes against them and against one another."""
+    fields = dataclasses.fields(capture)
+    static = {item.name: getattr(capture, item.name) for item in fields if item.metadata.get("static")}
+    if wrong := [f"{name} is {value!r}" for name, value in static.items() if not _is_static(name, value)]:
+        raise _Wrong(f"{', '.join(wrong)}.")
+    named = {"L": "captured_layers", "H": "n_heads", "K": "n_kv_heads", "D": "head_dim"}
+    sizes = {
+        k: len(v) if isinstance(v, tuple) else v for k, name in named.items() if (v := static.get(name)) is not None
+    }
+    if np.ndim(capture.tokens) not in (1, 2):
+        raise _Wrong("it has no tokens [T] or [B, T].")
+    batch, n_tokens = capture.tokens.shape[:-1], capture.tokens.shape[-1]
+    # The positions that a lens was read at are fewer than the tokens of its prompt.
+    rows = n_tokens if static.get("positions") is None else len(static["positions"])
+    for item in fields:
+        value = getattr(capture, item.name)
+        if item.name in static or value is None:
+            continue
+        letters = _FIELD_AXES[item.name].split()
+        sizes |= {"T": n_tokens if item.name in ("tokens", "mask") else rows, "S": n_tokens}
+        shared = item.name in ("probability_tokens", "final_weight") and value.ndim == len(letters)
+        lead = () if shared else batch
+        own = zip(letters, value.shape[len(lead) :], strict=False)
+        want = (*lead, *(sizes.setdefault(letter, size) for letter, size in own))
+        if value.ndim != len(lead) + len(letters) or value.shape != want:
+            raise _Wrong(
+                f"{item.name} has shape {listing(value.shape)}, and [{', '.join(letters)}] is {listing(want)} here."
+            )
+        kind = "integer" if item.name in ("tokens", "top_k_indices", "probability_tokens") else "floating"
+        of_kind = value.dtype == bool if item.name == "mask" else jnp.issubdtype(value.dtype, getattr(jnp, kind))
+        if not of_kind:
+            raise _Wrong(f"{item.name} has dtype {value.dtype}.")
+
+
+def _is_static(name: str, value: object) -> bool:
+    """Whether a static field of a capture is of its kind."""
+    if name in ("qk_stage", "lens"):
+        return value in {"qk_stage": ("post_rope", "pre_rope"), "lens": ("logit", "tuned")}[name]
+    if name not in ("captured_layers", "positions"):
+        return _is_integer(value) and value > 0  # type: ignore[operator]
+    if name == "positions" and value is None:
+        return True
+    if not isinstance(value, tuple) or not all(map(_is_integer, value)) or len(set(value)) < len(value):
+        return False
+    return name == "positions" or (bool(value) and min(value) >= 0)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _axes(name: str, ndim: int) -> str | None:

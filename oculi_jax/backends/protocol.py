@@ -84,6 +84,10 @@ class Programs(Protocol[M, Base]):
         """The platform that a model runs on, and how many bytes are free there."""
         ...
 
+    def rate(self, model: M) -> float:
+        """How many floating-point operations a second a matrix product of the model's dtype does where it lies, measured once."""
+        ...
+
     def run(
         self,
         model: M,

@@ -77,9 +77,14 @@ class PatchingResult:
         return f"PatchingResult({self.site} by {', '.join(self.by)}, {self.direction}: patched {shape})"
 
 
-@partial(jax.jit, inline=True)
 def recovery(patched: Array, clean: Array, corrupted: Array) -> Float[Array, "..."]:
     """See `PatchingResult.recovery`; `clean` and `corrupted` have the leading axes of `patched`."""
+    with jax.debug_nans(False):  # its NaN is an answer
+        return _recovery(patched, clean, corrupted)
+
+
+@partial(jax.jit, inline=True)
+def _recovery(patched: Array, clean: Array, corrupted: Array) -> Float[Array, "..."]:
     patched, clean, corrupted = (x.astype(jnp.float32) for x in (patched, clean, corrupted))
     clean, corrupted = (x.reshape(*x.shape, *(1,) * (patched.ndim - x.ndim)) for x in (clean, corrupted))
     gap = clean - corrupted

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+if TYPE_CHECKING:
+    import typer
 
 # What each command is for, as the list of them says it: the first sentence of its own help, which is imported with it alone.
 COMMANDS = {
@@ -56,6 +61,8 @@ def load(command: str) -> Callable[..., Any]:
 
 def app_for(chosen: str | None) -> typer.Typer:
     """The command line, of which one command can run; the others are there by name and help."""
+    import typer
+
     app = typer.Typer(
         help="Look inside a Llama.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
     )
@@ -79,8 +86,40 @@ def _not_text(word: str) -> bool:
     return False
 
 
+def _stop(*_: object) -> None:
+    """Ends at once, and without a word: JAX's callbacks would swallow a KeyboardInterrupt, and imports make other errors of it."""
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h\n")  # the cursor, which a bar or a spinner hides
+    os._exit(130)
+
+
+def _shut(error: OSError) -> None:
+    """Nothing more can be written to standard output; what is left of it must not be tried again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if error.errno != errno.EPIPE:  # whoever read it has what they wanted
+        print(f"oculi: Cannot write to standard output: {os.strerror(error.errno or 0)}.", file=sys.stderr)
+        sys.exit(1)
+
+
 def main() -> None:
     """Runs the command line; what the user can mend is one clear line on standard error and exit code 2."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, _stop)
+    try:
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        _shut(error)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def _run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no "█" shows something else, and goes on
@@ -89,9 +128,13 @@ def main() -> None:
             raise ValueError(f"{wrong[0]!r} is not valid text in UTF-8.")
         app_for(next((word for word in sys.argv[1:] if not word.startswith("-")), None))()
     except REFUSALS as error:
+        if (
+            isinstance(error, OSError)
+            and error.filename is None
+            and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO)
+        ):
+            raise
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         option = message.replace("pass allow_longer=True", "give --allow-longer")
         print(f"oculi: {option}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

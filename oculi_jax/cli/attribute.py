@@ -24,6 +24,7 @@ from .common import (
     shown,
     working,
 )
+from .effects import answer, token_ids
 
 # What attribution reads: heads' outputs come with any capture of attention.
 HEADS_ALONE = CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False, capture_patterns=False)
@@ -53,8 +54,9 @@ def attribute(
     """
     picture = check_picture(output)
     adapter = open_adapter(model, dtype, text)
-    goal = adapter.to_single_token(target)
-    token = goal if versus is None else (goal, adapter.to_single_token(versus))
+    tokens = token_ids(adapter, text, allow_longer)
+    goal = answer(adapter, tokens, target)
+    token = goal if versus is None else (goal, answer(adapter, tokens, versus))
     with working("Running the model"):
         full = adapter.capture_full(
             text, attention=HEADS_ALONE, mlp=OUTPUT_ALONE, logits=LAST, allow_longer=allow_longer

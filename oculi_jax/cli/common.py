@@ -5,18 +5,22 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jax
+import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from ..embedded import embedded_directory
+from ..intervention.canonical import canonical
+from ..intervention.frame import Frame
 from ..models.llama import LlamaAttentionAdapter
+from ..models.llama.config import LlamaConfig
 from ..models.llama.model import Llama
 from ..utils.files import write_aside
 from ..utils.tokens import load_tokenizer, unknown_words
@@ -53,6 +57,13 @@ def keep_programs() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def check_early(model: str | None, interventions: Sequence[Any]) -> None:
+    """Raises for interventions that a model cannot have, by its config, before its weights are read."""
+    directory = embedded_directory() if model is None else Path(model).expanduser()
+    if interventions and (directory / "config.json").is_file():
+        canonical(tuple(interventions), Frame(LlamaConfig.from_pretrained(directory), np.dtype(np.float32), 1, None))
+
+
 def open_adapter(model: str | None, dtype: str, *texts: str | None) -> LlamaAttentionAdapter:
     """Loads a model, the embedded one for None, and its tokenizer; says which words of the texts it does not know."""
     keep_programs()
@@ -66,6 +77,8 @@ def open_adapter(model: str | None, dtype: str, *texts: str | None) -> LlamaAtte
         notes.print(
             f"No --model is given: this is tiny-facts, a small Llama that comes with oculi_jax and knows {size} words."
         )
+    if "" in texts:
+        notes.print("The prompt is empty: what follows is about the start of a text.")
     for word in dict.fromkeys(word for text in texts if text for word in unknown_words(tokenizer, text)):
         near = difflib.get_close_matches(word, (known.strip("▁") for known in tokenizer.get_vocab()), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..adapter.adapter import LlamaAttentionAdapter
 from ..metrics import Metric, log_probability, logit_difference
 from ..prompts import prepare
+from ..run import forward
 from .common import console, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from ..sweeps.planning import SweepPlan
 
 Target = Annotated[
     str, typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default=False)
@@ -32,21 +36,53 @@ Against = Annotated[
 ]
 
 
-def measure(adapter: LlamaAttentionAdapter, target: str, against: str | None) -> tuple[Metric, str]:
-    """The metric at the last token, and what it is called."""
+def answer(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str) -> int:
+    """The id of an answer after a prompt; says so where its other spelling, with or without a space, is much likelier there."""
     token = adapter.to_single_token(target)
+    other = target[1:] if target.startswith(" ") else f" {target}"
+    try:
+        twin = adapter.to_single_token(other)
+    except ValueError:
+        return token
+    if twin != token:
+        out = forward(adapter.model, tokens, logits="last")
+        chance, better = (float(log_probability(i)(out)) for i in (token, twin))
+        if better > chance + MUCH_LIKELIER:
+            console(error=True).print(
+                f"{shown(other)} is one token too, and likelier here: log-probability {better:+.2f}, that of {shown(target)} "
+                f"{chance:+.2f}. For that one give {shown(other)}.",
+                markup=False,
+            )
+    return token
+
+
+def measure(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str, against: str | None) -> tuple[Metric, str]:
+    """The metric at the last token of a prompt, and what it is called."""
+    token = answer(adapter, tokens, target)
     if against is None:
         return log_probability(token), f"log-probability of {shown(target)}"
-    other = adapter.to_single_token(against)
+    other = answer(adapter, tokens, against)
     if token == other:
         raise ValueError(f"--target and --against are both {shown(target)}: there is no difference to measure.")
     return logit_difference(token, other), f"logit of {shown(target)} − logit of {shown(against)}"
+
+
+# In nats: ten times as likely.
+MUCH_LIKELIER = 2.3
 
 
 def token_ids(adapter: LlamaAttentionAdapter, text: str, allow_longer: bool) -> np.ndarray:
     """The ids `[T]` of a prompt."""
     prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
     return prompt.tokens[0, : prompt.n_tokens]
+
+
+def announce(todo: SweepPlan) -> None:
+    """Says beforehand how long a sweep takes, where that is more than a moment."""
+    if todo.seconds > 5:
+        console(error=True).print(
+            f"{math.prod(todo.axes)} runs: about {todo.seconds:.0f} s on this device, and compiling."
+        )
 
 
 @contextmanager

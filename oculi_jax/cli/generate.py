@@ -12,7 +12,19 @@ from rich.text import Text as TextCell
 
 from ..adapter.adapter import LlamaAttentionAdapter
 from ..utils.tokens import continuation, str_tokens
-from .common import Dtype, Longer, Model, Picture, Text, check_picture, console, open_adapter, save_picture, working
+from .common import (
+    Dtype,
+    Longer,
+    Model,
+    Picture,
+    Text,
+    check_early,
+    check_picture,
+    console,
+    open_adapter,
+    save_picture,
+    working,
+)
 from .interventions import parse, usage
 
 
@@ -38,6 +50,7 @@ def generate(
     """Continues a text, plain and, with --intervene, under interventions, side by side."""
     picture = check_picture(output)
     chosen = [parse(line) for line in intervene or []]
+    check_early(model, chosen)
     adapter = open_adapter(model, dtype, text)
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, allow_longer=allow_longer)
     if temperature > 0:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from pathlib import Path
 from typing import Any
 
-from ..intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler
-from ..intervention.fields import Strength
+import numpy as np
+
+from ..intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler, Steer
+from ..intervention.fields import Strength, Vector
 from ..intervention.indices import Index
 from ..sites import find_site
+from ..utils.files import read_tensors
 
 # What can be written in a line: those whose fields are numbers (and a site's name).
 KINDS: dict[str, type] = {
@@ -19,6 +23,7 @@ KINDS: dict[str, type] = {
     "queries": QScaler,
     "keys": KScaler,
     "ablate": Ablation,
+    "steer": Steer,
 }
 
 
@@ -45,10 +50,14 @@ def parse(text: str) -> Any:
         if name in values:
             raise ValueError(f"--intervene {text!r}: {name} is given twice.")
         values[name] = _value(fields[name], value, f"--intervene {text!r}: {name}")
+    if "file" in values:
+        values["vector"] = _vector(values.pop("file"), text)
     if "site" in values and not find_site(values["site"])[0].layered:
         values.setdefault("layer", None)  # it occurs once, outside the layers
     if missing := [
-        name for name, field in fields.items() if name not in values and field.default is dataclasses.MISSING
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and not (name == "file" and "vector" in values)
     ]:
         raise ValueError(
             f"--intervene {text!r}: {', '.join(missing)} is missing; write {kind}:{','.join(f'{f}=…' for f in fields)}."
@@ -59,12 +68,15 @@ def parse(text: str) -> Any:
 def _fields(cls: Any) -> dict[str, Any]:
     """The fields that a line can hold: numbers and names."""
     simple = (Index, Strength, type(None))
-    return {field.name: field for field in dataclasses.fields(cls) if isinstance(field.metadata["kind"], simple)}
+    found = {field.name: field for field in dataclasses.fields(cls) if isinstance(field.metadata["kind"], simple)}
+    if cls is Steer:  # its direction is in a file
+        found = {"file": dataclasses.fields(cls)[1], **found}
+    return found
 
 
 def _value(field: Any, text: str, where: str) -> Any:
     kind = field.metadata["kind"]
-    if kind is None:
+    if kind is None or isinstance(kind, Vector):
         return text
     try:
         number = int(text) if isinstance(kind, Index) else float(text)
@@ -74,3 +86,27 @@ def _value(field: Any, text: str, where: str) -> Any:
     if not math.isfinite(number):
         raise ValueError(f"{where} is {text}, and a finite number is needed.")
     return number
+
+
+def _vector(name: str, text: str) -> np.ndarray:
+    """A direction from a file: NumPy's .npy, or safetensors with one array."""
+    path = Path(name).expanduser()
+    if path.suffix == ".npy":
+        try:
+            vector = np.load(path, allow_pickle=False)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--intervene {text!r}: there is no file {name!r}.") from None
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"--intervene {text!r}: {name!r} is no .npy file of numbers: {error}.") from None
+    else:
+        arrays, _ = read_tensors(path)
+        if len(arrays) != 1:
+            raise ValueError(
+                f"--intervene {text!r}: {name!r} holds {', '.join(arrays) or 'nothing'}, and one array is needed."
+            )
+        (vector,) = arrays.values()
+    if vector.ndim != 1 or vector.dtype.kind != "f":
+        raise ValueError(
+            f"--intervene {text!r}: {name!r} holds {list(vector.shape)} of {vector.dtype}, and a direction [E] of floats is needed."
+        )
+    return vector

@@ -61,8 +61,8 @@ def patch(
             "A picture has two axes, and --by layer,head,position makes three: leave out --output or one of them."
         )
     adapter = open_adapter(model, dtype, clean, corrupted)
-    metric, name = measure(adapter, target, against)
     ids = [token_ids(adapter, text, allow_longer) for text in (clean, corrupted)]
+    metric, name = measure(adapter, ids[0], target, against)
     texts = [adapter.str_tokens(tokens) for tokens in ids]
     _check_aligned(ids, texts)
     with counting(f"Patching {site}") as progress:

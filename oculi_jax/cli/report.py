@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
+from ..intervention import HeadAblation
+from ..metrics import log_probability
 from ..pages import report as make_report
+from ..sweeps.sweeping import plan
 from ..utils.files import write_aside
 from .common import Dtype, Longer, Model, Text, check_output, console, open_adapter
-from .effects import counting
+from .effects import announce, answer, counting, token_ids
 
 
 def report(
@@ -41,6 +44,10 @@ def report(
     path = check_output(output, ".html", ".htm")
     chosen = pairs(heads)
     adapter = open_adapter(model, dtype, text, target)
+    tokens = token_ids(adapter, text, allow_longer)
+    if target is not None:
+        answer(adapter, tokens, target)
+    announce(plan(adapter.model, tokens, HeadAblation.grid(adapter.model.config), log_probability(0)))
     with counting("Running the model") as progress:
         page = make_report(adapter, text, target=target, heads=chosen, progress=progress, allow_longer=allow_longer)
     with write_aside(path) as aside:

@@ -12,6 +12,7 @@ from rich.text import Text as TextCell
 
 from ..intervention import HeadAblation
 from ..run import forward
+from ..sweeps.sweeping import plan
 from ..sweeps.sweeping import sweep as run_sweep
 from .common import (
     Dtype,
@@ -26,7 +27,7 @@ from .common import (
     shown,
     working,
 )
-from .effects import Against, Target, bar, counting, heading, legible, measure, strongest, token_ids
+from .effects import Against, Target, announce, bar, counting, heading, legible, measure, strongest, token_ids
 
 
 def sweep(
@@ -45,11 +46,12 @@ def sweep(
     """
     picture = check_picture(output)
     adapter = open_adapter(model, dtype, text)
-    metric, name = measure(adapter, target, against)
     tokens = token_ids(adapter, text, allow_longer)
+    metric, name = measure(adapter, tokens, target, against)
     heads = HeadAblation.grid(adapter.model.config)
     with working("Running the model"):
         plain = float(metric(forward(adapter.model, tokens, logits="last")))
+    announce(plan(adapter.model, tokens, heads, metric))
     with counting("Ablating each head") as progress:
         found = np.asarray(run_sweep(adapter.model, tokens, heads, metric, progress=progress))
     change = found - plain

@@ -78,7 +78,12 @@ def fit(
         )
     own = shape[len(shape) - rank :] if shape else ()
     if any(have not in (1, size) for have, size in zip(own, sizes, strict=False)):
-        raise ValueError(f"{where} has shape {listing(shape)}, and must end in {need}, each of them whole or 1.")
+        mean = [1 if letter in "TS" else frame.sizes[letter] for letter in letters]
+        hint = f" A mean over tokens is {listing(mean)}, one for each layer PerLayer of {listing((frame.sizes['L'], *mean))}."
+        raise ValueError(
+            f"{where} has shape {listing(shape)}, and must end in {need}, each of them whole or 1."
+            f"{hint if 'T' in letters else ''}"
+        )
     if (per_layer or dense) and own and own[0] != sizes[0]:
         raise ValueError(f"{where} has shape {listing(shape)}, and must lead with all layers, L = {sizes[0]}.")
     array = _stretch(array, names, own, frame)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -74,6 +75,8 @@ class Edit:
         if (self.op == "apply") != (self.fn is not None):
             raise ValueError("op 'apply' needs fn, a function of (x, value)." if self.fn is None else
                              f"fn is given, but op is {self.op!r}; only 'apply' reads it.")  # fmt: skip
+        if self.fn is not None:
+            _check_arity(self.fn)
         if self.site == "allowed" and self.op != "set":
             raise ValueError(f"'allowed' is a table of yes and no: it can be 'set', not {self.op!r}.")
 
@@ -84,6 +87,19 @@ class Edit:
     def axes(self) -> tuple[str, ...]:
         """The letters of the site's axes."""
         return SITES[self.site].axes
+
+
+def _check_arity(fn: Callable[..., Any]) -> None:
+    """TypeError for a function that cannot be called with two arguments, where Python can tell."""
+    try:
+        inspect.signature(fn).bind(None, None)
+    except ValueError:  # of a built-in function nothing is known
+        return
+    except TypeError:
+        raise TypeError(
+            f"fn of an Edit is called as fn(x, value), and {getattr(fn, '__name__', fn)!r} does not take two arguments: write "
+            "for instance lambda x, value: x * 0."
+        ) from None
 
 
 def lower(
@@ -157,12 +173,14 @@ def apply_edit(
     chosen, value = at_layer((edit.mask, edit.value), layer)
     chosen = jnp.asarray(chosen)
     chosen = _broadcast(chosen if here is None else chosen & here, x)
+    seen = None
     if real is not None:
-        visible = _broadcast(real if keys is None else keys, x) if "S" in edit.axes else True
-        real = _broadcast(real.reshape(-1, *(1,) * (len(edit.axes) - 1 - edit.axes.index("T"))), x) & visible
-        chosen = chosen & real
+        if "S" in edit.axes:
+            seen = _broadcast(real if keys is None else keys, x)
+        real = _broadcast(real.reshape(-1, *(1,) * (len(edit.axes) - 1 - edit.axes.index("T"))), x)
+        chosen = chosen & real if seen is None else chosen & real & seen
     if edit.op == "apply":
-        new = _applied(edit, x, value, chosen, here, real)
+        new = _applied(edit, x, value, chosen, here, real, seen)
     else:
         wide = x.dtype if jnp.asarray(value).dtype == x.dtype else jnp.float32
         operand = _broadcast(jnp.asarray(value).astype(wide), x)
@@ -176,18 +194,30 @@ def apply_edit(
     return jnp.where(chosen, jnp.asarray(new).astype(x.dtype), x)
 
 
-def _applied(edit: Edit, x: Array, value: Any, chosen: Array, here: Array | None, real: Array | None) -> Array:
+def _applied(
+    edit: Edit,
+    x: Array,
+    value: Any,
+    chosen: Array,
+    here: Array | None,
+    real: Array | None,
+    visible: Array | None,
+) -> Array:
     """What the function of an `apply` edit makes of a site's value."""
     assert edit.fn is not None
     # Where the edit is off, nothing may flow back through fn: its derivative there may be infinite.
     x_in = _only_if(jnp.any(chosen, axis=-1, keepdims=True), x)
     if real is not None:  # z of padding is exactly zero, where a norm or a logarithm has no derivative
         x_in = jnp.where(real, x_in, jnp.ones_like(x_in))
+    if visible is not None:  # what goes along the keys of a real token meets nothing of padding
+        x_in = jnp.where(visible, x_in, jnp.zeros_like(x_in))
     if here is not None:
         value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
     if is_site_shaped(edit):
         x_in = x_in.astype(jnp.float32)
         value = jax.tree.map(lambda leaf: _broadcast(jnp.asarray(leaf).astype(jnp.float32), x), value)
+        if visible is not None:
+            value = jax.tree.map(lambda leaf: jnp.where(visible, leaf, jnp.zeros_like(leaf)), value)
     new = edit.fn(x_in, value)
     if jnp.shape(new) != x.shape:
         raise ValueError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
 
+# Of a matrix product's rate, what the run of a model reaches.
+EFFICIENCY = 0.5
 # A layer's weights are read once for a group: that costs as much time as the arithmetic of so many tokens.
 ROWS_OF_A_READ = {"cpu": 40}
 ROWS_OF_A_READ_ELSEWHERE = 1024
@@ -55,6 +57,7 @@ class SweepPlan:
         bytes: the most memory that a device holds beside the model and the interventions' own arrays: the base runs and one
             call's own.
         note: why all tokens run, where something that was given needs them; else "".
+        rate: measures floating-point operations a second of the device.
     """
 
     axes: tuple[int, ...]
@@ -70,6 +73,15 @@ class SweepPlan:
     naive_flops: float
     bytes: int
     note: str = ""
+    rate: Callable[[], float] | None = field(default=None, repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes, compiling apart: a run of a model does half of what a matrix product alone would.
+
+        From a product that is measured on the device once in a process, when this is first asked for.
+        """
+        return math.nan if self.rate is None else self.flops / (EFFICIENCY * self.rate())
 
     @property
     def batch_size(self) -> int:
@@ -83,10 +95,11 @@ class SweepPlan:
             way += f" and token (the last {', '.join(map(str, rows))} of {self.n_tokens})"
         calls = len(self.groups) * -(-self.n_prompts // self.prompts)
         share = self.layer_evaluations / self.naive_layer_evaluations
+        took = "" if self.rate is None else f", about {self.seconds:.2g} s and compiling"
         return (
             f"SweepPlan({n_variants} variants × {self.n_prompts} prompt{'s' * (self.n_prompts > 1)} of {self.n_tokens} tokens, "
             f"{way}; {calls} calls of up to {self.batch_size} variants; {self.layer_evaluations:.0f} layer evaluations, "
-            f"{share:.0%} of {self.naive_layer_evaluations:.0f}; {self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB "
+            f"{share:.0%} of {self.naive_layer_evaluations:.0f}; {self.flops / 1e9:.3g} GFLOP{took}, {self.bytes / 1e6:.3g} MB "
             f"beside the model{f'; all tokens run: {self.note}' if self.note else ''})"
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ from ..arrays import AnyArray, integer, on_device, under_trace
 from ..backends import find_model, programs_of
 from ..intervention.frame import Frame
 from ..intervention.rows import Rows
-from ..metrics import Metric, check_metric
+from ..metrics import Metric, apply_metric, check_metric
 from ..output import Output
 from ..prompts import check_prompts
 from ..utils.progress import progress as progress_bar
@@ -247,7 +248,7 @@ def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
     made = make_plan(
         cost, prepared.axes, n_prompts, first_layers, first_tokens=first_tokens, batch_size=size, budget=free // 2
     )
-    return replace(made, note=note)
+    return replace(made, note=note, rate=partial(programs_of(model).rate, model))
 
 
 def _check_value(prepared: _Prepared) -> None:
@@ -257,7 +258,7 @@ def _check_value(prepared: _Prepared) -> None:
     logits = jax.ShapeDtypeStruct((prepared.tokens.shape[1], prepared.model.config.vocab_size), np.float32)
     mask = None if prepared.mask is None else prepared.mask[0]
     value = jax.eval_shape(
-        lambda metric, logits, mask: metric(Output(logits, {}, jnp.zeros(0, jnp.int32), mask)),
+        lambda metric, logits, mask: apply_metric(metric, Output(logits, {}, jnp.zeros(0, jnp.int32), mask)),
         prepared.metric,
         logits,
         mask,

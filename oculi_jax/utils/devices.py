@@ -6,7 +6,10 @@ import importlib.util
 import math
 import os
 import platform
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -218,3 +221,14 @@ def _torch_devices() -> Any:
     from ..backends.torch import devices
 
     return devices
+
+
+def timed_products(product: Callable[[], object], size: int) -> float:
+    """Floating-point operations a second of a square matrix product, the median of a tenth of a second of them."""
+    product()  # compiles
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.1 and len(times) < 100):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / statistics.median(times)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,27 +16,90 @@ from typing import Any
 
 @contextmanager
 def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renames it to `path` on success and deletes it on failure."""
+    """Yields a temporary name beside `path`; what is written there is renamed to `path` on success and deleted on failure."""
     path = Path(os.path.realpath(Path(path).expanduser()))  # a link stays one, and what it names is replaced
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Cannot write {str(path)!r}: there is no directory {str(path.parent)!r}.")
     if path.is_dir():
         raise IsADirectoryError(f"Cannot write {str(path)!r}: it is a directory.")
-    if path.exists() and not path.is_file():
-        raise OSError(f"Cannot write {str(path)!r}: it is no regular file.")
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
+    with write_together(path.parent, path.name) as (aside,):
         yield aside
+
+
+@contextmanager
+def write_together(directory: Path, *names: str) -> Iterator[list[Path]]:
+    """The same for several files of one directory, which are renamed in the order of `names`.
+
+    They are written in a folder of their own, `.NAME.HOST.PROCESS.….part`, which is called `….commit` while they are renamed:
+    one that a killed process left says that the directory is neither the old nor the new, and `cut_off` finds it. What dead
+    processes of this machine left under the same first name is removed here.
+    """
+    directory = Path(os.path.realpath(Path(directory).expanduser()))
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"Cannot write {str(directory / names[0])!r}: there is no directory {str(directory)!r}."
+        )
+    for name in names:
+        if (directory / name).exists() and not (directory / name).is_file():
+            raise OSError(f"Cannot write {str(directory / name)!r}: it is no regular file.")
+    aside: Path | None = None
+    try:
+        _sweep(directory, names[0])
+        prefix = f".{names[0]}.{_HOST}.{os.getpid()}."
+        aside = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=directory))
+        yield [aside / name for name in names]
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(aside, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~mask)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        for name in names:
+            old = directory / name
+            os.chmod(aside / name, old.stat().st_mode & 0o777 if old.exists() else 0o666 & ~mask)
+            with (aside / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        if len(names) > 1:
+            aside = aside.rename(aside.with_suffix(".commit"))
+        for name in names:
+            os.replace(aside / name, directory / name)
+    except OSError as error:
+        own = error.filename is None or aside is None or str(error.filename).startswith(str(aside))
+        if not own or error.errno is None:
+            raise
+        what = " and ".join(names) if len(names) > 1 else str(directory / names[0])
+        where = f" in {str(directory)!r}" if len(names) > 1 else ""
+        raise type(error)(error.errno, f"Cannot write {what!r}{where}: {os.strerror(error.errno)}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def cut_off(directory: Path) -> bool:
+    """Whether a process that writes several files of a directory was stopped, or is, between the first and the last of them."""
+    for folder in directory.glob(".*.commit"):
+        left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if left and not any(folder.name.startswith(f".{name}.") for name in left):  # the first one went first
+            return True
+    return False
+
+
+def _sweep(directory: Path, name: str) -> None:
+    """Removes what dead processes of this machine left of a file of this name; what a living one has stays."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.{_HOST}\.(\d+)\.\w+\.(part|commit)")
+    for found in directory.iterdir():
+        match = pattern.fullmatch(found.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(found, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # elsewhere to ask a process may end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_HOST = hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str], *, name: Path) -> None:

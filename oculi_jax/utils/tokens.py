@@ -46,11 +46,16 @@ def to_single_token(tokenizer: Tokenizer | None, text: str) -> int:
     """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
     known = _need(tokenizer)
     ids = known.encode(text, add_special_tokens=False)
+    if len(ids) > 1 and text.startswith(" "):  # a tokenizer that puts a space before every text has one too many then
+        bare = known.encode(text[1:], add_special_tokens=False)
+        ids = bare if len(bare) == 1 and text_of(known, bare[0]) == text else ids
     if len(ids) != 1:
-        pieces = [known.decode([i]) for i in ids]
+        pieces = [text_of(known, i) for i in ids]
         hint = ""
         if text and not text.startswith(" ") and len(known.encode(" " + text, add_special_tokens=False)) == 1:
             hint = f" {' ' + text!r}, with a space before it, is one."
+        elif text.startswith(" ") and len(known.encode(text[1:], add_special_tokens=False)) == 1:
+            hint = f" {text[1:]!r}, without the space before it, is one."
         raise ValueError(f"{text!r} is not one token but {len(ids)}: {pieces}.{hint}")
     if unknown_words(tokenizer, text):
         raise ValueError(f"{text!r} is not in the vocabulary of the model, which would read it as {known.unk_token!r}.")
@@ -70,14 +75,30 @@ def unknown_words(tokenizer: Tokenizer | None, text: str) -> list[str]:
 
 
 def str_tokens(tokenizer: Tokenizer | None, text_or_ids: PromptLike) -> list[str]:
-    """The text of each token, of a text (with the special tokens that the tokenizer adds) or of ids `[T]` or `[1, T]`."""
+    """The text of each token, of a text (with the special tokens that the tokenizer adds) or of ids `[T]` or `[1, T]`.
+
+    A space that is part of a token is part of its text, also the first one's, which decoding drops with some tokenizers.
+    """
     known = _need(tokenizer)
     ids = known.encode(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids)
     ids = np.asarray(ids)
     ids = ids[0] if ids.ndim == 2 and ids.shape[0] == 1 else ids
     if ids.ndim != 1:
         raise ValueError(f"str_tokens takes one text or ids [T], and was given an array {list(ids.shape)}.")
-    return [known.decode([int(i)]) for i in ids]
+    return [text_of(known, int(i)) for i in ids]
+
+
+def text_of(tokenizer: Tokenizer, token: int) -> str:
+    """The text of one token, with the space that is part of it.
+
+    Llama 1's and 2's tokenizers drop the first space of what they decode, so the token is decoded twice over, and the second
+    time is taken.
+    """
+    known: Any = tokenizer
+    # Old tokenizers clean spaces before punctuation away, unless told not to.
+    options = {"clean_up_tokenization_spaces": False} if hasattr(known, "clean_up_tokenization_spaces") else {}
+    once, twice = (known.decode([int(token)] * n, **options) for n in (1, 2))
+    return twice[len(once) :] if twice.startswith(once) and len(twice) > len(once) else once
 
 
 def continuation(tokenizer: Tokenizer | None, prompt: str, new: ArrayLike) -> str:

@@ -17,6 +17,7 @@ from oculi_jax.pages.visible import visible_prompt, visible_token
 
 from ..browser import open_browser, ways
 from ..margins import assert_leads
+from ..token_texts import token_text
 from .pages import HOSTILE, SHOWN, softmax, triangles
 
 
@@ -204,7 +205,7 @@ def test_cells_say_their_numbers(visit, facts, data, ids) -> None:
     np.testing.assert_allclose([float(x) for x in shown], np.sort(p[1, 3])[::-1][:5], atol=SHOWN)
     assert_leads(by_lens[1, 3])
     first = page.locator("#lens-details th").first.inner_text()
-    assert first == visible_token(facts.tokenizer.decode([int(p[1, 3].argmax())]))
+    assert first == visible_token(token_text(facts.tokenizer, p[1, 3].argmax()))
     assert "(position 3), at layer 1" in page.inner_text("#lens-details")
 
     page.hover("#ablation-grid [aria-label^='L1H4:']")

@@ -25,7 +25,7 @@ def test_oculi_report_writes_the_page(loaded, html, tmp_path: Path, oculi_here) 
     chosen = ("--heads", "L3H1, l0h5", "--target", "Berlin")
     code, out, err = oculi_here("report", PROMPT, *chosen, "-o", str(tmp_path / "x.html"))
     data = content((tmp_path / "x.html").read_text(encoding="utf-8"))
-    assert data["attention"]["heads"] == [[0, 5], [3, 1]] and data["words"][data["target"]["word"]] == "Berlin"
+    assert data["attention"]["heads"] == [[0, 5], [3, 1]] and data["words"][data["target"]["word"]] == "␣Berlin"
 
 
 def test_oculi_report_writes_whole_or_not_at_all(loaded, monkeypatch, tmp_path: Path, oculi_here) -> None:

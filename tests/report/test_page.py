@@ -17,6 +17,7 @@ from oculi_jax.pages import measure, measured, report
 from oculi_jax.pages.visible import visible_prompt, visible_token
 
 from ..margins import assert_leads
+from ..token_texts import token_text
 from ..tolerances import ROUTES
 from .pages import HOSTILE, PROMPT, Elements, content, softmax, triangles
 
@@ -26,7 +27,7 @@ def test_the_answer_and_the_lens_are_those_of_the_model(facts, data, ids) -> Non
     p = softmax(out.logits[-1])
     best = int(p.argmax())
     words = data["words"]
-    assert facts.tokenizer.decode([best]) == words[data["target"]["word"]] == "Paris"
+    assert visible_token(token_text(facts.tokenizer, best)) == words[data["target"]["word"]] == "␣Paris"
     assert abs(data["target"]["logProbability"] - np.log(p[best])) < ROUTES
     assert abs(data["target"]["logit"] - float(out.logits[-1, best])) < ROUTES * abs(float(out.logits[-1, best]))
     np.testing.assert_allclose(data["next"]["probabilities"], np.sort(p)[::-1][:5], atol=ROUTES)
@@ -43,8 +44,8 @@ def test_the_answer_and_the_lens_are_those_of_the_model(facts, data, ids) -> Non
     top = everywhere.argmax(axis=-1)
     for layer, t in np.ndindex(n_layers, n_tokens):
         said = words[data["lens"]["words"][layer][t][0]]
-        assert said == visible_token(facts.tokenizer.decode([int(top[layer, t])]))
-    assert [words[i] for i in data["tokens"]] == [visible_token(facts.tokenizer.decode([int(i)])) for i in ids]
+        assert said == visible_token(token_text(facts.tokenizer, top[layer, t]))
+    assert [words[i] for i in data["tokens"]] == [visible_token(token_text(facts.tokenizer, i)) for i in ids]
 
 
 @pytest.mark.torch
@@ -77,7 +78,9 @@ def test_effects_are_those_of_single_ablated_runs(facts, data, ids) -> None:
     plain_logits = np.asarray(forward(facts.model, ids).logits[-1])
     assert_leads(plain_logits, 2)
     rival = int(np.argsort(plain_logits)[-2])  # the target is the likeliest
-    assert plain_logits.argmax() == target and data["words"][data["rival"]["word"]] == facts.tokenizer.decode([rival])
+    assert plain_logits.argmax() == target and data["words"][data["rival"]["word"]] == visible_token(
+        token_text(facts.tokenizer, rival)
+    )
     assert abs(data["rival"]["logit"] - plain_logits[rival]) < 1e-3
     plain, effects = answer(), np.array(data["ablation"])
     assert np.abs(effects).max() > 0.1  # some head matters, so a page of zeros would not pass

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from ...utils.devices import memory
+import jax
+import numpy as np
+
+from ...utils.devices import memory, timed_products
 from .decode import decode_rows
 from .programs import lens, run
 from .variants import run_base, run_variants
@@ -12,7 +16,7 @@ from .variants import run_base, run_variants
 if TYPE_CHECKING:
     from ...models.llama.model import Llama
 
-__all__ = ["compiles_per_length", "decode_rows", "lens", "room", "run", "run_base", "run_variants", "traceable"]
+__all__ = ["compiles_per_length", "decode_rows", "lens", "rate", "room", "run", "run_base", "run_variants", "traceable"]
 
 compiles_per_length = True
 traceable = True
@@ -23,3 +27,16 @@ def room(model: Llama) -> tuple[str, int]:
     device = next(iter(model.embed[...].devices()))
     free = memory(device)[1]
     return device.platform, 4 << 30 if free is None else free
+
+
+def rate(model: Llama) -> float:
+    """What a matrix product of the model's dtype does on its device, in operations a second; measured once in a process."""
+    return _rate(next(iter(model.embed[...].devices())), model.dtype)
+
+
+@lru_cache
+def _rate(device: jax.Device, dtype: np.dtype) -> float:
+    size = 768 if device.platform == "cpu" else 4096
+    x = jax.device_put(np.ones((size, size), dtype), device)
+    product = jax.jit(partial(jax.numpy.matmul, precision="highest"))
+    return timed_products(lambda: product(x, x).block_until_ready(), size)

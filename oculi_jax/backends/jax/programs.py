@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from ...arrays import AnyArray
 from ...capture import Reading, at_positions
-from ...metrics import Metric
+from ...metrics import Metric, apply_metric
 from ...output import Output
 from .compiled import compiled
 from .layers import read, run_layers
@@ -79,7 +79,7 @@ def run(
 def measure(model: Llama, normalised: Float[Array, "T E"], mask: Bool[Array, "T"] | None, metric: MetricLike) -> Any:
     """The metric of one run, from the logits that it reads and no others."""
     if not isinstance(metric, Metric):
-        return metric(Output(model.logits(normalised), {}, jnp.zeros(0, jnp.int32), mask))
+        return apply_metric(metric, Output(model.logits(normalised), {}, jnp.zeros(0, jnp.int32), mask))
     rows = at_positions(normalised, 0, metric.positions, mask)
     return metric.of(model.logits(rows) if metric.ids is None else model.logits_of(rows, jnp.asarray(metric.ids)))
 

@@ -7,7 +7,12 @@ of edits, and the five programs.
 
 from __future__ import annotations
 
-from ...utils.devices import memory
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ...utils.devices import memory, timed_products
 from .decode import decode_rows
 from .model import TorchLlama
 from .programs import lens, run
@@ -18,6 +23,7 @@ __all__ = [
     "compiles_per_length",
     "decode_rows",
     "lens",
+    "rate",
     "room",
     "run",
     "run_base",
@@ -33,3 +39,15 @@ def room(model: TorchLlama) -> tuple[str, int]:
     """The platform that a model runs on, and how many bytes are free there."""
     free = memory(model.device)[1]
     return model.device.type, 4 << 30 if free is None else free
+
+
+def rate(model: TorchLlama) -> float:
+    """What a matrix product of the model's dtype does on its device, in operations a second; measured once in a process."""
+    return _rate(model.device, model.dtype)
+
+
+@lru_cache
+def _rate(device: torch.device, dtype: np.dtype) -> float:
+    size = 768 if device.type == "cpu" else 4096
+    x = torch.ones(size, size, dtype=getattr(torch, dtype.name), device=device)
+    return timed_products(lambda: (x @ x)[0, 0].item(), size)  # an item waits for it

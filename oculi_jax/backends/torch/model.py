@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.llama.config import KNOWN_FIELDS, LlamaConfig
+from ...models.llama.config import READ_BY_TRANSFORMERS, LlamaConfig
 from ...models.llama.model import Llama, RMSNorm, Unembedding
 from ...models.llama.parameters import Parameter, parameter_table
 from .arrays import DTYPES, from_numpy, to_jax, to_numpy
@@ -60,9 +60,9 @@ class TorchLlama:
                 f"The model is a {type(hf).__name__} with a forward of its own, which would not be run; a plain LlamaForCausalLM "
                 "is needed."
             )
-        fields = hf.config.to_dict()
-        # What this library does not know, transformers' Llama does not read.
-        config = LlamaConfig.from_dict(fields, ignore_fields=[name for name in fields if name not in KNOWN_FIELDS])
+        fields = {name: value for name, value in hf.config.to_dict().items() if name in READ_BY_TRANSFORMERS}
+        generation = getattr(hf, "generation_config", None)
+        config = LlamaConfig.from_dict(fields).with_generation(generation.to_dict() if generation else {})
         return cls(config, partial(_read_module, hf), hf)
 
     @classmethod

@@ -13,7 +13,7 @@ import numpy as np
 from ...arrays import under_trace
 from ...intervention.edit import Edit, lower
 from ...intervention.rows import Rows
-from ...metrics import Metric
+from ...metrics import Metric, apply_metric
 from ...output import Output
 from ...sites import SITES, Site, site_of
 
@@ -143,7 +143,7 @@ def judged(metric: MetricLike, logits: Array, mask: AnyArray | None, by_prompt: 
     def one(metric: Any, logits: Any, mask: Any) -> Any:
         if isinstance(metric, Metric):
             return metric.of(logits)
-        return metric(Output(logits, {}, jnp.zeros(0, jnp.int32), mask))
+        return apply_metric(metric, Output(logits, {}, jnp.zeros(0, jnp.int32), mask))
 
     axes = jax.tree.unflatten(jax.tree.structure(metric), [0 if lead else None for lead in by_prompt])
     variants = jax.vmap(one, in_axes=(None, 0, None))

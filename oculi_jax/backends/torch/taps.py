@@ -84,14 +84,16 @@ class _Edit:
             return some.to(x.device).view(len(some), *(-1 if letter == axis else 1 for axis in axes))
 
         chosen = self.mask.at(rows, layer, layout, len(axes)).to(x.device)
-        real = None
+        real = seen = None
         if layout.queries is not None and layout.keys is not None:
             real = real_of(layout.queries, "T")
-            real = real & real_of(layout.keys, "S") if "S" in axes else real
-            chosen = chosen & real
+            seen = real_of(layout.keys, "S") if "S" in axes else None
+            chosen = chosen & real if seen is None else chosen & real & seen
         if self.op == "apply":
+            # As in the other backend: padding is ones, and along the keys of a real token nothing of it is met.
+            given = part if real is None else choose(real, part, torch.ones_like(part))
             new = self._applied(
-                part if real is None else choose(real, part, torch.ones_like(part)), rows, layer, layout
+                given if seen is None else choose(seen, given, torch.zeros_like(given)), seen, rows, layer, layout
             )
         else:
             operand = self.values[0].at(rows, layer, layout, len(axes)).to(x.device)
@@ -108,7 +110,7 @@ class _Edit:
         changed = (new != part).flatten(1).any(1)
         return (new if index is None else put(x, rows, new)), rows, changed
 
-    def _applied(self, x: Tensor, rows: np.ndarray, layer: int | None, layout: Layout) -> Tensor:
+    def _applied(self, x: Tensor, seen: Tensor | None, rows: np.ndarray, layer: int | None, layout: Layout) -> Tensor:
         assert self.fn is not None
         n_axes = len(self.site.axes)
         fn: Any = self.fn
@@ -116,6 +118,8 @@ class _Edit:
             parts = [
                 value.at(rows, layer, layout, n_axes).to(x.device).float().expand(x.shape) for value in self.values
             ]
+            if seen is not None:
+                parts = [choose(seen, part, torch.zeros_like(part)) for part in parts]
             return fn(x.float(), jax.tree.unflatten(self.tree, parts))
         found = []
         for number, row in enumerate(rows):

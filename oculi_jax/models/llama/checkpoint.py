@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
+from ...arrays import full_name
 from ...utils.devices import find_device
-from ...utils.files import write_aside, write_tensors
+from ...utils.files import cut_off, write_tensors, write_together
 from ...utils.progress import progress
-from .config import LlamaConfig
+from .config import CONFIG, GENERATION, LlamaConfig
 from .parameters import Parameter, parameter_table
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .model import Llama
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # safetensors' names for the dtypes that a Llama's weights may have.
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Buffers that old versions of transformers wrote and that follow from the config.
@@ -45,6 +47,7 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    name: str
 
 
 def load(
@@ -60,9 +63,18 @@ def load(
     None, NumPy arrays. The other arguments are those of `Llama.from_pretrained`.
     """
     directory = _find(source, revision, local_files_only)
+    if cut_off(directory):
+        raise ValueError(
+            f"{str(directory)!r} is neither the old checkpoint nor the new one: a process that was saving to it was cut off, or "
+            "is at it now. Save to it again."
+        )
     config = LlamaConfig.from_pretrained(directory, ignore_fields=ignore_fields)
     table = parameter_table(config)
     stored = _read_headers(directory)
+    if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
+        stored[EMBEDDING] = stored.pop(
+            HEAD
+        )  # one tensor under two names, of which safetensors' save_model keeps this one
     _check(directory, config, table, stored)
     target = _target_dtype(dtype, config, stored, table)
 
@@ -86,9 +98,10 @@ def load(
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
     """See `Llama.save_pretrained`."""
     directory = Path(directory).expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
     if (directory / INDEX).exists():
         raise ValueError(f"{directory} holds a sharded checkpoint; save to a directory without {INDEX}.")
+    fresh = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
     arrays = named_parameters(model)
     tensors: dict[str, np.ndarray] = {}
     for row in parameter_table(model.config):
@@ -96,10 +109,17 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
         parts = array if row.stacked else array[None]
         for name, part in zip(row.tensors(), parts, strict=True):
             tensors[name] = np.asarray(part, order="C").reshape(row.stored)
-    config = dataclasses.replace(model.config, dtype=model.dtype.name).to_dict()
-    with write_aside(directory / SINGLE) as weights, write_aside(directory / "config.json") as text:
-        write_tensors(weights, tensors, {"format": "pt"}, name=directory / SINGLE)
-        text.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = dataclasses.replace(model.config, dtype=model.dtype.name)
+    texts = {CONFIG: config.to_dict(), GENERATION: config.generation_dict()}
+    try:
+        with write_together(directory, SINGLE, *texts) as (weights, *others):
+            write_tensors(weights, tensors, {"format": "pt"}, name=directory / SINGLE)
+            for path, values in zip(others, texts.values(), strict=True):
+                path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except BaseException:
+        if fresh and not any(directory.iterdir()):
+            directory.rmdir()
+        raise
 
 
 def named_parameters(model: Llama) -> dict[str, Array]:
@@ -202,7 +222,7 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
                 part = handle.get_slice(tensor)
                 if tensor in stored:
                     raise ValueError(f"{tensor} is in two files, {stored[tensor].file.name} and {name}: one is wrong.")
-                stored[tensor] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                stored[tensor] = Stored(file, tuple(part.get_shape()), part.get_dtype(), tensor)
             absent = sorted((expected or set()) - set(handle.keys()))
         if absent:
             raise ValueError(f"{index} places {', '.join(absent[:5])} in {name}, which does not hold it.")
@@ -251,8 +271,8 @@ def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored:
     for tensor, found in stored.items():
         if tensor in expected or tensor.endswith(_DERIVED):
             continue
-        if tensor == "lm_head.weight" and config.tie_word_embeddings:
-            if not _same(found, stored.get("model.embed_tokens.weight"), tensor, "model.embed_tokens.weight"):
+        if tensor == HEAD and config.tie_word_embeddings:
+            if not _same(found, stored.get(EMBEDDING)):
                 problems.append("unexpected: lm_head.weight differs from the embedding that config.json ties it to")
             continue
         problems.append(f"unexpected: {tensor} {list(found.shape)} in {found.file.name}")
@@ -267,11 +287,11 @@ def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored:
         )
 
 
-def _same(one: Stored, other: Stored | None, one_name: str, other_name: str) -> bool:
+def _same(one: Stored, other: Stored | None) -> bool:
     if other is None or one.shape != other.shape or one.dtype != other.dtype:
         return False
     with _opened(one.file) as first, _opened(other.file) as second:
-        a, b = first.get_slice(one_name), second.get_slice(other_name)
+        a, b = first.get_slice(one.name), second.get_slice(other.name)
         step = max(1, _CHUNK_BYTES // max(1, 4 * one.shape[-1]))
         rows = [(i, min(i + step, one.shape[0])) for i in range(0, one.shape[0], step)]
         return all(np.array_equal(a[i:j], b[i:j]) for i, j in rows)
@@ -283,7 +303,7 @@ def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], ta
         dtype = config.dtype or _FLOATS[stored[table[0].tensors()[0]].dtype]
     try:
         # torch's print as torch.float16; torch itself may not be installed.
-        target = jnp.dtype(str(dtype)[6:] if str(dtype).startswith("torch.") else dtype)
+        target = jnp.dtype(str(dtype)[6:] if str(dtype).startswith("torch.") else full_name(dtype))
     except TypeError:
         target = None
     if target is None or target.name not in _FLOATS.values():
@@ -307,13 +327,14 @@ def _read(
     inner = bounds[1:] if row.stacked else bounds
     for slot, layer in enumerate(layers):
         part = out[slot : slot + 1].reshape(out.shape[1:]) if row.stacked else out  # a view, of a scalar too
-        _read_tensor(tensors[layer], stored[tensors[layer]].file, row, inner, part)
+        _read_tensor(stored[tensors[layer]], row, inner, part)
         advance(part.nbytes)
     return out
 
 
-def _read_tensor(name: str, file: Path, row: Parameter, inner: list[slice], out: np.ndarray) -> None:
+def _read_tensor(found: Stored, row: Parameter, inner: list[slice], out: np.ndarray) -> None:
     """One tensor's slice into `out`, in chunks of rows of its first axis, each with the file opened anew."""
+    name, file = found.name, found.file
     if not row.stored:
         with _opened(file) as handle:
             out[...] = handle.get_tensor(name)

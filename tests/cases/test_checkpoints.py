@@ -1,0 +1,249 @@
+"""Checkpoints that others wrote, and saves that are cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oculi_jax import forward, load, save
+from oculi_jax.embedded import embedded_directory
+from oculi_jax.models.llama import Llama
+from oculi_jax.models.llama.config import LlamaConfig
+
+from ..tiny import prompt, tiny_llama
+from ..tolerances import ROUNDING
+from .test_generation_config import SMALL
+
+CONFIG = {name: value for name, value in SMALL.items() if name != "initializer_range"}
+
+
+@pytest.mark.torch
+def test_a_tied_model_under_the_heads_name_alone(tmp_path: Path) -> None:
+    """safetensors' `save_model` keeps one name of a shared tensor, and it is this one."""
+    import torch
+    from safetensors.torch import load_file, save_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hf = LlamaForCausalLM(LlamaConfig(**{**SMALL, "tie_word_embeddings": True})).eval()
+    hf.config.save_pretrained(tmp_path)
+    save_model(hf, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    assert "model.embed_tokens.weight" not in load_file(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        want = hf(torch.tensor([[1, 5, 9, 13]])).logits[0].numpy()
+    for backend in ("jax", "torch"):
+        found = forward(Llama.from_pretrained(tmp_path, backend=backend), [1, 5, 9, 13]).logits
+        np.testing.assert_allclose(found, want, atol=ROUNDING * np.abs(want).max())
+
+
+def test_dtypes_by_their_short_names(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    for short, dtype in {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}.items():
+        assert Llama.from_pretrained(tmp_path, dtype=short).dtype == dtype
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "dtype": None, "torch_dtype": "auto"}))
+    assert Llama.from_pretrained(tmp_path).dtype == jnp.float32  # the file's
+
+
+def test_another_family_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"^this is a model of type 'qwen2', and models of type 'llama' are") as error:
+        LlamaConfig.from_dict({**CONFIG, "model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 3})
+    assert "ignore_fields" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 1e29},
+        {"rope_type": "linear", "factor": 1e-20},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e20},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1e25] * 4},
+    ],
+)
+def test_rotary_numbers_that_overflow_are_refused(rope: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="from 1e-6 to 1e6"):
+        LlamaConfig.from_dict({**CONFIG, "rope_scaling": rope})
+
+
+SAVES = """
+import sys, time
+import numpy as np
+from oculi_jax import save
+from oculi_jax.models.llama import Llama
+model, other = (Llama.from_pretrained(name) for name in sys.argv[1:3])
+print("ready", flush=True)
+number = 0
+while True:
+    for each in (model, other):
+        each.save_pretrained(sys.argv[3] + "/model")
+        save({"x": np.full((64, 64), float(number))}, sys.argv[3] + "/x.safetensors")
+        number += 1
+"""
+
+
+def saver(tmp_path: Path, n_layers: int = 3) -> subprocess.Popen:
+    """A process that saves two models of different shapes over one another, and a capture, again and again."""
+    for name, model in {"one": tiny_llama(), "two": tiny_llama(1, num_hidden_layers=5)}.items():
+        if not (tmp_path / name).exists():
+            model.save_pretrained(tmp_path / name)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    command = [sys.executable, "-c", SAVES, *(str(tmp_path / name) for name in ("one", "two", "out"))]
+    found = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert found.stdout is not None and found.stdout.readline() == "ready\n"
+    return found
+
+
+def test_a_save_that_is_killed_leaves_a_whole_model_or_says_so(tmp_path: Path) -> None:
+    """At fifty random moments: the process is stopped, what lies there is looked at, and it goes on; at the end it is killed."""
+    process, rng, seen = saver(tmp_path), np.random.default_rng(0), set()
+    out = tmp_path / "out"
+    try:
+        for _ in range(50):
+            time.sleep(float(rng.uniform(0.0, 0.03)))
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)
+            try:
+                found = Llama.from_pretrained(out / "model").config.num_hidden_layers
+            except FileNotFoundError:
+                found = None  # not one save is done yet
+            except ValueError as error:
+                assert "was saving to it was cut off" in str(error)
+                found = "cut off"
+            seen.add(found)
+            if (out / "x.safetensors").exists():
+                assert len(np.unique(load(out / "x.safetensors")["x"])) == 1
+            process.send_signal(signal.SIGCONT)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+    assert {3, 5} <= seen <= {3, 5, None, "cut off"}
+    model = tiny_llama()
+    model.save_pretrained(out / "model")
+    save({"x": np.ones(3)}, out / "x.safetensors")
+    assert sorted(path.name for path in (out / "model").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+    assert sorted(path.name for path in out.iterdir()) == ["model", "x.safetensors"]
+    assert Llama.from_pretrained(out / "model").config == Llama.from_pretrained(tmp_path / "one").config
+
+
+def test_a_save_between_two_renames_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    code = (
+        "import os, sys, oculi_jax.utils.files as files\n"
+        "from oculi_jax.models.llama import Llama\n"
+        "model = Llama.from_pretrained(sys.argv[1])\n"
+        "own = os.replace\n"
+        "def replace(*a): own(*a); os._exit(9)\n"
+        "os.replace = replace\n"
+        "model.save_pretrained(sys.argv[2])\n"
+    )
+    tiny_llama(1, num_hidden_layers=5).save_pretrained(tmp_path / "two")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "two", tmp_path], env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 9
+    with pytest.raises(ValueError, match="neither the old checkpoint nor the new one"):
+        Llama.from_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).config.num_hidden_layers == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_living_process_writes_stays(tmp_path: Path) -> None:
+    from oculi_jax.utils.files import write_aside
+
+    with write_aside(tmp_path / "x") as aside:
+        aside.write_text("1")
+        with write_aside(tmp_path / "x") as other:
+            other.write_text("2")
+        assert aside.exists()
+    assert (tmp_path / "x").read_text() == "1"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no limits of file sizes")
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk."""
+    code = (
+        "import resource, signal, sys\n"
+        "from oculi_jax.models.llama import Llama\n"
+        "model = Llama.from_pretrained(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: model.save_pretrained(sys.argv[2])\n"
+        "except OSError as error: print(error)\n"
+    )
+    to = tmp_path / "to"
+    command = [sys.executable, "-c", code, embedded_directory(), to]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert str(to) in done.stdout and "File too large" in done.stdout and not to.exists(), done.stdout + done.stderr
+
+
+def damaged(path: Path, **changes: Any) -> Path:
+    """The file with other static fields in its metadata."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    static = json.loads(header["__metadata__"]["static"])
+    header["__metadata__"]["static"] = json.dumps({**static, **changes})
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    to = path.with_name("damaged.safetensors")
+    to.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    return to
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_kv_heads": "NaN"}, "n_kv_heads is 'NaN'"),
+        ({"head_dim": None}, "head_dim is None"),
+        ({"head_dim": 7}, r"queries has shape \[3, 4, 11, 6\]"),
+        ({"captured_layers": [0, 1]}, "queries has shape"),
+        ({"captured_layers": [0, 1, 1]}, "captured_layers is"),
+        ({"qk_stage": "sideways"}, "qk_stage is 'sideways'"),
+        ({"n_heads": True}, "n_heads is True"),
+    ],
+)
+def test_a_captures_fields_are_checked_against_its_arrays(tmp_path: Path, changes: dict, said: str) -> None:
+    from oculi_jax.models.llama import LlamaAttentionAdapter
+
+    path = tmp_path / "capture.safetensors"
+    save(LlamaAttentionAdapter(tiny_llama()).capture(prompt()), path)
+    load(path)
+    with pytest.raises(ValueError, match=said):
+        load(damaged(path, **changes))
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "offsets"])
+def test_a_changed_array_is_named(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "arrays.safetensors"
+    save({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones((2, 3), np.float32)}, path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if change == "shape":
+        header["a"]["shape"] = [3, 2]
+    if change == "dtype":
+        header["a"]["dtype"] = "I32"
+    if change == "offsets":
+        header["a"]["data_offsets"], header["b"]["data_offsets"] = (
+            header["b"]["data_offsets"],
+            header["a"]["data_offsets"],
+        )
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    with pytest.raises(ValueError, match="was changed since it was written: a"):
+        load(path)
