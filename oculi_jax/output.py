@@ -18,8 +18,6 @@ from .pytrees import pytree
 class Activations(Mapping[str, Array]):
     """Site → its captured values, in the order in which they were asked for; a pytree that prints as shapes."""
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # of arrays there is no one answer
-
     def __init__(self, values: Mapping[str, Array]):
         self._values = dict(values)
 
@@ -30,6 +28,12 @@ class Activations(Mapping[str, Array]):
         known = f"captured are {', '.join(self)}" if self else "nothing was"
         hint = f"Did you mean {near[0]!r}?" if near else f"Ask for it: capture={site!r}."
         raise NotCaptured(f"{site!r} was not captured; {known}. {hint}")
+
+    def __eq__(self, other: object) -> bool:  # of arrays there is no one answer
+        return self is other
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

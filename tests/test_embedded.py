@@ -231,7 +231,7 @@ print(oculi_jax.__file__, embedded_directory(), tokenizer.decode([int(logits.arg
 
 def test_the_command_line_begins_with_it(oculi_here) -> None:
     code, out, err = oculi_here("lens", FRANCE)
-    assert code == 0 and "→ 'Paris' with probability 0.9" in out
+    assert code == 0 and "→ ' Paris' with probability 0.9" in out
     assert "No --model is given: this is tiny-facts" in err and "573 words" in err
     code, out, err = oculi_here("lens", "The capital of Franse is")
     assert code == 0 and "no token for 'Franse'" in err and "Did you mean 'France'?" in err

@@ -118,10 +118,10 @@ def test_patching_a_whole_run_moves_the_answer(adapter: LlamaAttentionAdapter) -
     np.testing.assert_allclose(patched, forward(model, clean).logits, atol=2e-4)
 
 
-def test_the_readmes_example_runs(
+def test_the_tours_script_runs(
     loaded_once: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"), re.S | re.M)
     monkeypatch.chdir(ROOT)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(blocks[0], {})

@@ -286,12 +286,12 @@ def test_the_table_of_contents_is_what_type_checkers_see() -> None:
         assert getattr(oculi_jax, name) is not None
 
 
-def test_the_readmes_table_of_sites_is_the_table() -> None:
+def test_the_pages_table_of_sites_is_the_table() -> None:
     from oculi_jax import SITES
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "shapes.md").read_text(encoding="utf-8")
     for site in SITES.values():
-        assert f"| `{site.name}` | {site.shape} | {site.meaning} |" in readme
+        assert f"| `{site.name}` | {site.shape} | {site.meaning} |" in page
 
 
 def test_no_two_of_our_pytrees_have_equal_structures() -> None:

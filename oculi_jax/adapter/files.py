@@ -98,9 +98,8 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 def _sum(array: np.ndarray) -> int:
     """A checksum of an array's dtype, shape and bytes: it finds what was damaged, or mixed up, and no more than that."""
-    return zlib.crc32(
-        np.ascontiguousarray(array).reshape(-1).view(np.uint8), zlib.crc32(f"{array.dtype}{array.shape}".encode())
-    )
+    described = zlib.crc32(f"{array.dtype}{array.shape}".encode())
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, described)
 
 
 def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,25 +25,24 @@ def write_aside(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def write_together(directory: Path, *names: str) -> Iterator[list[Path]]:
-    """The same for several files of one directory, which are renamed in the order of `names`.
+def write_together(directory: Path, first: str, *others: str) -> Iterator[list[Path]]:
+    """The same for several files of one directory, which are renamed in the order in which they are named.
 
     They are written in a folder of their own, `.NAME.HOST.PROCESS.….part`, which is called `….commit` while they are renamed:
     one that a killed process left says that the directory is neither the old nor the new, and `cut_off` finds it. What dead
     processes of this machine left under the same first name is removed here.
     """
+    names = (first, *others)
     directory = Path(os.path.realpath(Path(directory).expanduser()))
     if not directory.is_dir():
-        raise FileNotFoundError(
-            f"Cannot write {str(directory / names[0])!r}: there is no directory {str(directory)!r}."
-        )
+        raise FileNotFoundError(f"Cannot write {str(directory / first)!r}: there is no directory {str(directory)!r}.")
     for name in names:
         if (directory / name).exists() and not (directory / name).is_file():
             raise OSError(f"Cannot write {str(directory / name)!r}: it is no regular file.")
     aside: Path | None = None
     try:
-        _sweep(directory, names[0])
-        prefix = f".{names[0]}.{_HOST}.{os.getpid()}."
+        _sweep(directory, first)
+        prefix = f".{first}.{_HOST}.{os.getpid()}."
         aside = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=directory))
         yield [aside / name for name in names]
         mask = os.umask(0)
@@ -53,7 +52,7 @@ def write_together(directory: Path, *names: str) -> Iterator[list[Path]]:
             os.chmod(aside / name, old.stat().st_mode & 0o777 if old.exists() else 0o666 & ~mask)
             with (aside / name).open("rb+") as file:
                 os.fsync(file.fileno())
-        if len(names) > 1:
+        if others:
             aside = aside.rename(aside.with_suffix(".commit"))
         for name in names:
             os.replace(aside / name, directory / name)
@@ -61,9 +60,9 @@ def write_together(directory: Path, *names: str) -> Iterator[list[Path]]:
         own = error.filename is None or aside is None or str(error.filename).startswith(str(aside))
         if not own or error.errno is None:
             raise
-        what = " and ".join(names) if len(names) > 1 else str(directory / names[0])
-        where = f" in {str(directory)!r}" if len(names) > 1 else ""
-        raise type(error)(error.errno, f"Cannot write {what!r}{where}: {os.strerror(error.errno)}") from error
+        what = " and ".join(names) if others else str(directory / first)
+        where = f" in {str(directory)!r}" if others else ""
+        raise type(error)(f"Cannot write {what!r}{where}: {os.strerror(error.errno)}.") from error
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)

@@ -247,3 +247,18 @@ def test_a_changed_array_is_named(tmp_path: Path, change: str) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
     with pytest.raises(ValueError, match="was changed since it was written: a"):
         load(path)
+
+
+def test_a_picture_on_a_full_disk_is_no_matter_of_standard_output(tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys\n"
+        "from oculi_jax.utils.files import write_aside\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "try:\n"
+        "    with write_aside(sys.argv[1]) as aside: aside.write_text('x' * 99)\n"
+        "except OSError as error: print(error, error.errno)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.svg"], capture_output=True, text=True)
+    assert done.stdout == f"Cannot write {str(tmp_path / 'x.svg')!r}: File too large. None\n", done.stderr
+    assert not list(tmp_path.iterdir())

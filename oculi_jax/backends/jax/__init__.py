@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def rate(model: Llama) -> float:
 
 
 @lru_cache
-def _rate(device: jax.Device, dtype: np.dtype) -> float:
+def _rate(device: Any, dtype: np.dtype) -> float:
     size = 768 if device.platform == "cpu" else 4096
     x = jax.device_put(np.ones((size, size), dtype), device)
     product = jax.jit(partial(jax.numpy.matmul, precision="highest"))

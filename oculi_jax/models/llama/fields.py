@@ -96,7 +96,7 @@ class Reader:
             what = "a token's id or a list of them" if name == "eos_token_id" else "a token's id"
             self.problems.append(f"{name} is {value!r}, and {what} is expected")
             return None
-        return tuple(value) if several else value
+        return tuple(value) if isinstance(value, list | tuple) else value
 
     def boolean(self, name: str) -> Any:
         return self._get(name, False, lambda v: isinstance(v, bool), "true or false")
