@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     )
     from .models.llama.model import Llama
     from .output import Output
+    from .pages import report
     from .prompts import padded
     from .reading import lens
     from .run import forward
@@ -80,6 +81,7 @@ _CONTENTS = {
     ),
     "models.llama.model": ("Llama",),
     "output": ("Output",),
+    "pages": ("report",),
     "prompts": ("padded",),
     "reading": ("lens",),
     "run": ("forward",),
@@ -138,6 +140,7 @@ __all__ = [
     "models",
     "padded",
     "plan",
+    "report",
     "save",
     "sweep",
     "training",

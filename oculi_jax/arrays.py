@@ -27,7 +27,7 @@ SHORT = {
 }
 
 
-def full_name(dtype: Any) -> Any:
+def full_name(dtype: object) -> Any:
     """`"bfloat16"` for `"bf16"` and its like; whatever else was given, as it is."""
     return SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype
 

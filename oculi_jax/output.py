@@ -10,6 +10,7 @@ import jax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from . import cells
 from .arrays import listing
 from .pytrees import pytree
 
@@ -44,6 +45,9 @@ class Activations(Mapping[str, Array]):
     def __repr__(self) -> str:
         shapes = (f"{site} {listing(getattr(value, 'shape', ()))}" for site, value in self.items())
         return "{" + ", ".join(shapes) + "}"
+
+    def _repr_html_(self) -> str:
+        return cells.table("captured", self.items())
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
         return [(jax.tree_util.DictKey(name), value) for name, value in self.items()], tuple(self)
@@ -83,6 +87,10 @@ class Output:
     def __getitem__(self, site: str) -> Array:
         """What was captured at a site: `out["pattern"]` is `out.activations["pattern"]`."""
         return self.activations[site]
+
+    def _repr_html_(self) -> str:
+        rows = {"logits": self.logits, **self.activations, "applied": self.applied, "mask": self.mask}
+        return cells.table("Output", rows.items())
 
     def __repr__(self) -> str:
         def shape(x: Any) -> str:

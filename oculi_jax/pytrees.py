@@ -14,6 +14,8 @@ from typing import Any, TypeVar, dataclass_transform, overload
 import jax
 import numpy as np
 
+from . import cells
+
 T = TypeVar("T")
 
 
@@ -46,6 +48,8 @@ def pytree(cls: type[T] | None = None, /, *, kw_only: bool = False, repr: bool =
     cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=kw_only, repr=False)(cls)
     if repr and not own:
         cls.__repr__ = _shown  # type: ignore[method-assign]
+    if "_repr_html_" not in dir(cls):
+        cls._repr_html_ = _in_a_notebook  # type: ignore[attr-defined]
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     fixed = tuple(field.name for field in fields if field.metadata.get("static"))
     data = tuple(field.name for field in fields if field.name not in fixed)
@@ -66,6 +70,10 @@ def pytree(cls: type[T] | None = None, /, *, kw_only: bool = False, repr: bool =
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _in_a_notebook(x: Any) -> str:
+    return cells.table(type(x).__name__, ((field.name, getattr(x, field.name)) for field in dataclasses.fields(x)))
 
 
 def _shown(x: Any) -> str:

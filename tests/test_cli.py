@@ -161,3 +161,45 @@ def test_oculi_capture(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_her
 def test_oculi_sites_prints_the_table(oculi_here) -> None:
     code, out, _ = oculi_here("sites")
     assert code == 0 and all(f"\n{name} " in f"\n{out}" for name in SITES)
+
+
+def strict(text: str) -> dict:
+    """JSON as the standard has it: one object, and no NaN."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_numbers_as_json(oculi_here, trained: LlamaAttentionAdapter) -> None:
+    """What each command prints, against the functions that it calls; standard output holds the object and nothing else."""
+    code, out, _ = oculi_here("lens", FRANCE, "--json")
+    found = strict(out)
+    assert code == 0 and found["answer"] == " Paris" and len(found["layers"]) == 4
+    logits = np.asarray(forward(trained.model, trained.tokenizer.encode(FRANCE), logits="last").logits, np.float64)
+    chance = np.exp(logits - logits.max())[found["answer_id"]] / np.exp(logits - logits.max()).sum()
+    assert abs(found["layers"][-1]["probability_of_answer"] - chance) < 1e-5
+
+    found = strict(oculi_here("sweep", FRANCE, "--target", "Paris", "--json")[1])
+    ids, paris = trained.tokenizer.encode(FRANCE), trained.tokenizer.encode("Paris")[-1]
+    without = np.asarray(forward(trained.model, ids, HeadAblation(2, 1), logits="last").logits, np.float64)
+
+    def log_p(x: np.ndarray) -> float:
+        return float(x[paris] - x.max() - np.log(np.exp(x - x.max()).sum()))
+
+    assert abs(found["plain"] - log_p(logits)) < 1e-4
+    assert abs(found["change"][2][1] - (log_p(without) - log_p(logits))) < 1e-4
+
+    found = strict(oculi_here("attribute", FRANCE, "--target", "Paris", "--json")[1])
+    total = found["embedding"] + np.sum(found["heads"]) + np.sum(found["mlps"])
+    assert abs(found["logit"] - logits[paris]) < 1e-4 and abs(total - found["logit"]) < 1e-3
+
+    found = strict(oculi_here("heads", "--json")[1])
+    assert np.shape(found["scores"]["induction"]) == (4, 6) and np.max(found["scores"]["induction"]) > 0.9
+
+    words = ("The capital of France is", "The capital of Italy is")
+    found = strict(oculi_here("patch", *words, "--target", "Paris", "--against", "Rome", "--json")[1])
+    assert np.shape(found["recovery"]) == (4, 6) and found["clean"] > 0 > found["corrupted"]
+
+    found = strict(oculi_here("generate", FRANCE, "-n", "3", "--json", "--intervene", "head:layer=1,head=3")[1])
+    assert [run["interventions"] for run in found["runs"]] == ["plain", "head:layer=1,head=3"]
+    assert found["runs"][0]["tokens"][0] == " Paris" and len(found["runs"][0]["probabilities"]) == 3
+
+    assert strict(oculi_here("sites", "--json")[1])["z"]["axes"] == ["H", "T", "D"]

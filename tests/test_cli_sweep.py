@@ -52,7 +52,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path) -> Callabl
     figures: list[Any] = []
     for module in (patch_command, sweep_command):
         monkeypatch.setattr(module, "open_adapter", lambda *given: adapter)
-        monkeypatch.setattr(module, "save_picture", lambda figure, path: figures.append(figure))
+        monkeypatch.setattr(module, "save_picture", lambda figure, path, quiet: figures.append(figure))
 
     def run(*arguments: str) -> tuple[list[str], Any]:
         code, out, err = oculi_here(*arguments, "-m", "tiny", "-o", str(tmp_path / "x.png"))

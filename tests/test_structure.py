@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,7 @@ def test_only_the_doors_import_torch_and_transformers() -> None:
 # Room → what it may import of ours, lazily too. `models/llama` is the model: it never sees edits or captures.
 CORE = {"arrays", "capture", "intervention", "output", "prompts", "sites"}
 ALLOWED = {
+    "cells.py": set(),
     "pytrees.py": set(),
     "sites.py": set(),
     "arrays.py": set(),
@@ -89,7 +91,7 @@ ALLOWED = {
     "adapter": {*CORE, "adapter", "backends", "decoding", "models.llama", "trust", "utils"},
     "trust.py": {"backends.torch", "embedded", "models.llama", "run", "sites", "utils"},
     "visualize": {"visualize"},
-    "pages": {*CORE, "adapter", "analysis", "diagnostics", "metrics", "pages", "run", "sweeps"},
+    "pages": {*CORE, "adapter", "analysis", "diagnostics", "metrics", "pages", "run", "sweeps", "utils"},
     "utils": {"utils", "backends.torch.devices"},
 }
 # The lines that users type, which go against the arrows; and tables of contents, which import what they are asked for.
@@ -103,7 +105,7 @@ def test_arrows_point_one_way(room: str) -> None:
         for name in imports(path, typed=False):
             if name.startswith("oculi_jax."):
                 inner = name.removeprefix("oculi_jax.")
-                assert inner in ("pytrees", "arrays") or any(
+                assert inner in ("pytrees", "arrays", "cells") or any(
                     inner == ok or inner.startswith(f"{ok}.") for ok in ALLOWED[room]
                 ), (path.name, name)
 
@@ -312,3 +314,17 @@ def test_no_two_of_our_pytrees_have_equal_structures() -> None:
     assert [path.name for path in FILES if "tree_util.register_dataclass" in path.read_text(encoding="utf-8")] == [
         "pytrees.py"
     ]
+
+
+def test_the_version_is_in_one_place() -> None:
+    """`oculi_jax.__version__`; packages are built with it, and the citation says it."""
+    import tomllib
+    from importlib.metadata import version
+
+    import oculi_jax
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["dynamic"] == ["version"] and "version" not in project["project"]
+    assert version("oculi-jax") == oculi_jax.__version__
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.*)$", citation, re.M)[1] == oculi_jax.__version__  # type: ignore[index]

@@ -63,9 +63,7 @@ def app_for(chosen: str | None) -> typer.Typer:
     """The command line, of which one command can run; the others are there by name and help."""
     import typer
 
-    app = typer.Typer(
-        help="Look inside a Llama.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-    )
+    app = typer.Typer(help="Look inside a Llama.", no_args_is_help=True, pretty_exceptions_enable=False)
     for name, summary in COMMANDS.items():
         if name == chosen:
             app.command(name)(load(name))
@@ -126,7 +124,9 @@ def _run() -> None:
     try:
         if wrong := [word for word in sys.argv if _not_text(word)]:
             raise ValueError(f"{wrong[0]!r} is not valid text in UTF-8.")
-        app_for(next((word for word in sys.argv[1:] if not word.startswith("-")), None))()
+        # A shell that completes gives the line so far by this name.
+        words = os.environ.get("_TYPER_COMPLETE_ARGS", "").split() or sys.argv
+        app_for(next((word for word in words[1:] if not word.startswith("-")), None))()
     except REFUSALS as error:
         if (
             isinstance(error, OSError)

@@ -13,6 +13,7 @@ from ..adapter.configs import CaptureConfig, LogitConfig, MLPConfig
 from ..analysis.attribution import AttributionMethods
 from .common import (
     Dtype,
+    Json,
     Longer,
     Model,
     Picture,
@@ -20,6 +21,7 @@ from .common import (
     check_picture,
     console,
     open_adapter,
+    print_json,
     save_picture,
     shown,
     working,
@@ -43,6 +45,7 @@ def attribute(
     ] = None,
     top: Annotated[int, typer.Option(help="How many heads and MLPs to show.", min=1)] = 12,
     output: Picture = None,
+    as_json: Json = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -70,22 +73,26 @@ def attribute(
     ranked.sort(reverse=True)
     largest = ranked[0][0] or 1.0
 
-    table = Table(box=None, pad_edge=False)
-    for column, justify in (("part", "left"), ("adds to the logit", "right"), ("", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for size, name, value in ranked[:top]:
-        table.add_row(name, f"{value:+.3f}", ("█" if value > 0 else "░") * round(20 * size / largest))
     details = heads.details
+    if as_json:
+        ends = {
+            "logit": details["logit"],
+            "embedding": details["embedding"],
+            "completeness_error": heads.completeness_error,
+        }
+        print_json(
+            {"prompt": text, "target": target, "versus": versus, **ends, "heads": by_head, "mlps": by_part[:, 1]}
+        )
     logit = float(details["logit"])
     rest = [
         ("embedding", float(details["embedding"])),
         ("all attention heads", float(by_head.sum())),
         ("all MLPs", float(by_part[:, 1].sum())),
     ]
-    out = console()
+    out = console(quiet=as_json)
     what = f"logit of {shown(target)}" + (f" − logit of {shown(versus)}" if versus is not None else "")
     out.print(TextCell(f"{what} after {shown(text)}: {logit:+.3f}"))
-    out.print(table)
+    out.print(_table(ranked[:top], largest))
     summary = ", ".join(f"{name} {value:+.3f}" for name, value in rest)
     assert heads.completeness_error is not None
     out.print(f"{summary}; all parts together miss the logit by {float(heads.completeness_error):.1e}.", markup=False)
@@ -95,4 +102,14 @@ def attribute(
         figure, (left, right) = panels(1, 2, 11.0, 5.0, widths=(3, 2))
         attribution_bars(parts, ax=left, title=what)
         attribution_bars(heads, ax=right, k=15, title="the strongest heads")
-        save_picture(figure, picture)
+        save_picture(figure, picture, as_json)
+
+
+def _table(parts: list[tuple[float, str, float]], largest: float) -> Table:
+    """Each part's name and what it adds, with a bar of its size."""
+    table = Table(box=None, pad_edge=False)
+    for column, justify in (("part", "left"), ("adds to the logit", "right"), ("", "left")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for size, name, value in parts:
+        table.add_row(name, f"{value:+.3f}", ("█" if value > 0 else "░") * round(20 * size / largest))
+    return table

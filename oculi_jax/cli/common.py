@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -40,13 +42,31 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Picture = Annotated[
     Path | None, typer.Option("--output", "-o", help="Draw it to this .png, .svg or .pdf.", show_default=False)
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")]
 Longer = Annotated[bool, typer.Option("--allow-longer", help="Go beyond the length that the model was made for.")]
 
 
-def console(*, error: bool = False) -> Console:
+def console(*, error: bool = False, quiet: bool = False) -> Console:
     """A console that does not wrap tables at 80 columns when its output goes to a file."""
-    found = Console(stderr=error, highlight=False)
-    return found if found.is_terminal else Console(stderr=error, highlight=False, width=140)
+    found = Console(stderr=error, highlight=False, quiet=quiet)
+    return found if found.is_terminal else Console(stderr=error, highlight=False, width=140, quiet=quiet)
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """An object on standard output; arrays are lists, and what is not finite is null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(name): plain(part) for name, part in value.items()}
+        if isinstance(value, np.ndarray | jax.Array):
+            return plain(np.asarray(value).tolist())
+        if isinstance(value, list | tuple):
+            return [plain(part) for part in value]
+        if isinstance(value, np.generic):
+            return plain(value.item())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
 
 
 def keep_programs() -> None:
@@ -108,11 +128,11 @@ def check_picture(path: Path | None) -> Path | None:
     return check_output(path, ".png", ".svg", ".pdf")
 
 
-def save_picture(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path, quiet: bool = False) -> None:
     """Writes a figure, whole or not at all."""
     with write_aside(path) as aside:
         figure.savefig(aside, format=path.suffix[1:].lower(), dpi=150)
-    console().print(f"Drew {path}.", markup=False)
+    console(quiet=quiet).print(f"Drew {path}.", markup=False)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from rich.table import Table
 from .. import trust as checks
 from ..embedded import embedded_directory
 from ..utils.devices import get_device_info
-from .common import Dtype, Model, console, keep_programs, working
+from .common import Dtype, Json, Model, console, keep_programs, print_json, working
 
 
 def doctor(
@@ -19,6 +19,7 @@ def doctor(
     device: Annotated[
         str | None, typer.Option(help="Only this one: gpu, tpu, cuda, mps or cpu.", show_default="all that are here")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Whether what this machine's devices compute can be trusted: each site of one prompt beside the CPU's float32.
 
@@ -32,7 +33,7 @@ def doctor(
         raise ValueError(
             f"device is {device!r}, and to compare with JAX's CPU there is {', '.join(names) or 'none'} here."
         )
-    out = console()
+    out = console(quiet=as_json)
     info = Table(box=None, pad_edge=False, show_header=False)
     for name, value in get_device_info().items():
         shown = f"{value / 1e9:.1f} GB" if name.endswith("_bytes") and value is not None else str(value)
@@ -66,6 +67,10 @@ def doctor(
     )
     out.print(table)
     out.print()
+    if as_json:
+        print_json(
+            {f"{one.backend} {one.device} {one.dtype}": {"verdict": one.verdict, "errors": one.errors} for one in found}
+        )
     for one in found:
         out.print(one.sentence, markup=False)
     if any(one.verdict in ("wrong", "failed") for one in found):

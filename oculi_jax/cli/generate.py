@@ -14,6 +14,7 @@ from ..adapter.adapter import LlamaAttentionAdapter
 from ..utils.tokens import continuation, str_tokens
 from .common import (
     Dtype,
+    Json,
     Longer,
     Model,
     Picture,
@@ -22,6 +23,7 @@ from .common import (
     check_picture,
     console,
     open_adapter,
+    print_json,
     save_picture,
     working,
 )
@@ -43,6 +45,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the draws; both texts draw alike.", min=0, max=2**32 - 1)] = 0,
     output: Picture = None,
+    as_json: Json = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -59,11 +62,15 @@ def generate(
     with working("Writing"):
         found = {name: _continue(adapter, text, max_new_tokens, items, options) for name, items in runs.items()}
 
+    if as_json:
+        names = ("tokens", "probabilities", "text")
+        each = [{"interventions": name, **dict(zip(names, run, strict=True))} for name, run in found.items()]
+        print_json({"prompt": text, "runs": each})
     table = Table(box=None, pad_edge=False, expand=True, padding=(0, 2))
     for name in found:
         table.add_column(TextCell(name), ratio=1, overflow="fold")
     table.add_row(*(TextCell(text).append(added, style="bold") for _, _, added in found.values()))
-    out = console()
+    out = console(quiet=as_json)
     out.print(table)
     if chosen:
         (plain, *_), (changed, *_) = found.values()
@@ -73,7 +80,7 @@ def generate(
         else:
             out.print("The interventions changed no token.")
     if picture:
-        save_picture(_draw(found), picture)
+        save_picture(_draw(found), picture, as_json)
 
 
 def _continue(

@@ -10,7 +10,19 @@ from rich.table import Table
 from ..adapter.configs import CaptureConfig
 from ..analysis.circuits import PATTERNS, CircuitDetection
 from ..diagnostics import head_scores
-from .common import Dtype, Longer, Model, Picture, check_picture, console, open_adapter, save_picture, working
+from .common import (
+    Dtype,
+    Json,
+    Longer,
+    Model,
+    Picture,
+    check_picture,
+    console,
+    open_adapter,
+    print_json,
+    save_picture,
+    working,
+)
 
 PATTERNS_ALONE = CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False)
 
@@ -23,6 +35,7 @@ def heads(
     top: Annotated[int, typer.Option(help="How many heads to name for each pattern.", min=1)] = 6,
     seed: Annotated[int, typer.Option(help="Of the random tokens.", min=0, max=2**32 - 1)] = 0,
     output: Picture = None,
+    as_json: Json = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -51,13 +64,15 @@ def heads(
                 for name, heads in summary.items()
             }
 
+    if as_json:
+        print_json({"prompt": text, "scores": raw})
     table = Table(box=None, pad_edge=False)
     table.add_column("pattern")
     table.add_column("heads", justify="right")
     table.add_column("strongest")
     for name, named in found.items():
         table.add_row(name, str(len(named)), ", ".join(named[:top]) if name != "unknown" else "")
-    out = console()
+    out = console(quiet=as_json)
     out.print(table)
     where = "random tokens, repeated once" if text is None else repr(text)
     total = config.num_hidden_layers * config.num_attention_heads
@@ -72,4 +87,4 @@ def heads(
         for name, ax in zip(names, axes, strict=True):
             title = name.replace("_", " ") if name != "bos" else "first token"
             head_heatmap(raw[name], "attention", limits=(0.0, 1.0), ax=ax, title=title)
-        save_picture(figure, picture)
+        save_picture(figure, picture, as_json)

@@ -13,6 +13,7 @@ from ..adapter.configs import LogitConfig
 from ..analysis.logit_lens import LogitLensAnalysis
 from .common import (
     Dtype,
+    Json,
     Longer,
     Model,
     Picture,
@@ -20,6 +21,7 @@ from .common import (
     check_picture,
     console,
     open_adapter,
+    print_json,
     save_picture,
     shown,
     working,
@@ -32,6 +34,7 @@ def lens(
         int, typer.Option("--top-k", "-k", help="How many tokens to show at each layer.", min=1, max=20)
     ] = 3,
     output: Picture = None,
+    as_json: Json = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -57,10 +60,14 @@ def lens(
     for row, p in zip(predictions, trajectory, strict=True):
         cells = [TextCell(f"{shown(token)} {chance:.3f}") for token, chance in row["predictions"]]
         table.add_row(str(row["layer"]), *cells, f"{p:.3f} {'█' * round(20 * float(p))}")
-    out = console()
+    if as_json:
+        rows = zip(predictions, trajectory, strict=True)
+        layers = [{**row, "probability_of_answer": float(p)} for row, p in rows]
+        print_json({"prompt": text, "answer": answer["text"], "answer_id": answer["token"], "layers": layers})
+    out = console(quiet=as_json)
     out.print(table)
     out.print(TextCell(f"{text} → {name} with probability {trajectory[-1]:.3f}"))
     if picture:
         from ..visualize import lens_table
 
-        save_picture(lens_table(predictions, title=text), picture)
+        save_picture(lens_table(predictions, title=text), picture, as_json)

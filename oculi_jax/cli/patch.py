@@ -11,7 +11,19 @@ from rich.text import Text as TextCell
 
 from ..causal import activation_patching
 from ..sites import SITES, Site, unknown_site
-from .common import Dtype, Longer, Model, Picture, check_picture, console, open_adapter, save_picture, shown
+from .common import (
+    Dtype,
+    Json,
+    Longer,
+    Model,
+    Picture,
+    check_picture,
+    console,
+    open_adapter,
+    print_json,
+    save_picture,
+    shown,
+)
 from .effects import Against, Target, bar, column, counting, heading, measure, strongest, token_ids
 
 DIRECTIONS = {
@@ -41,6 +53,7 @@ def patch(
     ] = "denoising",
     top: Annotated[int, typer.Option(help="How many places to show.", min=1)] = 12,
     output: Picture = None,
+    as_json: Json = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -73,11 +86,19 @@ def patch(
         patched, recovery = np.asarray(found.patched), np.asarray(found.recovery)
     if float(found.clean) == float(found.corrupted):
         raise ValueError(f"The {name} is {float(found.clean):+.3f} in both runs: there is nothing to recover.")
+    if as_json:
+        print_json(
+            {
+                "clean_prompt": clean, "corrupted_prompt": corrupted, "metric": name, "site": site, "by": axes,
+                "direction": direction, "clean": found.clean, "corrupted": found.corrupted, "patched": patched,
+                "recovery": recovery,
+            }
+        )  # fmt: skip
     denoising = direction == "denoising"
     effects, noun = (recovery, "recovery") if denoising else (1.0 - recovery, "loss")
     run, source = texts[::-1] if denoising else texts
 
-    out = console()
+    out = console(quiet=as_json)
     for text, kind, value in ((clean, "clean", found.clean), (corrupted, "corrupted", found.corrupted)):
         out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(text)}"))
     out.print(TextCell(f"Metric: {name}."))
@@ -90,7 +111,7 @@ def patch(
         figure = _draw(effects, axes, SITES[site], run, source, f"{noun} (1: {one}, 0: {zero})")
         ends = f"clean {float(found.clean):+.2f}, corrupted {float(found.corrupted):+.2f}"
         heading(figure, f"{site}: {DIRECTIONS[direction]}", f"{name}: {ends}")
-        save_picture(figure, picture)
+        save_picture(figure, picture, as_json)
 
 
 def _check_aligned(ids: list[np.ndarray], texts: list[list[str]]) -> None:

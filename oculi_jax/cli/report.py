@@ -12,7 +12,6 @@ from ..intervention import HeadAblation
 from ..metrics import log_probability
 from ..pages import report as make_report
 from ..sweeps.sweeping import plan
-from ..utils.files import write_aside
 from .common import Dtype, Longer, Model, Text, check_output, console, open_adapter
 from .effects import announce, answer, counting, token_ids
 
@@ -50,8 +49,7 @@ def report(
     announce(plan(adapter.model, tokens, HeadAblation.grid(adapter.model.config), log_probability(0)))
     with counting("Running the model") as progress:
         page = make_report(adapter, text, target=target, heads=chosen, progress=progress, allow_longer=allow_longer)
-    with write_aside(path) as aside:
-        aside.write_text(page, encoding="utf-8", newline="\n")
+    page.save(path)
     console().print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser.", markup=False)
 
 

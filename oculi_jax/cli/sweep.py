@@ -16,6 +16,7 @@ from ..sweeps.sweeping import plan
 from ..sweeps.sweeping import sweep as run_sweep
 from .common import (
     Dtype,
+    Json,
     Longer,
     Model,
     Picture,
@@ -23,6 +24,7 @@ from .common import (
     check_picture,
     console,
     open_adapter,
+    print_json,
     save_picture,
     shown,
     working,
@@ -36,6 +38,7 @@ def sweep(
     against: Against = None,
     top: Annotated[int, typer.Option(help="How many heads to show in each direction.", min=1)] = 10,
     output: Picture = None,
+    as_json: Json = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -56,6 +59,8 @@ def sweep(
         found = np.asarray(run_sweep(adapter.model, tokens, heads, metric, progress=progress))
     change = found - plain
 
+    if as_json:
+        print_json({"prompt": text, "metric": name, "plain": plain, "change": change})
     sides = [[(place, float(change[place])) for place in strongest(change, top, sign)] for sign in (-1, 1)]
     largest = max((abs(value) for side in sides for _, value in side[:1]), default=1.0)
     table = Table(box=None, pad_edge=False)
@@ -66,7 +71,7 @@ def sweep(
     for pair in zip_longest(*sides):
         cells = [(f"L{of[0][0]}H{of[0][1]}", f"{of[1]:+.3f}", bar(of[1], largest)) if of else ("",) * 3 for of in pair]
         table.add_row(*cells[0], *cells[1])
-    out = console()
+    out = console(quiet=as_json)
     out.print(TextCell(f"{name} after {shown(text)}: {plain:+.3f}"))
     n_layers, n_heads = change.shape
     out.print(f"One head at a time set to zero, of {change.size} ({n_layers} layers × {n_heads}):", markup=False)
@@ -76,4 +81,4 @@ def sweep(
 
         figure = sweep_heatmap(change, label=f"change of the {legible(name)}")
         heading(figure, text, f"{name}: {plain:+.3f} without ablation")
-        save_picture(figure, picture)
+        save_picture(figure, picture, as_json)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
+from html import escape
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..adapter.adapter import LlamaAttentionAdapter
+from ..utils.files import write_aside
 from .measured import Measured, measure
 from .visible import visible_prompt, visible_token
 
 if TYPE_CHECKING:
-    from ..adapter.adapter import LlamaAttentionAdapter
+    from ..backends.protocol import ModelLike
+    from ..utils.tokens import Tokenizer
 
 # Score → its label, and what it is the mean of; `oculi_jax.analysis.circuits` defines them.
 SCORES = {
@@ -30,15 +35,31 @@ SCORES = {
 }
 
 
+class Page(str):
+    """A page's text, which a notebook shows in a frame of its own, and which saves itself."""
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<iframe srcdoc="{escape(self, quote=True)}" sandbox="allow-scripts" width="100%" height="720" '
+            'style="border:1px solid #8884"></iframe>'
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page, whole or not at all."""
+        with write_aside(path) as aside:
+            aside.write_text(self, encoding="utf-8", newline="\n")
+
+
 def report(
-    adapter: LlamaAttentionAdapter,
+    model: LlamaAttentionAdapter | ModelLike,
     text: str,
     *,
+    tokenizer: Tokenizer | None = None,
     target: str | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
     allow_longer: bool = False,
-) -> str:
+) -> Page:
     """A prompt's insides as one self-contained HTML page. Host function.
 
     What the model says next; the logit lens at every layer and token; attention patterns; head scores on repeated random
@@ -46,8 +67,9 @@ def report(
     `HeadAblation`); and direct logit attribution of the target (`AttributionMethods`).
 
     Args:
-        adapter: a model with its tokenizer.
+        model: an adapter, which has its tokenizer; or a model.
         text: the prompt.
+        tokenizer: of the model, where that is no adapter.
         target: a text of one token, whose logit is attributed and whose lead over the likeliest other ablations are judged by; None
             for the likeliest next token.
         heads: (layer, head) pairs whose patterns the page holds; None for all of them where they take a few MB, else the
@@ -56,25 +78,34 @@ def report(
         allow_longer: go beyond the length that the model was made for.
 
     Returns:
-        The page's text. Texts of the prompt are data in it, never markup, and it may load nothing and run nothing but its
-        own script, by a content security policy.
+        The page: a text that shows itself in a notebook, and `save(path)`. Texts of the prompt are data in it, never markup,
+        and it may load nothing and run nothing but its own script, by a content security policy.
 
     Raises:
         ValueError, TypeError: a prompt, target or head that cannot be; a prompt too long for a page (512 tokens, or 20,000
             cells of the lens); inside an `InterventionContext`.
     """
+    if isinstance(model, LlamaAttentionAdapter):
+        adapter = model
+    elif tokenizer is None:
+        raise TypeError(
+            "A report needs a tokenizer beside the model: report(model, text, tokenizer=…), or give an adapter."
+        )
+    else:
+        adapter = LlamaAttentionAdapter(model, tokenizer)
     return page(measure(adapter, text, target=target, heads=heads, progress=progress, allow_longer=allow_longer))
 
 
-def page(measured: Measured) -> str:
+def page(measured: Measured) -> Page:
     """The HTML of what was measured."""
     here = files("oculi_jax.pages")
     template, style, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     # "<" alone could end the element that holds the data; what else JSON escapes leaves nothing but ASCII.
     data = json.dumps(_data(measured), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    return Template(template).substitute(
+    text = Template(template).substitute(
         style=style, style_hash=_hash(style), script=script, script_hash=_hash(script), data=data
     )
+    return Page(text)
 
 
 def _hash(text: str) -> str:

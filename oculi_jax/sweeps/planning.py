@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .. import cells
+
 if TYPE_CHECKING:
     from ..models.llama.config import LlamaConfig
 
@@ -87,6 +89,18 @@ class SweepPlan:
     def batch_size(self) -> int:
         """The most variants in a call."""
         return max(group.size for group in self.groups)
+
+    def _repr_html_(self) -> str:
+        said = {
+            name: getattr(self, name)
+            for name in ("axes", "n_prompts", "n_tokens", "batch_size", "note")
+            if getattr(self, name) != ""
+        }
+        share = (
+            f"{self.layer_evaluations:.0f}, {self.layer_evaluations / self.naive_layer_evaluations:.0%} of whole runs"
+        )
+        more = {"layer evaluations": share, "GFLOP": f"{self.flops / 1e9:.3g}", "MB": f"{self.bytes / 1e6:.3g}"}
+        return cells.table("SweepPlan", {**said, **more, "seconds": f"about {self.seconds:.2g}, and compiling"}.items())
 
     def __repr__(self) -> str:
         n_variants, rows = math.prod(self.axes), sorted({group.n_rows for group in self.groups}, reverse=True)

@@ -8,6 +8,7 @@ import pytest
 
 from oculi_jax.cli import report as command
 from oculi_jax.models.llama import LlamaAttentionAdapter
+from oculi_jax.pages.html import Page
 
 from .pages import PROMPT, content
 
@@ -30,7 +31,7 @@ def test_oculi_report_writes_the_page(loaded, html, tmp_path: Path, oculi_here) 
 
 def test_oculi_report_writes_whole_or_not_at_all(loaded, monkeypatch, tmp_path: Path, oculi_here) -> None:
     (tmp_path / "x.html").write_text("before")
-    text = "x" * 100_000 + "\ud800"  # which is no UTF-8
+    text = Page("x" * 100_000 + "\ud800")  # which is no UTF-8
     monkeypatch.setattr(command, "make_report", lambda *a, **k: text)
     code, _, _ = oculi_here("report", PROMPT, "-o", str(tmp_path / "x.html"))
     assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["x.html"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,3 +204,19 @@ def test_prompts_too_long_for_a_page_and_contexts_are_refused(facts, monkeypatch
 
 
 # ---------------------------------------------------------------- the command
+
+
+def test_a_page_shows_itself_and_saves_itself(trained, tmp_path: Path) -> None:
+    """In a notebook it is a frame of its own, in which the whole page is data."""
+    import html
+
+    import oculi_jax
+
+    adapter = trained
+    found = oculi_jax.report(adapter.model, PROMPT, tokenizer=adapter.tokenizer)
+    frame = re.fullmatch(r'<iframe srcdoc="([^"]*)"[^>]*></iframe>', found._repr_html_())
+    assert frame and html.unescape(frame[1]) == found == oculi_jax.report(adapter, PROMPT)
+    found.save(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == found
+    with pytest.raises(TypeError, match="needs a tokenizer"):
+        oculi_jax.report(adapter.model, PROMPT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 ANY = object()
 # Fields that cannot change a forward pass while they hold one of these values.
@@ -115,6 +115,6 @@ class Reader:
             )
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """A positive number that float32 can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 1e-30 < value < 1e30

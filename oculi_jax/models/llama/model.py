@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from ... import cells
 from .activations import ACTIVATIONS
 from .config import LlamaConfig
 from .rope import rotate
@@ -359,6 +360,11 @@ class Llama(nnx.Module):
         """Logits of some tokens; NaN for an id beyond the vocabulary."""
         rows = self.lm_head.weight.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return einsum("...e,ne->...n", normalised, rows, dtype=jnp.float32)
+
+    def _repr_html_(self) -> str:
+        names = ("layers", "hidden size", "query heads", "key/value heads", "head size", "MLP width", "vocabulary")
+        rows = zip(names, (self.config.sizes[letter] for letter in "LEHKDFV"), strict=True)
+        return cells.table(f"Llama, {self.n_params / 1e6:.1f}M parameters, {self.dtype}", rows)
 
     def __repr__(self) -> str:
         c = self.config

@@ -51,7 +51,7 @@ class RopeConfig:
 
 
 def read_rope(
-    fields: Mapping[str, Any], head_dim: Any, longest: Any, ignored: set[str], problems: list[str]
+    fields: Mapping[str, Any], head_dim: int | None, longest: int | None, ignored: set[str], problems: list[str]
 ) -> RopeConfig | None:
     """Both spellings: transformers 5's `rope_parameters`, and `rope_theta` beside `rope_scaling`."""
     spelling = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
