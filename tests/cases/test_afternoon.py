@@ -223,16 +223,16 @@ def test_a_recovery_that_is_none_is_nan_under_debugging_too() -> None:
         np.testing.assert_allclose(recovery(jnp.ones(3), jnp.float32(2), jnp.float32(0)), 0.5)
 
 
-def oculi(*arguments: str, **options: Any) -> subprocess.Popen:
-    env = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.Popen(
-        [sys.executable, "-m", "oculi_jax.cli", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=env,
-        **options,
-    )
+BEGUN = "import sys; from oculi_jax import cli; print('begun', flush=True); sys.argv[0] = 'oculi'; cli.main()"
+
+
+def reporting(folder: Path) -> subprocess.Popen:
+    """`oculi report` in a process of its own, once it has begun, with nothing compiled before."""
+    command = [sys.executable, "-c", BEGUN, "report", "The capital of France is", "-o", str(folder / "page.html")]
+    env = {**os.environ, "XLA_FLAGS": "", "XDG_CACHE_HOME": str(folder / "cache")}
+    found = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert found.stdout is not None and found.stdout.readline() == "begun\n"
+    return found
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -240,18 +240,20 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
-@pytest.mark.parametrize("after", [0.3, 0.8, 1.6, 2.4])
-def test_control_c_ends_without_a_word(after: float) -> None:
-    process = oculi("lens", "The capital of France is")
+@pytest.mark.parametrize("after", [0.1, 0.6, 1.4, 2.2])
+def test_control_c_ends_without_a_word(after: float, tmp_path: Path) -> None:
+    """While modules are imported, while a model is read, while it runs; nothing is written."""
+    process = reporting(tmp_path)
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     code, _, error = ended(process)
     assert code == 130 and "Traceback" not in error, error
+    assert not list(tmp_path.glob("*.html"))
 
 
-def test_terminating_ends_it() -> None:
-    process = oculi("lens", "The capital of France is")
-    time.sleep(0.8)
+def test_terminating_ends_it(tmp_path: Path) -> None:
+    process = reporting(tmp_path)
+    time.sleep(0.5)
     process.terminate()
     assert ended(process)[0] == -signal.SIGTERM  # 143 in a shell
 

@@ -104,11 +104,13 @@ def saver(tmp_path: Path, n_layers: int = 3) -> subprocess.Popen:
 
 
 def test_a_save_that_is_killed_leaves_a_whole_model_or_says_so(tmp_path: Path) -> None:
-    """At fifty random moments: the process is stopped, what lies there is looked at, and it goes on; at the end it is killed."""
+    """At fifty random moments, and until both models were seen: the process is stopped, what lies there is looked at, and it goes on; at the end it is killed."""
     process, rng, seen = saver(tmp_path), np.random.default_rng(0), set()
     out = tmp_path / "out"
     try:
-        for _ in range(50):
+        for number in range(2000):
+            if number >= 50 and {3, 5} <= seen:
+                break
             time.sleep(float(rng.uniform(0.0, 0.03)))
             process.send_signal(signal.SIGSTOP)
             os.waitpid(process.pid, os.WUNTRACED)
