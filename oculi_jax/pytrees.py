@@ -17,6 +17,7 @@ import numpy as np
 from . import cells
 
 T = TypeVar("T")
+_MANY = 8  # of numbers: more of them print as a shape
 
 
 def static(*, default: object = dataclasses.MISSING, kw_only: Any = dataclasses.MISSING) -> Any:
@@ -89,6 +90,3 @@ def _short(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) > _MANY:
         return f"{type(value).__name__} of {len(value)}"
     return repr(value)
-
-
-_MANY = 8

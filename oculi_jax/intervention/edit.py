@@ -56,9 +56,10 @@ class Edit:
         value: of the site's axes, each whole or 1 (a mean over tokens is `mean[None]`); a `PerLayer` of that. For `apply` any
             pytree of arrays, handed over as it is (in the dense form, leaves with axes lead with `L`).
         fn: for `apply`, `fn(x, value) → x` of the same shape: anything JAX can trace. Static: a new function is a new
-            program. It is to treat each token by itself: padding is ones to it, rows of the last axis that `mask` leaves
-            alone are constants without a gradient, and in decoding `x` is of one token, `value` being passed whole. A sweep
-            runs all tokens where there is one, unless `site_shaped` says that it can be cut.
+            program. It is to treat each token by itself: padding is ones to it (along the keys of a real token, zeros), rows of
+            the last axis that `mask` leaves alone are constants without a gradient, and in decoding `x` is of one token,
+            `value` being passed whole. A sweep runs all tokens where there is one, unless `site_shaped` says that it can be
+            cut.
     """
 
     site: str = field(None)

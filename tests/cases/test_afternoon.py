@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from oculi_jax import (
     sweep,
 )
 from oculi_jax.causal.patching import recovery
+from oculi_jax.metrics import log_probability
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from ..tiny import prompt, tiny_llama
@@ -90,8 +92,7 @@ def test_an_output_is_saved_and_opened(model: Llama, tmp_path: Path) -> None:
 
 
 def test_prompts_of_other_shapes_say_what_to_give(model: Llama) -> None:
-    metric = lambda out: out.logits[-1, 3]  # noqa: E731
-    for call in (lambda t: forward(model, t), lambda t: sweep(model, t, HeadAblation(1, 2), metric)):
+    for call in (lambda t: forward(model, t), lambda t: sweep(model, t, HeadAblation(1, 2), log_probability(3))):
         with pytest.raises(ValueError, match=r"tokens, mask = oculi_jax.padded\(rows\)"):
             call([IDS.tolist(), IDS[:3].tolist()])
         with pytest.raises(TypeError, match=r'tokens\["input_ids"\]'):
@@ -319,3 +320,9 @@ def test_what_cannot_be_is_refused_before_weights_are_read(oculi_here, monkeypat
     ):
         code, _, error = oculi_here(*arguments)
         assert code == 2 and error.startswith("oculi: "), error
+
+
+def test_a_plans_seconds_are_its_arithmetic_at_half_the_rate_of_a_product(model: Llama) -> None:
+    todo = oculi_jax.plan(model, IDS, HeadAblation.grid(model.config), log_probability(3))
+    assert dataclasses.replace(todo, rate=lambda: 2e9).seconds == pytest.approx(todo.flops / 1e9)
+    assert 1e8 < todo.rate() < 1e14 and "about" in repr(todo)

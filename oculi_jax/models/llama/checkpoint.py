@@ -72,9 +72,8 @@ def load(
     table = parameter_table(config)
     stored = _read_headers(directory)
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
-        stored[EMBEDDING] = stored.pop(
-            HEAD
-        )  # one tensor under two names, of which safetensors' save_model keeps this one
+        # One tensor under two names, of which safetensors' save_model keeps this one.
+        stored[EMBEDDING] = stored.pop(HEAD)
     _check(directory, config, table, stored)
     target = _target_dtype(dtype, config, stored, table)
 
