@@ -322,7 +322,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(oculi_here, monkeypat
         assert code == 2 and error.startswith("oculi: "), error
 
 
-def test_a_plans_seconds_are_its_arithmetic_at_half_the_rate_of_a_product(model: Llama) -> None:
+def test_a_plans_seconds_are_its_arithmetic_at_three_quarters_of_a_products_rate(model: Llama) -> None:
     todo = oculi_jax.plan(model, IDS, HeadAblation.grid(model.config), log_probability(3))
-    assert dataclasses.replace(todo, rate=lambda: 2e9).seconds == pytest.approx(todo.flops / 1e9)
+    assert dataclasses.replace(todo, rate=lambda: 4e9).seconds == pytest.approx(todo.flops / 3e9)
     assert 1e8 < todo.rate() < 1e14 and "about" in repr(todo)
