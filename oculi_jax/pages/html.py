@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
-from html import escape
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -15,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..adapter.adapter import LlamaAttentionAdapter
-from ..utils.files import write_aside
+from ..frames.page import Page, numbers, packed, part
+from ..frames.page import page as frame
+from ..frames.visible import visible_prompt, visible_token
 from .measured import Measured, measure
-from .visible import visible_prompt, visible_token
 
 if TYPE_CHECKING:
     from ..backends.protocol import ModelLike
     from ..utils.tokens import Tokenizer
+
+# What stands below the grid of heads in a report.
+CARD = """<p class="soft small">Shaded by what its ablation does, as further below.</p>
+    <dl id="head-card" class="card" aria-live="polite" aria-label="The chosen head"></dl>"""
 
 # Score → its label, and what it is the mean of; `oculi_jax.analysis.circuits` defines them.
 SCORES = {
@@ -33,21 +33,6 @@ SCORES = {
     "local": ("local", "attention to the 4 tokens before and to itself"),
     "uniform": ("uniform", "entropy of the attention over the largest possible"),
 }
-
-
-class Page(str):
-    """A page's text, which a notebook shows in a frame of its own, and which saves itself."""
-
-    def _repr_html_(self) -> str:
-        return (
-            f'<iframe srcdoc="{escape(self, quote=True)}" sandbox="allow-scripts" width="100%" height="720" '
-            'style="border:1px solid #8884"></iframe>'
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the page, whole or not at all."""
-        with write_aside(path) as aside:
-            aside.write_text(self, encoding="utf-8", newline="\n")
 
 
 def report(
@@ -99,18 +84,9 @@ def report(
 def page(measured: Measured) -> Page:
     """The HTML of what was measured."""
     here = files("oculi_jax.pages")
-    template, style, script = (here.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
-    # "<" alone could end the element that holds the data; what else JSON escapes leaves nothing but ASCII.
-    data = json.dumps(_data(measured), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    text = Template(template).substitute(
-        style=style, style_hash=_hash(style), script=script, script_hash=_hash(script), data=data
-    )
-    return Page(text)
-
-
-def _hash(text: str) -> str:
-    """How a content security policy names an inline element: nothing but this very text is run."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    body, script = (here.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "js"))
+    filled = Template(body).substitute(lens=part("lens"), attention=part("attention", chooser=CARD))
+    return frame("Oculi report", "report", filled, ("lens.js", "attention.js"), script, _data(measured))
 
 
 def _data(m: Measured) -> dict[str, Any]:
@@ -118,6 +94,8 @@ def _data(m: Measured) -> dict[str, Any]:
     words = {i: visible_token(text) for i, text in m.words.items()}
     order = {i: place for place, i in enumerate(words)}
     sizes = m.sizes
+    # The head that is shown first: of those whose patterns are kept, the one whose ablation does most.
+    first = int(np.argmax([abs(m.effects[layer, head]) for layer, head in m.heads]))
     return {
         "prompt": visible_prompt(m.prompt),
         "model": {
@@ -131,24 +109,27 @@ def _data(m: Measured) -> dict[str, Any]:
             "mlp": sizes["F"],
             "vocabulary": sizes["V"],
         },
+        "layers": list(range(sizes["L"])),
+        "heads": sizes["H"],
         "words": list(words.values()),
         "tokens": [order[i] for i in m.tokens.tolist()],
-        "next": {"words": [order[i] for i in m.next_ids.tolist()], "probabilities": _numbers(m.next_probabilities)},
+        "next": {"words": [order[i] for i in m.next_ids.tolist()], "probabilities": numbers(m.next_probabilities)},
         "target": {
             "word": order[m.target],
             "chosen": m.chosen,
-            "logProbability": _numbers(m.target_log_probability),
-            "logit": _numbers(m.target_logit),
+            "logProbability": numbers(m.target_log_probability),
+            "logit": numbers(m.target_logit),
         },
-        "rival": {"word": order[m.rival], "logit": _numbers(m.rival_logit)},
+        "rival": {"word": order[m.rival], "logit": numbers(m.rival_logit)},
         "lens": {
+            "positions": list(range(len(m.tokens))),
             "words": np.vectorize(order.__getitem__, otypes=[int])(m.lens_ids).tolist(),
-            "probabilities": _numbers(m.lens_probabilities),
-            "target": _numbers(m.lens_target),
+            "probabilities": numbers(m.lens_probabilities),
+            "target": numbers(m.lens_target),
         },
-        "attention": {"heads": m.heads, "selection": m.selection, "weights": _packed(m.patterns)},
+        "attention": {"heads": m.heads, "first": first, "selection": m.selection, "weights": packed(m.patterns)},
         "scores": _scores(m),
-        "ablation": _numbers(m.effects),
+        "ablation": numbers(m.effects),
         "attribution": _attribution(m),
     }
 
@@ -163,8 +144,8 @@ def _scores(m: Measured) -> dict[str, Any]:
                 "name": name,
                 "label": label,
                 "meaning": meaning,
-                "values": _numbers(m.scores[name]),
-                "errors": _numbers(m.errors[name]),
+                "values": numbers(m.scores[name]),
+                "errors": numbers(m.errors[name]),
             }
             for name, (label, meaning) in SCORES.items()
         ],
@@ -174,24 +155,11 @@ def _scores(m: Measured) -> dict[str, Any]:
 def _attribution(m: Measured) -> dict[str, Any]:
     """What the parts of the model add to the target's logit."""
     return {
-        "embedding": _numbers(m.embedding),
-        "attention": _numbers(m.attention),
-        "mlp": _numbers(m.mlp),
-        "other": _numbers(m.other),
-        "heads": _numbers(m.by_head),
-        "bias": _numbers(m.bias),
-        "error": _numbers(m.completeness_error),
+        "embedding": numbers(m.embedding),
+        "attention": numbers(m.attention),
+        "mlp": numbers(m.mlp),
+        "other": numbers(m.other),
+        "heads": numbers(m.by_head),
+        "bias": numbers(m.bias),
+        "error": numbers(m.completeness_error),
     }
-
-
-def _numbers(values: Any) -> Any:
-    """Python floats of five digits, nested as the array is."""
-    array = np.asarray(values, np.float64)
-    return np.array([float(f"{x:.5g}") for x in array.ravel()]).reshape(array.shape).tolist()
-
-
-def _packed(patterns: np.ndarray) -> str:
-    """Rows 0 … t of every head's triangle as unsigned 16-bit integers, 65535 for a weight of 1; little-endian, base64."""
-    rows, columns = np.tril_indices(patterns.shape[-1])
-    scaled = np.rint(np.clip(patterns[:, rows, columns], 0.0, 1.0) * 65535.0)
-    return base64.b64encode(scaled.astype("<u2").tobytes()).decode()

@@ -8,7 +8,7 @@ import pytest
 
 from oculi_jax.cli import report as command
 from oculi_jax.models.llama import LlamaAttentionAdapter
-from oculi_jax.pages.html import Page
+from oculi_jax.frames.page import Page
 
 from .pages import PROMPT, content
 
