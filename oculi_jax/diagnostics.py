@@ -44,6 +44,10 @@ class HeadScores:
         codes: int32 `[L, H]`, what each head is by the rule of `CircuitDetection.classify` on these means: indices into
             `oculi_jax.analysis.circuits.PATTERNS`.
         standard_error: the name of each → `[L, H]`, standard deviation over sequences (n − 1) / √n.
+
+    Examples:
+        >>> head_scores(model).top("previous_token", k=1)[0][:2]
+        (1, 1)
     """
 
     induction: Float[Array, "L H"]
@@ -62,6 +66,13 @@ class HeadScores:
         Args:
             name: a score, for instance `"induction"`.
             k: how many.
+
+        Raises:
+            ValueError: there is no such score, or k is below 1.
+
+        Examples:
+            >>> [(layer, head, round(score, 2)) for layer, head, score, error in head_scores(model).top("previous_token", k=2)]
+            [(1, 1, 0.99), (1, 4, 0.97)]
         """
         if name not in _SCORES:
             raise ValueError(f"There is no score {name!r}; there are {', '.join(_SCORES)}.")
@@ -73,7 +84,12 @@ class HeadScores:
         ]
 
     def summarize(self) -> dict[str, list[tuple[int, int, float, float]]]:
-        """Every head under its pattern, as (layer, head, score, standard error), highest score first. Host function."""
+        """Every head under its pattern, as (layer, head, score, standard error), highest score first. Host function.
+
+        Examples:
+            >>> sorted((layer, head) for layer, head, score, error in head_scores(model).summarize()["previous_token"])
+            [(1, 1), (1, 2), (1, 4)]
+        """
         codes = np.asarray(self.codes)
         found: dict[str, list[tuple[int, int, float, float]]] = {}
         for code, name in enumerate(PATTERNS):
@@ -109,6 +125,10 @@ def head_scores(
 
     Raises:
         ValueError: a length that the vocabulary or the model's context cannot hold; fewer than 2 sequences.
+
+    Examples:
+        >>> round(float(head_scores(model).induction[2, 2]), 2)
+        0.93
     """
     model = find_model(model)
     tokens = repeated_tokens(model.config, seed, n_sequences, length)
@@ -120,7 +140,16 @@ def head_scores(
 
 
 def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
-    """The sequences of `head_scores`: int32 `[n_sequences, T]`, with T = 2 · length, plus 1 where there is a BOS."""
+    """The sequences of `head_scores`: int32 `[n_sequences, T]`, with T = 2 · length, plus 1 where there is a BOS.
+
+    Raises:
+        ValueError: as for `head_scores`.
+
+    Examples:
+        >>> tokens = repeated_tokens(model.config, seed=0, n_sequences=2, length=3)
+        >>> tokens.shape, bool((tokens[:, 1:4] == tokens[:, 4:]).all())
+        ((2, 7), True)
+    """
     n_sequences, length = integer(n_sequences, "n_sequences"), integer(length, "length")
     seed = integer(seed, "seed", 0)
     bos, eos, pad = config.bos_token_id, config.eos_token_id, config.pad_token_id

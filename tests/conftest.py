@@ -38,6 +38,7 @@ from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
 from oculi_jax.utils.tokens import load_tokenizer
 
 from . import memory
+from .browser import open_browser
 
 QUICKLY = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -176,6 +177,16 @@ def oculi_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
         return int(end.value.code or 0), out.out, out.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    try:
+        with open_browser() as browser:
+            yield browser
+    except FileNotFoundError as error:
+        # .ci/run asks for every test; elsewhere a machine without a browser still has the rest of the suite.
+        (pytest.fail if os.environ.get("OCULI_TESTS") == "all" else pytest.skip)(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,8 @@ def bar_label(figure: Figure) -> str:
 
 
 def test_every_public_function_is_called_here() -> None:
-    assert set(CALLS) == set(v.__all__) - {"panels"}
+    views = {"attention_view", "lens_view", "token_view"}  # HTML: tests/test_views.py
+    assert set(CALLS) == set(v.__all__) - {"panels"} - views
 
 
 def test_panels_are_axes_to_draw_in() -> None:

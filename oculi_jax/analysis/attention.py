@@ -25,11 +25,20 @@ class AttentionAnalysis:
 
     Raises:
         TypeError, ValueError: another capture, a batch (map over it with `jax.vmap`), or patterns not captured.
+
+    Examples:
+        >>> int(AttentionAnalysis.effective_span(capture.attention)[2, 0, -1])  # one key: Italy
+        1
     """
 
     @staticmethod
     def max_weight(capture: AttentionCapture) -> Float[Array, "L H T"]:
-        """The largest weight that a token gives to any key, 0…1."""
+        """The largest weight that a token gives to any key, 0…1.
+
+        Examples:
+            >>> round(float(AttentionAnalysis.max_weight(capture.attention)[2, 4, -1]), 2)
+            0.93
+        """
         return jnp.max(_patterns(capture), axis=-1)
 
     @staticmethod
@@ -46,6 +55,10 @@ class AttentionAnalysis:
 
         Raises:
             ValueError: a threshold that is no such fraction.
+
+        Examples:
+            >>> AttentionAnalysis.effective_span(capture.attention)[2, :, -1].tolist()  # of the last token, by head
+            [1, 3, 1, 1, 1, 1]
         """
         if not isinstance(threshold, jax.Array) and not 0 < threshold <= 1:
             raise ValueError(f"threshold is {threshold!r}, and must be a fraction above 0 and at most 1, such as 0.9.")
@@ -64,6 +77,10 @@ class AttentionAnalysis:
 
         Raises:
             ValueError: the prompt is shorter. Where only the device can know, NaN.
+
+        Examples:
+            >>> round(float(AttentionAnalysis.attention_to_position(capture.attention, 0)[2, 4, -1]), 2)
+            0.93
         """
         return at_position(capture, _patterns(capture), 3, position)
 
@@ -74,6 +91,10 @@ class AttentionAnalysis:
         Returns:
             `[L, H, T]`, from 0 (one key) to 1 (all keys equally); 0 at the first token, which has one key only, and on
             padding.
+
+        Examples:
+            >>> round(float(AttentionAnalysis.attention_entropy_ratio(capture.attention)[2, 1, -1]), 2)
+            0.61
         """
         entropy = EntropyAnalysis.token_entropy(capture)
         n_keys = jnp.cumsum(real_tokens(capture))[None, None, :].astype(jnp.float32)

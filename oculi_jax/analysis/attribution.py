@@ -43,6 +43,11 @@ class AttributionMethods:
     `token` is everywhere an id (an integer, or an array scalar that may be traced), or a pair `(a, b)` for the logit
     difference `logit(a) − logit(b)`. An id beyond the vocabulary is refused where the host can see it, and gives NaN where
     not. `position` is static and counts real tokens, negative from the last.
+
+    Examples:
+        >>> heads = AttributionMethods.head_attribution(capture.attention, model, (rome, paris))
+        >>> [(row["layer"], row["head"]) for row in AttributionMethods.top_attributions(heads, k=1)]
+        [(2, 5)]
     """
 
     @staticmethod
@@ -69,6 +74,11 @@ class AttributionMethods:
         Raises:
             ValueError, TypeError: something was not captured, an id or position that is not there, or an `unembed` that
                 does not fit.
+
+        Examples:
+            >>> parts = AttributionMethods.direct_logit_attribution(capture.residual, model.lm_head.weight, rome)
+            >>> np.round(parts.values).tolist()
+            [0.0, 1.0, 2.0, 14.0]
         """
         parts = _parts(residual, unembed, token, position)
         values = parts.attention + parts.mlp
@@ -97,6 +107,11 @@ class AttributionMethods:
 
         Raises:
             ValueError, TypeError: as there, and captures of different layers or prompts.
+
+        Examples:
+            >>> parts = AttributionMethods.component_attribution(capture.residual, None, model.lm_head.weight, rome)
+            >>> np.round(parts.values[3]).tolist()  # attention, MLP
+            [2.0, 13.0]
         """
         parts = _parts(residual, unembed, token, position)
         of_mlp = parts.mlp
@@ -140,6 +155,11 @@ class AttributionMethods:
         Raises:
             ValueError, TypeError: no scale, captures of different prompts or of another model, or as in
                 `direct_logit_attribution`.
+
+        Examples:
+            >>> heads = AttributionMethods.head_attribution(capture.attention, model, rome, residual=capture.residual)
+            >>> heads.values.shape, abs(float(heads.completeness_error)) < 1e-3
+            ((4, 6), True)
         """
         z = need(attention, "AttentionCapture", "z")
         weight = captured_rows(attention, model, "attn.o", z.shape[1], z.shape[3])
@@ -155,6 +175,8 @@ class AttributionMethods:
     ) -> Result:
         """What each neuron adds to a logit directly: its activation times its row of the down projection.
 
+        Geva et al. (2022), arXiv:2203.14680.
+
         Args:
             mlp: a capture with `post_activation`, of every layer, which has the final norm's scale; of some, with
                 `residual`.
@@ -166,6 +188,10 @@ class AttributionMethods:
 
         Raises:
             ValueError, TypeError: as in `head_attribution`.
+
+        Examples:
+            >>> AttributionMethods.neuron_attribution(capture.mlp, model, rome).values.shape
+            (4, 512)
         """
         neurons = need(mlp, "MLPCapture", "post_activation")
         weight = captured_rows(mlp, model, "mlp.down", neurons.shape[2])
@@ -186,6 +212,14 @@ class AttributionMethods:
         Returns:
             Dicts with `"layer"` (its true number), `"value"` in logits, and `"head"`, `"neuron"` or `"component"`
             (`"attention"` or `"mlp"`) where the result has such an axis.
+
+        Raises:
+            ValueError: a result of another method or of several prompts, or k below 1.
+
+        Examples:
+            >>> heads = AttributionMethods.head_attribution(capture.attention, model, rome)
+            >>> [(row["layer"], row["head"]) for row in AttributionMethods.top_attributions(heads, k=2)]
+            [(3, 4), (3, 3)]
         """
         method = getattr(result, "method", type(result).__name__)
         if method not in _UNITS:
@@ -217,6 +251,10 @@ class AttributionMethods:
         Returns:
             N = k entries with their signs, `[N]`, and where they are, int32 `[N, R]`. Entries whose sizes are within rounding
             of one another may change places, or be in and out, on another processor.
+
+        Examples:
+            >>> [found.tolist() for found in AttributionMethods.top_values(jnp.array([1.0, -3.0, 2.0]), k=2)]
+            [[-3.0, 2.0], [[1], [2]]]
         """
         flat = jnp.ravel(values)
         places = jax.lax.top_k(jnp.abs(flat), min(integer(k, "k", 1), flat.size))[1]

@@ -39,7 +39,11 @@ class CircuitDetection:
     of induction. For a test that does not hang on the prompt see `oculi_jax.diagnostics.head_scores`.
 
     Positions are ranks among the real tokens, so padding on either side changes nothing. All methods but those marked as
-    host functions work under `jit`, `vmap` (over a batch of captures) and `grad`.
+    host functions work under `jit`, `vmap` (over a batch of captures) and `grad`. All raise what `detect_induction_heads` does.
+
+    Examples:
+        >>> CircuitDetection.classify_attention_head(adapter.capture("Rome is in Rome is"), 2, 2)["pattern"]
+        'induction'
     """
 
     @staticmethod
@@ -59,6 +63,11 @@ class CircuitDetection:
 
         Raises:
             ValueError, TypeError: the patterns were not captured, or this is no capture of one prompt's attention.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> round(float(CircuitDetection.detect_induction_heads(repeated)[2, 2]), 2)
+            0.99
         """
         return pattern_scores(*_inputs(capture), ("induction",))["induction"]
 
@@ -67,6 +76,11 @@ class CircuitDetection:
         """Attention to the token before: the mean of pattern[t, t − 1] over t ≥ 1.
 
         Arguments, result and errors as for `detect_induction_heads`.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> round(float(CircuitDetection.detect_previous_token_heads(repeated)[1, 1]), 2)
+            0.93
         """
         return pattern_scores(*_inputs(capture), ("previous_token",))["previous_token"]
 
@@ -77,6 +91,11 @@ class CircuitDetection:
             mean over t with an earlier occurrence of x_t  of  Σ_s pattern[t, s] · [x_s = x_t, s < t]
 
         Arguments, result and errors as for `detect_induction_heads`.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> round(float(CircuitDetection.detect_duplicate_token_heads(repeated)[0, 0]), 2)
+            0.33
         """
         return pattern_scores(*_inputs(capture), ("duplicate_token",))["duplicate_token"]
 
@@ -97,12 +116,21 @@ class CircuitDetection:
 
             `recent` and `local` look only at rows in which the window is at most half of the keys: in a shorter row any
             head attends to something near.
+
+        Examples:
+            >>> round(float(CircuitDetection.detect_positional_heads(capture.attention)["bos"][2, 4]), 2)
+            0.95
         """
         return pattern_scores(*_inputs(capture), ("bos", "recent", "local", "uniform"))
 
     @staticmethod
     def scores(capture: AttentionCapture) -> dict[str, Float[Array, "L H"]]:
-        """Every score: pattern → `[L, H]`, for the seven patterns (`PATTERNS` without `unknown`)."""
+        """Every score: pattern → `[L, H]`, for the seven patterns (`PATTERNS` without `unknown`).
+
+        Examples:
+            >>> sorted(CircuitDetection.scores(capture.attention))[:3]
+            ['bos', 'duplicate_token', 'induction']
+        """
         return pattern_scores(*_inputs(capture))
 
     @staticmethod
@@ -127,6 +155,11 @@ class CircuitDetection:
         Returns:
             `codes`, int32 `[L, H]`, indices into `PATTERNS`, and the raw scores `[L, H]` of those patterns, 0 for
             `unknown`.
+
+        Examples:
+            >>> codes, scores = CircuitDetection.classify(adapter.capture("Rome is in Rome is"))
+            >>> int(codes[2, 2]), round(float(scores[2, 2]), 2)  # PATTERNS[1] is induction
+            (1, 0.99)
         """
         return _classify(*_inputs(capture))
 
@@ -144,6 +177,10 @@ class CircuitDetection:
 
         Raises:
             ValueError: a layer that was not captured, or a head that there is not.
+
+        Examples:
+            >>> CircuitDetection.classify_attention_head(adapter.capture("Rome is in Rome is"), 1, 1)["pattern"]
+            'previous_token'
         """
         found = _inputs(capture)
         row, head = row_of(capture, layer), check_head(capture, head)
@@ -156,6 +193,11 @@ class CircuitDetection:
 
         Returns:
             Pattern → list of (layer, head, score), true layer numbers, highest score first; all of `PATTERNS` are keys.
+
+        Examples:
+            >>> found = CircuitDetection.summarize(adapter.capture("Rome is in Rome is"))
+            >>> [(layer, head) for layer, head, score in found["previous_token"]]
+            [(1, 1), (1, 4), (1, 2)]
         """
         codes, values = map(np.asarray, _classify(*_inputs(capture)))
         found: dict[str, list[tuple[int, int, float]]] = {name: [] for name in PATTERNS}

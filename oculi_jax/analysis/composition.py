@@ -32,7 +32,13 @@ class CompositionAnalysis:
 
     From patterns: where information could flow on this prompt, not whether the weights read it. From the weights: whether
     they would read it, on any prompt. A head is `(layer, head)` with its true layer number; `source` comes before `target`.
-    Methods work under `jit`, `vmap` (over a batch of captures) and `grad` unless they are marked as host functions.
+    Methods work under `jit`, `vmap` (over a batch of captures) and `grad` unless they are marked as host functions. Those of
+    patterns raise what `qk_composition` does; those of weights a TypeError for what is no `Llama`.
+
+    Examples:
+        >>> found = CompositionAnalysis.weight_composition(model)
+        >>> bool(found.values["k"][1, 4, 2, 2] > 2 * found.details["baseline"])  # a previous-token head, an induction head
+        True
     """
 
     @staticmethod
@@ -56,6 +62,11 @@ class CompositionAnalysis:
         Raises:
             ValueError, TypeError: the source's layer is not below the target's, a layer that was not captured, a head that
                 there is not, or no patterns.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> round(float(CompositionAnalysis.qk_composition(repeated, (1, 4), (2, 2)).values[-1]), 2)
+            0.81
         """
         return _pair(capture, source, target, "qk")
 
@@ -75,6 +86,11 @@ class CompositionAnalysis:
 
         Returns:
             `.values` `[T]` in 0…1, 0 at padding.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> round(float(CompositionAnalysis.ov_composition(repeated, (1, 4), (2, 2)).values[-1]), 2)
+            0.69
         """
         return _pair(capture, source, target, "ov")
 
@@ -89,6 +105,10 @@ class CompositionAnalysis:
         Returns:
             `.values` `[L, H, L, H]` in 0…1: source, then target; 0 unless the source's layer is the lower one. Row i is
             layer `capture.captured_layers[i]`.
+
+        Examples:
+            >>> CompositionAnalysis.composition_matrix(capture.attention).values.shape
+            (4, 6, 4, 6)
         """
         if method not in METHODS:
             raise ValueError(f"method is {method!r}, and must be 'qk' or 'ov'.")
@@ -115,6 +135,11 @@ class CompositionAnalysis:
         Returns:
             `.values` `[T, S]`: how much of what arrives at t set out from s. Rows of real tokens sum to 1, rows of padding
             are zero.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> int(CompositionAnalysis.virtual_attention(repeated, [(1, 4), (2, 2)]).values[-1].argmax())  # the first " is"
+            2
         """
         patterns = _patterns(capture)
         first, *rest = (patterns[row, head] for row, head in _path(capture, heads))
@@ -135,6 +160,11 @@ class CompositionAnalysis:
 
         Returns:
             `.values` `[S]`, which sum to 1: the score of each path by where it begins.
+
+        Examples:
+            >>> repeated = adapter.capture("Rome is in Rome is")
+            >>> round(float(CompositionAnalysis.path_score(repeated, [(1, 4), (2, 2)]).values[2]), 2)
+            0.8
         """
         patterns = _patterns(capture)
         *rest, (row, head) = _path(capture, heads)
@@ -162,6 +192,10 @@ class CompositionAnalysis:
             one. `.details["baseline"]`: 1/√E, what unrelated heads score: where the directions that a source writes are
             rotated at random against the target, E‖A B‖² = ‖A‖² ‖B‖² / E, so this is the root mean square of the score
             whatever the two matrices are (the mean is a little below).
+
+        Examples:
+            >>> round(float(CompositionAnalysis.weight_composition(model).values["k"][1, 4, 2, 2]), 2)
+            0.18
         """
         found = weights.composition(weights.factors(model))
         baseline = jnp.asarray(model.config.hidden_size**-0.5, jnp.float32)
@@ -192,6 +226,11 @@ class CompositionAnalysis:
             layer numbers, `composition_score`, `previous_token_score` and `induction_score`, sorted by the first score,
             largest first. `.metadata["composition"]`: `"weights"` or `"patterns"`. `.values` `[L, H, L, H]`: composition
             of these pairs, 0 elsewhere, the source being the previous-token head.
+
+        Examples:
+            >>> found = CompositionAnalysis.detect_induction_circuit(adapter.capture("Rome is in Rome is"), 0.9, model)
+            >>> found.metadata["circuits"][0]["previous_token_head"], found.metadata["circuits"][0]["induction_head"]
+            ((1, 4), (2, 2))
         """
         previous = np.asarray(CircuitDetection.detect_previous_token_heads(capture))
         induction = np.asarray(CircuitDetection.detect_induction_heads(capture))
@@ -237,6 +276,10 @@ class CompositionAnalysis:
 
         Returns:
             `[L, H]` in −1…1, 0 for a head that writes nothing.
+
+        Examples:
+            >>> round(float(CompositionAnalysis.ov_copying_scores(model)[2, 2]), 2)
+            0.96
         """
         return weights.copying_scores(model)
 
@@ -245,12 +288,21 @@ class CompositionAnalysis:
         """Eigenvalues of W_QK = Qᵀ K, those that are not zero by rank, largest modulus first. Host function.
 
         Positive ones mean attention to what is similar. JAX has eigenvalues of general matrices on the CPU alone.
+
+        Examples:
+            >>> CompositionAnalysis.qk_eigenvalues(model).shape
+            (4, 6, 32)
         """
         return weights.eigenvalues(model, "qk")
 
     @staticmethod
     def ov_eigenvalues(model: Llama) -> Complex[np.ndarray, "L H D"]:
-        """Eigenvalues of W_OV = O V, those that are not zero by rank, largest modulus first. Host function."""
+        """Eigenvalues of W_OV = O V, those that are not zero by rank, largest modulus first. Host function.
+
+        Examples:
+            >>> CompositionAnalysis.ov_eigenvalues(model).shape
+            (4, 6, 32)
+        """
         return weights.eigenvalues(model, "ov")
 
     @overload
@@ -270,6 +322,10 @@ class CompositionAnalysis:
         Returns:
             Singular values `[L, H, D]`, largest first; for one head `U [E, D]`, `S [D]`, `Vh [D, E]`, U holding directions
             of the destination and Vh of the source, the signs of a pair being arbitrary.
+
+        Examples:
+            >>> CompositionAnalysis.qk_svd(model).shape, CompositionAnalysis.qk_svd(model, 2, 2).U.shape
+            ((4, 6, 32), (192, 32))
         """
         return weights.svd(model, "qk", layer, head)
 
@@ -284,6 +340,10 @@ class CompositionAnalysis:
         """Singular values of W_OV = O V of every head, or the whole decomposition of one.
 
         Arguments and result as for `qk_svd`; U holds the directions written, Vh those read.
+
+        Examples:
+            >>> CompositionAnalysis.ov_svd(model).shape, CompositionAnalysis.ov_svd(model, 2, 2).Vh.shape
+            ((4, 6, 32), (32, 192))
         """
         return weights.svd(model, "ov", layer, head)
 

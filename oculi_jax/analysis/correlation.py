@@ -28,6 +28,10 @@ class CorrelationAnalysis:
     """Correlation coefficients, −1…1; NaN (0/0) where either side is constant, as in scipy.
 
     The methods `…_with_pvalue` are host functions, in float64 by scipy; the others are for `jit`, `vmap` and `grad`.
+
+    Examples:
+        >>> round(float(CorrelationAnalysis.pearson([1, 2, 3, 4], [4, 3, 2, 1])), 2)
+        -1.0
     """
 
     @staticmethod
@@ -43,6 +47,10 @@ class CorrelationAnalysis:
 
         Raises:
             ValueError: different shapes, or fewer than 2 samples.
+
+        Examples:
+            >>> round(float(CorrelationAnalysis.pearson([1, 2, 3, 4], [1, 3, 2, 4])), 2)
+            0.8
         """
         x, y = _samples(x, y, axis)
         return _pearson(x, y, jnp.ones(x.shape, bool))
@@ -61,6 +69,10 @@ class CorrelationAnalysis:
 
         Arguments, shapes and errors as for `pearson`; NaN where one side is all ties. Ranks are steps: the gradient is 0,
         and values that are just that far apart may tie on one processor and not on another.
+
+        Examples:
+            >>> round(float(CorrelationAnalysis.spearman([1, 2, 3, 100], [0, 1, 2, 3])), 2)
+            1.0
         """
         exact = _exact(x), _exact(y)
         x, y = _samples(x, y, axis)
@@ -79,6 +91,13 @@ class CorrelationAnalysis:
 
         Returns:
             `(r, p)`, float64 NumPy arrays of that shape without `axis`.
+
+        Raises:
+            ValueError: as for `pearson`.
+
+        Examples:
+            >>> [round(float(x), 2) for x in CorrelationAnalysis.pearson_with_pvalue([1, 2, 3, 4], [1, 3, 2, 4])]
+            [0.8, 0.2]
         """
         from scipy import stats
 
@@ -98,7 +117,11 @@ class CorrelationAnalysis:
         Ties are those of `spearman`, but that float64 values (a list of floats is such) are read as they are, and are ties
         within 8 roundings of float64, 2⁻⁴⁹ |x|. All narrower floats are judged at float32's rounding.
 
-        Arguments and returns as for `pearson_with_pvalue`.
+        Arguments, returns and errors as for `pearson_with_pvalue`.
+
+        Examples:
+            >>> [round(float(x), 2) for x in CorrelationAnalysis.spearman_with_pvalue([1, 2, 3, 100], [1, 3, 2, 4])]
+            [0.8, 0.2]
         """
         from scipy import stats
 
@@ -129,6 +152,10 @@ class CorrelationAnalysis:
 
         Raises:
             ValueError: fewer than 2 tokens, or another method.
+
+        Examples:
+            >>> round(float(CorrelationAnalysis.norm_entropy_correlation(capture.attention)[3, 0]), 2)
+            -0.96
         """
         correlate = _chosen(method, {"pearson": _pearson, "spearman": lambda x, h, real: _spearman(x, 1.0 + h, real)})
         norms, entropy, real = _norms_and_entropy(capture, ignore_first)
@@ -138,7 +165,13 @@ class CorrelationAnalysis:
     def norm_entropy_correlation_with_pvalue(
         capture: AttentionCapture, method: str = "pearson", ignore_first: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`norm_entropy_correlation` and its p-values, float64 `[L, H]` each; ties are the same. Host function."""
+        """`norm_entropy_correlation` and its p-values, float64 `[L, H]` each; ties and errors are the same. Host function.
+
+        Examples:
+            >>> r, p = CorrelationAnalysis.norm_entropy_correlation_with_pvalue(capture.attention)
+            >>> round(float(r[3, 0]), 2), bool(p[3, 0] < 0.01)
+            (-0.96, True)
+        """
         with_pvalue = _chosen(
             method,
             {

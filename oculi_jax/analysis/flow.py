@@ -41,6 +41,10 @@ def attention_rollout(attention: AttentionCapture, residual_weight: float = 0.5)
 
     Raises:
         ValueError: layers that do not follow one another, or a weight beyond 0…1.
+
+    Examples:
+        >>> round(float(AttributionMethods.attention_rollout(capture.attention).values[-1, -1, 0]), 2)
+        0.53
     """
     patterns = _consecutive(attention)
     if not isinstance(residual_weight, jax.Array) and not 0 <= residual_weight <= 1:
@@ -66,6 +70,10 @@ def attention_flow(attention: AttentionCapture, position: int = -1) -> Result:
 
     Raises:
         ValueError, TypeError: layers that do not follow one another, or a position beyond the prompt.
+
+    Examples:
+        >>> round(float(AttributionMethods.attention_flow(capture.attention).values[4]), 2)  # from Italy
+        0.53
     """
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import maximum_flow
@@ -107,6 +115,10 @@ def value_weighted_attention(attention: AttentionCapture, model: Llama | None = 
 
     Raises:
         ValueError, TypeError: patterns or values were not captured, or not from this model.
+
+    Examples:
+        >>> int(AttributionMethods.value_weighted_attention(capture.attention, model).values[2, 0, -1].argmax())
+        4
     """
     patterns, values = need(attention, "AttentionCapture", "patterns", "values")
     weight = None

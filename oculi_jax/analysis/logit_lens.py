@@ -33,6 +33,10 @@ class LogitLensAnalysis:
 
     Args:
         tokenizer: of the model; None where only arrays are wanted.
+
+    Examples:
+        >>> LogitLensAnalysis(tokenizer).prediction_trajectory(capture.logits)[-1]["text"]
+        ' Rome'
     """
 
     def __init__(self, tokenizer: Tokenizer | None = None):
@@ -54,6 +58,11 @@ class LogitLensAnalysis:
 
         Raises:
             ValueError: a position that was not captured; more tokens than a reopened file holds. TypeError: no tokenizer.
+
+        Examples:
+            >>> found = LogitLensAnalysis(tokenizer).layer_predictions(capture.logits)[2]
+            >>> found["layer"], [text for text, probability in found["predictions"]]
+            (2, [' Rome', ' Europe', ' Dublin'])
         """
         chances, ids = _host_top(capture, token_position, top_k)
         return [
@@ -62,10 +71,14 @@ class LogitLensAnalysis:
         ]
 
     def prediction_trajectory(self, capture: LogitCapture, token_position: int = -1) -> list[dict[str, Any]]:
-        """The likeliest token of each layer. Host function.
+        """The likeliest token of each layer. Host function. Arguments and errors as for `layer_predictions`.
 
         Returns:
             One dictionary a layer: `"layer"`, `"text"`, `"token"` (its id) and `"probability"`.
+
+        Examples:
+            >>> [row["text"] for row in LogitLensAnalysis(tokenizer).prediction_trajectory(capture.logits)]
+            [' called', ' Caracas', ' Rome', ' Rome']
         """
         chances, ids = _host_top(capture, token_position, 1)
         texts = str_tokens(self.tokenizer, ids[:, 0])
@@ -73,11 +86,15 @@ class LogitLensAnalysis:
         return [{"layer": n, "text": text, "token": int(i), "probability": float(p)} for n, text, i, p in rows]
 
     def convergence_layer(self, capture: LogitCapture, token_position: int = -1) -> int:
-        """From where on the likeliest token no longer changes. Host function.
+        """From where on the likeliest token no longer changes. Host function. Arguments and errors as for `layer_predictions`.
 
         Returns:
             The true number of the lowest captured layer from which on every captured layer has the likeliest token of
             the last one. A layer whose two likeliest tokens are within rounding of one another may count either way.
+
+        Examples:
+            >>> LogitLensAnalysis().convergence_layer(capture.logits)
+            2
         """
         best = dict(zip(capture.captured_layers, _host_top(capture, token_position, 1)[1][:, 0], strict=True))
         layers = sorted(best)
@@ -102,6 +119,11 @@ class LogitLensAnalysis:
 
         Raises:
             ValueError: what was kept does not tell this token's probability; an id or position that cannot be.
+
+        Examples:
+            >>> chances = LogitLensAnalysis(tokenizer).token_probability_trajectory(capture.logits, " Rome")
+            >>> [round(float(chance), 2) for chance in chances]
+            [0.0, 0.01, 0.45, 1.0]
         """
         check_capture(capture, "LogitCapture")
         token = self._id(capture, token)
@@ -125,6 +147,13 @@ class LogitLensAnalysis:
 
         Returns:
             int32 `[L]`; −1 where only the device knows that there is no such token or position.
+
+        Raises:
+            ValueError: the capture has neither; an id or position that cannot be.
+
+        Examples:
+            >>> LogitLensAnalysis(tokenizer).token_rank(capture.logits, " Rome")[2:].tolist()
+            [0, 0]
         """
         check_capture(capture, "LogitCapture")
         token = self._id(capture, token)
@@ -134,7 +163,14 @@ class LogitLensAnalysis:
         return jnp.where(jnp.isnan(own), jnp.int32(-1), likelier)
 
     def entropy_by_layer(self, capture: LogitCapture, token_position: int = -1) -> Float[Array, " L"]:
-        """Entropy of each layer's whole distribution, −Σ p log p, in nats: 0 for certainty, log V for none at all."""
+        """Entropy of each layer's whole distribution, −Σ p log p, `[L]` in nats: 0 for certainty, log V for none at all.
+
+        Arguments and errors as for `token_rank`.
+
+        Examples:
+            >>> [round(float(x), 2) for x in LogitLensAnalysis().entropy_by_layer(capture.logits)]
+            [3.99, 4.73, 2.99, 0.0]
+        """
         check_capture(capture, "LogitCapture")
         log_p = jax.nn.log_softmax(_logits(capture, token_position), axis=-1)
         return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
@@ -142,7 +178,12 @@ class LogitLensAnalysis:
     def prediction_convergence(self, capture: LogitCapture, token_position: int = -1) -> Float[Array, " L"]:
         """How far each layer is from the last captured one: KL(last ‖ layer) = Σ p_last (log p_last − log p), in nats.
 
-        The measure of Belrose et al. (2023), arXiv:2303.08112, over the whole vocabulary; 0 at the last layer.
+        `[L]`. The measure of Belrose et al. (2023), arXiv:2303.08112, over the whole vocabulary; 0 at the last layer. Arguments
+        and errors as for `token_rank`.
+
+        Examples:
+            >>> [round(float(x), 2) for x in LogitLensAnalysis().prediction_convergence(capture.logits)]
+            [6.66, 4.73, 0.79, 0.0]
         """
         check_capture(capture, "LogitCapture")
         log_p = jax.nn.log_softmax(_logits(capture, token_position), axis=-1)

@@ -22,26 +22,52 @@ class NormAnalysis:
 
     Raises:
         TypeError, ValueError: another capture, a batch (map over it with `jax.vmap`), or vectors not captured.
+
+    Examples:
+        >>> norms = NormAnalysis.q_norms(capture.attention)
+        >>> np.allclose(norms, np.linalg.norm(capture.attention.queries, axis=-1), rtol=1e-4)
+        True
     """
 
     @staticmethod
     def q_norms(capture: AttentionCapture) -> Float[Array, "L H T"]:
-        """Norms of the queries, `[L, H, T]`."""
+        """Norms of the queries, `[L, H, T]`.
+
+        Examples:
+            >>> NormAnalysis.q_norms(capture.attention).shape
+            (4, 6, 6)
+        """
         return _norms(capture, "queries")
 
     @staticmethod
     def k_norms(capture: AttentionCapture) -> Float[Array, "L K T"]:
-        """Norms of the keys, `[L, K, T]`: one for each key/value head."""
+        """Norms of the keys, `[L, K, T]`: one for each key/value head.
+
+        Examples:
+            >>> NormAnalysis.k_norms(capture.attention).shape
+            (4, 2, 6)
+        """
         return _norms(capture, "keys")
 
     @staticmethod
     def v_norms(capture: AttentionCapture) -> Float[Array, "L K T"]:
-        """Norms of the values, `[L, K, T]`: one for each key/value head."""
+        """Norms of the values, `[L, K, T]`: one for each key/value head.
+
+        Examples:
+            >>> NormAnalysis.v_norms(capture.attention).shape
+            (4, 2, 6)
+        """
         return _norms(capture, "values")
 
     @staticmethod
     def q_norms_normalized(capture: AttentionCapture) -> Float[Array, "L H T"]:
-        """‖q‖ / √D, the norm mean square of a query's entries, `[L, H, T]`: comparable between models whose D differs."""
+        """‖q‖ / √D, the norm mean square of a query's entries, `[L, H, T]`: comparable between models whose D differs.
+
+        Examples:
+            >>> ratio = NormAnalysis.q_norms(capture.attention) / NormAnalysis.q_norms_normalized(capture.attention)
+            >>> round(float(ratio[0, 0, 0] ** 2))  # D
+            32
+        """
         return NormAnalysis.q_norms(capture) * capture.head_dim**-0.5
 
 

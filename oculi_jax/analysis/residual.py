@@ -52,6 +52,12 @@ def decompose_resid(residual: ResidualCapture, position: int | None = None) -> D
 
     Raises:
         ValueError, TypeError: something was not captured, or the position is beyond the prompt.
+
+    Examples:
+        >>> parts = decompose_resid(capture.residual, position=-1)
+        >>> whole = parts.embedding + parts.attn.sum(axis=0) + parts.mlp.sum(axis=0) + parts.edits.sum(axis=0)
+        >>> bool(jnp.allclose(whole, capture.residual.post_mlp[-1, -1], atol=1e-3))
+        True
     """
     check_capture(residual, "ResidualCapture")
     return _decompose(residual, position)
@@ -93,6 +99,11 @@ def stack_head_results(
 
     Raises:
         ValueError, TypeError: a capture that is no AttentionCapture of this model, or a position beyond the prompt.
+
+    Examples:
+        >>> each = stack_head_results(capture.attention, model, position=-1)
+        >>> each.shape, bool(jnp.allclose(each.sum(axis=1), capture.residual.attn_out[:, -1], atol=1e-3))
+        ((4, 6, 192), True)
     """
     z = need(attention, "AttentionCapture", "z")
     weight = captured_rows(attention, model, "attn.o", z.shape[1], z.shape[3])

@@ -23,6 +23,10 @@ class Result:
         completeness_error: the sum of all parts minus what they should sum to (a logit); None where nothing is claimed.
         layers: true layer numbers of the leading axis of `values`; empty where it has none.
         details: name → array, or on the host anything: the parts beside `values`, as each method says.
+
+    Examples:
+        >>> AttributionMethods.attention_rollout(capture.attention)
+        Result(attention_rollout: values [4, 6, 6])
     """
 
     values: Any
@@ -47,5 +51,10 @@ class Result:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """`details`, and `layers` where there are any."""
+        """`details`, and `layers` where there are any.
+
+        Examples:
+            >>> AttributionMethods.attention_rollout(capture.attention).metadata
+            {'layers': [0, 1, 2, 3]}
+        """
         return {**({"layers": list(self.layers)} if self.layers else {}), **self.details}

@@ -24,6 +24,15 @@ class StratifiedView:
 
     `capture` is the `AttentionCapture` that they come from. Layers are true layer numbers, positions count real tokens
     (negative from the last) and means run over real tokens.
+
+    Raises:
+        TypeError: another capture. ValueError: values of other axes; a layer, head or position that is not there; thirds of
+            fewer than three layers.
+
+    Examples:
+        >>> view = StratifiedView(capture.attention)
+        >>> view.mean_by_layer(EntropyAnalysis.token_entropy(capture.attention)).shape
+        (4,)
     """
 
     def __init__(self, capture: AttentionCapture):
@@ -31,44 +40,94 @@ class StratifiedView:
         self.capture = capture
 
     def by_layer(self, values: Array, layer: int) -> Array:
-        """One layer, `[H, …]`."""
+        """One layer, `[H, …]`.
+
+        Examples:
+            >>> StratifiedView(capture.attention).by_layer(capture.attention.patterns, 2).shape
+            (6, 6, 6)
+        """
         return self._checked(values)[row_of(self.capture, layer)]
 
     def by_head(self, values: Array, head: int) -> Array:
-        """One head at every layer, `[L, …]`."""
+        """One head at every layer, `[L, …]`.
+
+        Examples:
+            >>> StratifiedView(capture.attention).by_head(capture.attention.patterns, 5).shape
+            (4, 6, 6)
+        """
         values = self._checked(values, 2)
         return values[:, integer(head, "head", 0, values.shape[1] - 1)]
 
     def by_layer_head(self, values: Array, layer: int, head: int) -> Array:
-        """One head, `[…]`."""
+        """One head, `[…]`.
+
+        Examples:
+            >>> StratifiedView(capture.attention).by_layer_head(capture.attention.patterns, 2, 5).shape
+            (6, 6)
+        """
         return self.by_head(values, head)[row_of(self.capture, layer)]
 
     def by_token(self, values: Array, position: int = -1) -> Array:
-        """One token, `[L, H, …]`; the last real one by default."""
+        """One token, `[L, H, …]`; the last real one by default.
+
+        Examples:
+            >>> StratifiedView(capture.attention).by_token(capture.attention.patterns, -1).shape
+            (4, 6, 6)
+        """
         return at_position(self.capture, self._checked(values, 3), 2, position)
 
     def early_layers(self, values: Array) -> Array:
-        """The lowest third of the captured layers, lowest first; a remainder goes to lower thirds."""
+        """The lowest third of the captured layers, lowest first; a remainder goes to lower thirds.
+
+        Examples:
+            >>> StratifiedView(capture.attention).early_layers(capture.attention.patterns).shape  # 2 of 4
+            (2, 6, 6, 6)
+        """
         return self._third(values, 0)
 
     def middle_layers(self, values: Array) -> Array:
-        """The middle third of the captured layers, lowest first."""
+        """The middle third of the captured layers, lowest first.
+
+        Examples:
+            >>> StratifiedView(capture.attention).middle_layers(capture.attention.patterns).shape
+            (1, 6, 6, 6)
+        """
         return self._third(values, 1)
 
     def late_layers(self, values: Array) -> Array:
-        """The highest third of the captured layers, lowest first."""
+        """The highest third of the captured layers, lowest first.
+
+        Examples:
+            >>> StratifiedView(capture.attention).late_layers(capture.attention.patterns).shape
+            (1, 6, 6, 6)
+        """
         return self._third(values, 2)
 
     def mean_by_layer(self, values: Array) -> Float[Array, " L"]:
-        """Mean of `[L, H]` or `[L, H, T]` over heads and real tokens."""
+        """Mean of `[L, H]` or `[L, H, T]` over heads and real tokens.
+
+        Examples:
+            >>> StratifiedView(capture.attention).mean_by_layer(EntropyAnalysis.token_entropy(capture.attention)).shape
+            (4,)
+        """
         return jnp.mean(self.mean_by_layer_head(values), axis=1)
 
     def mean_by_head(self, values: Array) -> Float[Array, " H"]:
-        """Mean of `[L, H]` or `[L, H, T]` over layers and real tokens."""
+        """Mean of `[L, H]` or `[L, H, T]` over layers and real tokens.
+
+        Examples:
+            >>> StratifiedView(capture.attention).mean_by_head(EntropyAnalysis.token_entropy(capture.attention)).shape
+            (6,)
+        """
         return jnp.mean(self.mean_by_layer_head(values), axis=0)
 
     def mean_by_layer_head(self, values: Array) -> Float[Array, "L H"]:
-        """Mean of `[L, H, T]` over real tokens; `[L, H]` as it is."""
+        """Mean of `[L, H, T]` over real tokens; `[L, H]` as it is.
+
+        Examples:
+            >>> StratifiedView(capture.attention).mean_by_layer_head(EntropyAnalysis.token_entropy(capture.attention)).shape
+            (4, 6)
+        """
         values = self._checked(values, 2).astype(jnp.float32)
         if values.ndim > 3:
             raise ValueError(f"values has shape {list(values.shape)}; means are of [L, H] or [L, H, T].")
@@ -116,6 +175,11 @@ def find_extreme_heads(
 
     Raises:
         ValueError: values of another rank, k below 1, or layers that do not number the rows.
+
+    Examples:
+        >>> found = find_extreme_heads(EntropyAnalysis.mean_entropy(capture.attention), k=1)
+        >>> found[0]["layer"], found[0]["head"]
+        (0, 4)
     """
     shape = np.shape(values)
     if len(shape) != 2 or k < 1:

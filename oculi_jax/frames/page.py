@@ -31,6 +31,9 @@ class Page(str):
         made.height = height
         return made
 
+    def __repr__(self) -> str:
+        return f"Page({len(self.encode()) / 1e3:.0f} kB of HTML; .save(path) writes it)"
+
     def _repr_html_(self) -> str:
         return (
             f'<iframe srcdoc="{escape(self, quote=True)}" sandbox="allow-scripts" width="100%" height="{self.height}" '
@@ -83,7 +86,7 @@ def numbers(values: Any) -> Any:
 
 
 def packed(patterns: np.ndarray) -> str:
-    """Rows 0 … t of every head's triangle `[N, T, T]` as unsigned 16-bit integers, 65535 for a weight of 1; little-endian, base64."""
+    """Rows 0 … t of the triangles `[N, T, T]` as unsigned 16-bit integers, 65535 for a weight of 1; little-endian, base64."""
     rows, columns = np.tril_indices(patterns.shape[-1])
     scaled = np.rint(np.clip(patterns[:, rows, columns], 0.0, 1.0) * 65535.0)
     return base64.b64encode(scaled.astype("<u2").tobytes()).decode()

@@ -45,6 +45,10 @@ class TunedLens:
     Attributes:
         weight: `[L, E, E]`, output axis before input axis; the paper's matrix less the identity.
         bias: `[L, E]`.
+
+    Examples:
+        >>> TunedLens.identity(model.config)
+        TunedLens(weight [4, 192, 192], bias [4, 192])
     """
 
     weight: Float[Array, "L E E"]
@@ -52,7 +56,12 @@ class TunedLens:
 
     @classmethod
     def identity(cls, config: LlamaConfig) -> TunedLens:
-        """The lens that translates nothing, float32: the logit lens."""
+        """The lens that translates nothing, float32: the logit lens. TypeError for what is no config.
+
+        Examples:
+            >>> bool((TunedLens.identity(model.config).weight == 0).all())
+            True
+        """
         if not hasattr(config, "num_hidden_layers"):
             raise TypeError(
                 f"TunedLens.identity takes a config, model.config, and was given a {type(config).__name__}."
@@ -64,7 +73,11 @@ class TunedLens:
         return f"TunedLens(weight {listing(self.weight.shape)}, bias {listing(self.bias.shape)})"
 
     def check(self, config: LlamaConfig) -> None:
-        """Raises ValueError where this lens does not fit a model of this shape."""
+        """Raises ValueError where this lens does not fit a model of this shape.
+
+        Examples:
+            >>> TunedLens.identity(model.config).check(model.config)
+        """
         n_layers, width = config.num_hidden_layers, config.hidden_size
         have, need = (self.weight.shape, self.bias.shape), ((n_layers, width, width), (n_layers, width))
         if have != need:
@@ -85,6 +98,10 @@ class TunedLens:
 
         Raises:
             ValueError: layers that the lens does not have, or another number of them than rows.
+
+        Examples:
+            >>> TunedLens.identity(model.config).translate(capture.residual.post_mlp[2:], (2, 3)).shape
+            (2, 6, 192)
         """
         n_layers, width = self.bias.shape
         layers = tuple(int(layer) for layer in layers)
@@ -101,7 +118,14 @@ class TunedLens:
         return jax.vmap(_translated)(weight, bias, resid)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-        """Writes a safetensors file, whole or not at all; `metadata` are texts to keep in it, such as the model's name."""
+        """Writes a safetensors file, whole or not at all; `metadata` are texts to keep in it, such as the model's name.
+
+        Raises:
+            OSError: it cannot be written. ValueError: metadata named `format`.
+
+        Examples:
+            >>> TunedLens.identity(model.config).save("tuned.safetensors", {"model": "tiny-facts"})
+        """
         if "format" in (metadata or {}):
             raise ValueError("metadata holds 'format', which is written anyway; use another name.")
         tensors = {"weight": np.asarray(self.weight, order="C"), "bias": np.asarray(self.bias, order="C")}
@@ -114,6 +138,11 @@ class TunedLens:
 
         Raises:
             OSError: there is no such file. ValueError: it is no whole file of a tuned lens.
+
+        Examples:
+            >>> TunedLens.identity(model.config).save("tuned.safetensors")
+            >>> TunedLens.load("tuned.safetensors")
+            TunedLens(weight [4, 192, 192], bias [4, 192])
         """
         path = Path(path).expanduser()
         arrays, header = read_tensors(path)
@@ -164,6 +193,11 @@ def train_tuned_lens(
 
     Raises:
         ValueError, TypeError: ids, a mask or a number that cannot be; no batch at all.
+
+    Examples:
+        >>> tuned, losses = train_tuned_lens(model, np.array([ids, other]), n_steps=10)
+        >>> losses.shape, bool((losses[-1, :3] < losses[0, :3]).all())
+        ((10, 4), True)
     """
     config = check_model(model)
     n_steps, batch_size = integer(n_steps, "n_steps", 1), integer(batch_size, "batch_size", 1)
@@ -210,6 +244,14 @@ def tuned_lens_kl(
 
     Returns:
         `[L]`, differentiable with respect to `lens`.
+
+    Raises:
+        ValueError, TypeError: a lens of another model or none, ids or a mask that cannot be.
+
+    Examples:
+        >>> kl = tuned_lens_kl(model, TunedLens.identity(model.config), np.array([ids, other]))
+        >>> [round(float(x), 1) for x in kl]
+        [2.3, 1.5, 0.6, 0.0]
     """
     config = check_model(model)
     if not isinstance(lens, TunedLens):

@@ -43,6 +43,10 @@ def get_default_device() -> Any:
     Returns:
         A `jax.Device`; for the Apple GPU `torch.device("mps")`, which `Llama.from_pretrained(…, backend="torch", device=…)`
         takes.
+
+    Examples:
+        >>> str(get_default_device()) == get_device_info()["device"]
+        True
     """
     device = jax.local_devices()[0]
     return _torch_devices().find_device("mps") if device.platform == "cpu" and is_mps_available() else device
@@ -72,6 +76,10 @@ def get_device_info() -> dict[str, Any]:
         `mps_high_watermark_ratio`, what PYTORCH_MPS_HIGH_WATERMARK_RATIO is set to: torch allocates on an Apple GPU at most
         this many times the memory that Metal recommends, 1.7 times where it is unset, and without limit for 0, when a Mac that
         runs out of memory swaps or stops instead of raising an error.
+
+    Examples:
+        >>> get_device_info()["jax"] == jax.__version__
+        True
     """
     device = get_default_device()
     of_jax = isinstance(device, jax.Device)
@@ -91,7 +99,12 @@ def get_device_info() -> dict[str, Any]:
 
 
 def is_mps_available() -> bool:
-    """Whether there is an Apple GPU that torch can compute on: Apple silicon, torch installed, macOS new enough for it."""
+    """Whether there is an Apple GPU that torch can compute on: Apple silicon, torch installed, macOS new enough for it.
+
+    Examples:
+        >>> is_mps_available() == get_device_info()["mps_available"]
+        True
+    """
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     return apple and has_torch() and "mps" in _torch_devices().there()
 
@@ -169,6 +182,17 @@ def recommend_device_for_model(model: object, dtype: str = "auto") -> Recommenda
     Args:
         model: how many parameters it has; or a `Llama`, a `LlamaConfig` or a Hugging Face model, which know that.
         dtype: `"auto"`, or the only one to consider: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Returns:
+        A `Recommendation`: `.backend`, `.device`, `.dtype`, `.needed_bytes`, `.free_bytes`, `.fits` and a `.reason` in words.
+
+    Raises:
+        TypeError, ValueError: something that does not know its number of parameters; another dtype.
+
+    Examples:
+        >>> found = recommend_device_for_model(1_800_000, dtype="float32")
+        >>> found.needed_bytes, found.fits
+        (7200000, True)
     """
     n_params = _count(model)
     sizes = {"float32": 4, "bfloat16": 2, "float16": 2}

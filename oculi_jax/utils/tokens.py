@@ -23,7 +23,16 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> Any:
-    """The tokenizer beside a checkpoint (`transformers.AutoTokenizer`), never running code that comes with it."""
+    """The tokenizer beside a checkpoint (`transformers.AutoTokenizer`), never running code that comes with it.
+
+    Raises:
+        OSError: there is none, or none that can be used.
+
+    Examples:
+        >>> _ = tokenizer.save_pretrained("checkpoint")
+        >>> load_tokenizer("checkpoint").encode(text) == ids
+        True
+    """
     from transformers import AutoTokenizer
 
     local = Path(source).is_dir()
@@ -43,7 +52,12 @@ def _need(tokenizer: Tokenizer | None) -> Any:
 
 
 def to_single_token(tokenizer: Tokenizer | None, text: str) -> int:
-    """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
+    """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is.
+
+    Examples:
+        >>> tokenizer.decode([to_single_token(tokenizer, " Rome")])
+        'Rome'
+    """
     known = _need(tokenizer)
     ids = known.encode(text, add_special_tokens=False)
     if len(ids) > 1 and text.startswith(" "):  # a tokenizer that puts a space before every text has one too many then
@@ -78,6 +92,13 @@ def str_tokens(tokenizer: Tokenizer | None, text_or_ids: PromptLike) -> list[str
     """The text of each token, of a text (with the special tokens that the tokenizer adds) or of ids `[T]` or `[1, T]`.
 
     A space that is part of a token is part of its text, also the first one's, which decoding drops with some tokenizers.
+
+    Raises:
+        ValueError: ids of another shape. TypeError: no tokenizer.
+
+    Examples:
+        >>> str_tokens(tokenizer, text)
+        ['<s>', ' The', ' capital', ' of', ' Italy', ' is']
     """
     known = _need(tokenizer)
     ids = known.encode(text_or_ids) if isinstance(text_or_ids, str) else np.asarray(text_or_ids)
@@ -113,6 +134,10 @@ def first_difference(tokenizer: Tokenizer | None, one: str | Sequence[int], othe
     """The first position at which two prompts' tokens differ; None where they are the same.
 
     Where one is the start of the other, that is the length of the shorter.
+
+    Examples:
+        >>> first_difference(tokenizer, text, "The capital of France is")
+        4
     """
     known = _need(tokenizer)
     a, b = (known.encode(text) if isinstance(text, str) else list(map(int, text)) for text in (one, other))

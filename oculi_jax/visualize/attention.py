@@ -49,6 +49,11 @@ def attention_heatmap(
 
     Raises:
         ValueError, TypeError: a shape, or a number of tokens, that cannot be.
+
+    Examples:
+        >>> figure = attention_heatmap(capture.attention.patterns[2, 0], adapter.str_tokens(text))
+        >>> figure.axes[0].get_xlabel()
+        'Key (attending to)'
     """
     weights = as_values(
         pattern, "pattern", "T S", hint="Choose a head, pattern[layer, head], or draw many with head_grid."
@@ -89,6 +94,11 @@ def head_grid(
 
     Raises:
         ValueError, TypeError: a shape, a number of labels or of columns that cannot be.
+
+    Examples:
+        >>> figure = head_grid(capture.attention.patterns[2], layers=[2] * 6)
+        >>> figure.axes[0].get_title()
+        'L2H0'
     """
     weights = as_values(patterns, "patterns", "N T S", "L H T S", hint="One head is drawn by attention_heatmap.")
     names = titles if titles is None else as_texts(titles, math.prod(weights.shape[:-2]), "titles")
@@ -109,11 +119,13 @@ def head_grid(
     n_rows = -(-len(weights) // columns)
     words = None if tokens is None else as_texts(tokens, weights.shape[-1], "tokens")
     door()
-    from matplotlib.figure import Figure, FigureBase
+    from matplotlib.figure import FigureBase
+
+    from .picture import Picture
 
     if figure is None:
         side = min(max(0.11 * weights.shape[-1], 1.1), 2.4, 24.0 / columns, 40.0 / n_rows)
-        figure = Figure((side * columns + 1.6, (side + 0.2) * n_rows + 0.9), layout="constrained")
+        figure = Picture((side * columns + 1.6, (side + 0.2) * n_rows + 0.9), layout="constrained")
     elif not isinstance(figure, FigureBase):
         raise TypeError(f"figure is of type {type(figure).__name__}, and a matplotlib Figure is needed.")
     grid, axes = figure.add_gridspec(n_rows, columns, wspace=0.05, hspace=0.1), []

@@ -66,6 +66,11 @@ def attribution_bars(
 
     Raises:
         ValueError, TypeError: a shape, a number of labels or a k that cannot be.
+
+    Examples:
+        >>> heads = analysis.AttributionMethods.head_attribution(capture.attention, model, rome)
+        >>> [label.get_text() for label in attribution_bars(heads, k=3).axes[0].get_yticklabels()]
+        ['L3H4', 'L3H3', 'L2H2']
     """
     given: Any = result_or_values
     method = ""

@@ -25,7 +25,7 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 STYLES = ("-", "--", ":", "-.")  # of the second, third and fourth seven lines
 POSITIVE, NEGATIVE = "#B2182B", "#2166AC"  # the ends of SIGNED
 LITERAL: dict[str, Any] = {"parse_math": False, "usetex": False}  # text is shown as it is, "$" and "_" too
-LONGEST = 16  # characters of a token's labelfrom ..arrays import as_array
+LONGEST = 16  # characters of a token's label
 
 
 def door() -> None:
@@ -48,7 +48,8 @@ def canvas(ax: Axes | None, width: float, height: float, largest: float = 16.0) 
     """
     door()
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+    from .picture import Picture
 
     if ax is not None:
         if not isinstance(ax, Axes):
@@ -57,7 +58,7 @@ def canvas(ax: Axes | None, width: float, height: float, largest: float = 16.0) 
         ax.tick_params(labelsize=SMALL)
         return ax.figure, ax  # type: ignore[return-value]
     width, height = (min(max(side, 2.0), largest) for side in (width, height))
-    figure = Figure(figsize=(width + 1.8, height + 1.0), layout="constrained")
+    figure = Picture(figsize=(width + 1.8, height + 1.0), layout="constrained")
     # The layout is settled when the figure is drawn; until then `inches` reads this estimate of it.
     spec = figure.add_gridspec(left=0.9 / (width + 1.8), right=1 - 0.9 / (width + 1.8),
                                bottom=0.6 / (height + 1.0), top=1 - 0.4 / (height + 1.0))  # fmt: skip
@@ -78,11 +79,16 @@ def panels(
 
     Returns:
         The figure, and its axes row by row.
+
+    Examples:
+        >>> figure, axes = panels(1, 2, width=8, height=3)
+        >>> attention_heatmap(capture.attention.patterns[2, 0], ax=axes[0]) is figure
+        True
     """
     door()
-    from matplotlib.figure import Figure
+    from .picture import Picture
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, width_ratios=widths).flat)
 
 

@@ -41,6 +41,11 @@ def layer_profile(
 
     Raises:
         ValueError, TypeError: a shape, or a number of labels, that cannot be.
+
+    Examples:
+        >>> entropy = analysis.LogitLensAnalysis().entropy_by_layer(capture.logits)
+        >>> layer_profile(entropy, ylabel="entropy (nats)").axes[0].get_xlabel()
+        'layer'
     """
     series = as_values(values, "values", "L", "N L")
     if spread is not None:
@@ -89,6 +94,10 @@ def alpha_curve(
 
     Raises:
         ValueError, TypeError: shapes that do not agree; a `best` that is none of the strengths.
+
+    Examples:
+        >>> alpha_curve([0.5, 1.0, 1.5], [0.2, 0.5, 0.8]).axes[0].get_legend().get_texts()[0].get_text()
+        '★ at α = 1.5 (0.8)'
     """
     x = as_values(alphas, "alphas", "N")
     if not np.isfinite(x).all():

@@ -58,6 +58,11 @@ def head_heatmap(
 
     Raises:
         ValueError, TypeError: a shape, or a number of layers, that cannot be.
+
+    Examples:
+        >>> figure = head_heatmap(diagnostics.head_scores(model).induction, "induction score", limits=(0, 1))
+        >>> figure.axes[0].images[0].colorbar.ax.get_ylabel()
+        'induction score'
     """
     return _heatmap(
         as_values(values, "values", "L H"),
@@ -83,6 +88,14 @@ def entropy_heatmap(
 
     Returns:
         The figure.
+
+    Raises:
+        ValueError, TypeError: as in `head_heatmap`.
+
+    Examples:
+        >>> figure = entropy_heatmap(analysis.EntropyAnalysis.mean_entropy(capture.attention))
+        >>> figure.axes[0].images[0].colorbar.ax.get_ylabel()
+        'attention entropy (nats)'
     """
     hint = "Of entropies [L, H, T], draw the mean: entropy.mean(axis=-1)."
     values = as_values(entropy, "entropy", "L H", hint=hint)
@@ -120,6 +133,12 @@ def sweep_heatmap(
 
     Raises:
         ValueError, TypeError: a shape, or a number of labels, that cannot be.
+
+    Examples:
+        >>> found = causal.activation_patching(model, ids, other, metric)
+        >>> figure = sweep_heatmap(found.recovery, tokens=adapter.str_tokens(other), sources=adapter.str_tokens(text))
+        >>> figure.axes[0].get_xticklabels()[4].get_text()
+        '␣France→␣Italy'
     """
     values = as_values(effects, "effects", "L H", "L T")
     columns = None

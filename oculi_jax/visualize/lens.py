@@ -55,19 +55,21 @@ def lens_table(
     Raises:
         ValueError, TypeError: predictions of another form; layers that differ between positions; a number of tokens that
             cannot be.
+
+    Examples:
+        >>> figure = lens_table(analysis.LogitLensAnalysis(tokenizer).layer_predictions(capture.logits))
+        >>> [cell.get_text() for cell in figure.axes[0].texts[-6:-4]]  # the last layer's likeliest
+        ['␣Rome', '1.00']
     """
-    many = _is_list(predictions) and len(predictions) > 0 and _is_list(predictions[0])
-    tables = [_rows(table) for table in (predictions if many else [predictions])]
-    layers = [layer for layer, _ in tables[0]]
-    if any([layer for layer, _ in table] != layers for table in tables):
-        raise ValueError("predictions has positions whose layers differ; give the same layers for each.")
+    many = is_of_positions(predictions)
+    layers, rows = read_positions(predictions if many else [predictions])
     if many:
-        names = [str(i) for i in range(len(tables))] if tokens is None else as_texts(tokens, len(tables), "tokens")
-        cells = [[table[i][1][0] for table in tables] for i in range(len(layers))]
+        names = [str(i) for i in range(len(rows[0]))] if tokens is None else as_texts(tokens, len(rows[0]), "tokens")
+        cells = [[cell[0] for cell in row] for row in rows]
     else:
         if tokens is not None:
             raise ValueError("tokens are for several positions, and predictions is of one.")
-        cells = [row for _, row in tables[0]]
+        cells = [cell for (cell,) in rows]
         names = [str(k + 1) for k in range(max(map(len, cells)))]
     values = np.full((len(cells), len(names)), np.nan)
     for i, row in enumerate(cells):
@@ -118,6 +120,11 @@ def probability_trajectory(
 
     Raises:
         ValueError, TypeError: a shape that cannot be; numbers that are no probabilities.
+
+    Examples:
+        >>> chances = analysis.LogitLensAnalysis(tokenizer).token_probability_trajectory(capture.logits, " Rome")
+        >>> probability_trajectory({" Rome": chances}).axes[0].get_ylabel()
+        'P(token)'
     """
     named = values if isinstance(values, Mapping) else {None: values}
     rows = [as_values(row, "values" if text is None else f"values[{text!r}]", "L") for text, row in named.items()]
@@ -135,6 +142,20 @@ def probability_trajectory(
     if isinstance(values, Mapping):
         draw_legend(drawn, drawn.lines[-len(rows) :], token_labels(list(map(str, named))))
     return figure
+
+
+def is_of_positions(predictions: Any) -> bool:
+    """Whether predictions are of several positions, a list of what they are for one."""
+    return _is_list(predictions) and len(predictions) > 0 and _is_list(predictions[0])
+
+
+def read_positions(predictions: Sequence[Any]) -> tuple[list[int], list[list[list[tuple[str, float]]]]]:
+    """The true layer numbers, and [(text, probability), …] of each layer and position."""
+    tables = [_rows(table) for table in predictions]
+    layers = [layer for layer, _ in tables[0]]
+    if any([layer for layer, _ in table] != layers for table in tables):
+        raise ValueError("predictions has positions whose layers differ; give the same layers for each.")
+    return layers, [[table[i][1] for table in tables] for i in range(len(layers))]
 
 
 def _is_list(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,23 +11,13 @@ import numpy as np
 import pytest
 
 from oculi_jax import forward, lens
-from oculi_jax.pages import report
 from oculi_jax.frames.visible import visible_prompt, visible_token
+from oculi_jax.pages import report
 
 from ..browser import open_browser, ways
 from ..margins import assert_leads
 from ..token_texts import token_text
 from .pages import HOSTILE, SHOWN, softmax, triangles
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    try:
-        with open_browser() as browser:
-            yield browser
-    except FileNotFoundError as error:
-        # .ci/run asks for every test; elsewhere a machine without a browser still has the rest of the suite.
-        (pytest.fail if os.environ.get("OCULI_TESTS") == "all" else pytest.skip)(str(error))
 
 
 def test_without_a_browser_the_sentence_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
+import oculi_jax
 from oculi_jax.cli import report as command
-from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.frames.page import Page
+from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .pages import PROMPT, content
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, facts: LlamaAttentionAdapter) -> None:
-    monkeypatch.setattr(command, "open_adapter", lambda *arguments: facts)
+    monkeypatch.setattr(command, "open_adapter", lambda *arguments, chat: facts)
 
 
 def test_oculi_report_writes_the_page(loaded, html, tmp_path: Path, oculi_here) -> None:
@@ -32,7 +33,7 @@ def test_oculi_report_writes_the_page(loaded, html, tmp_path: Path, oculi_here) 
 def test_oculi_report_writes_whole_or_not_at_all(loaded, monkeypatch, tmp_path: Path, oculi_here) -> None:
     (tmp_path / "x.html").write_text("before")
     text = Page("x" * 100_000 + "\ud800")  # which is no UTF-8
-    monkeypatch.setattr(command, "make_report", lambda *a, **k: text)
+    monkeypatch.setattr(oculi_jax, "report", lambda *a, **k: text)
     code, _, _ = oculi_here("report", PROMPT, "-o", str(tmp_path / "x.html"))
     assert code == 2 and [path.name for path in tmp_path.iterdir()] == ["x.html"]
     assert (tmp_path / "x.html").read_text() == "before"

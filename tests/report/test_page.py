@@ -13,9 +13,9 @@ import pytest
 
 from oculi_jax import forward, lens
 from oculi_jax.diagnostics import head_scores
+from oculi_jax.frames.visible import visible_prompt, visible_token
 from oculi_jax.intervention import HeadAblation, InterventionContext
 from oculi_jax.pages import measure, measured, report
-from oculi_jax.frames.visible import visible_prompt, visible_token
 
 from ..margins import assert_leads
 from ..token_texts import token_text
