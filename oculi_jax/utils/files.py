@@ -30,7 +30,7 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
 
     They are written in a folder of their own, `.NAME.HOST.PROCESS.….part`, which is called `….commit` while they are renamed:
     one that a killed process left says that the directory is neither the old nor the new, and `cut_off` finds it. What dead
-    processes of this machine left under the same first name is removed here.
+    processes of this machine left under the same first name is removed here, such a folder when it no longer tells anything.
     """
     names = (first, *others)
     directory = Path(os.path.realpath(Path(directory).expanduser()))
@@ -41,7 +41,7 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
             raise OSError(f"Cannot write {str(directory / name)!r}: it is no regular file.")
     aside: Path | None = None
     try:
-        _sweep(directory, first)
+        _sweep(directory, first, "part")
         prefix = f".{first}.{_HOST}.{os.getpid()}."
         aside = Path(tempfile.mkdtemp(prefix=prefix, suffix=".part", dir=directory))
         yield [aside / name for name in names]
@@ -56,6 +56,7 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
             aside = aside.rename(aside.with_suffix(".commit"))
         for name in names:
             os.replace(aside / name, directory / name)
+            _sweep(directory, first, "commit")  # not before: from the first of our files on, our own folder says the same
     except OSError as error:
         own = error.filename is None or aside is None or str(error.filename).startswith(str(aside))
         if not own or error.errno is None:
@@ -77,9 +78,9 @@ def cut_off(directory: Path) -> bool:
     return False
 
 
-def _sweep(directory: Path, name: str) -> None:
+def _sweep(directory: Path, name: str, kind: str) -> None:
     """Removes what dead processes of this machine left of a file of this name; what a living one has stays."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.{_HOST}\.(\d+)\.\w+\.(part|commit)")
+    pattern = re.compile(rf"\.{re.escape(name)}\.{_HOST}\.(\d+)\.\w+\.{kind}")
     for found in directory.iterdir():
         match = pattern.fullmatch(found.name)
         if match and not _is_alive(int(match[1])):
