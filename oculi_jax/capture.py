@@ -30,6 +30,13 @@ class CaptureSpec:
         positions: which token positions (query positions of `[H, T, S]` sites), counting real tokens, negative ones from
             the last; None for all.
         dtype: what to store them as; None for what the pass used.
+
+    Raises:
+        ValueError, TypeError: when it is run, sites, layers, positions or a dtype that cannot be.
+
+    Examples:
+        >>> forward(model, ids, capture=CaptureSpec("pattern", layers=[1, 3], positions=[-1]))["pattern"].shape
+        (2, 6, 1, 6)
     """
 
     sites: str | Sequence[str]

@@ -28,6 +28,14 @@ def embedded_model() -> tuple[Llama, Any]:
 
     Returns:
         `(model, tokenizer)`: a float32 `Llama`, and a tokenizer of `transformers` that makes one token of a word.
+
+    Raises:
+        FileNotFoundError: the model does not lie in the package or beside it.
+
+    Examples:
+        >>> model, tokenizer = embedded_model()
+        >>> says(forward(model, tokenizer.encode("The capital of Italy is")))
+        'Rome'
     """
     from .models.llama import Llama
     from .utils.tokens import load_tokenizer

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 @pytree
 class Interval:
-    """A mean over prompts and its confidence interval, each `[…]`."""
+    """A mean over prompts and its confidence interval, each `[…]`.
+
+    Examples:
+        >>> spread = bootstrap([1.0, 2.0, 4.0])
+        >>> [float(end) for end in (spread.low, spread.high)]
+        [1.0, 4.0]
+    """
 
     mean: Float[Array, "..."]
     low: Float[Array, "..."]
@@ -52,6 +58,10 @@ def bootstrap(values: ArrayLike, confidence: float = 0.95, n_resamples: int = 20
 
     Raises:
         ValueError, TypeError: too few prompts, or a number that cannot be.
+
+    Examples:
+        >>> bootstrap([1.0, 2.0, 4.0])
+        2.333 (1 to 4)
     """
     array = as_array(values)
     if not jnp.issubdtype(array.dtype, jnp.number) or jnp.issubdtype(array.dtype, jnp.complexfloating):

@@ -54,6 +54,14 @@ class Metric:
         positions: ranks among the real tokens whose logits it reads, negative from the last; static.
         ids: int32 `[N]` (`[B, N]` with ids of B prompts), the only tokens whose logits it reads; None for the whole
             vocabulary.
+
+    Examples:
+        >>> @pytree
+        ... class Lead(Metric):  # one's own: of the likeliest next token over the second
+        ...     def of(self, logits): return jnp.subtract(*jax.lax.top_k(logits[0], 2)[0])
+        >>> lead = Lead(positions=(-1,))
+        >>> np.allclose(lead(run), lead.of(run.logits[-1:])), lead.ids, lead.per_prompt()
+        (True, None, Lead(positions=(-1,)))
     """
 
     positions: tuple[int, ...] = static()
@@ -67,17 +75,10 @@ class Metric:
         raise NotImplementedError(f"{type(self).__name__} defines no of(logits), which is what a metric is.")
 
     def __call__(self, out: Output) -> Array:
-        """Its value for one run.
+        """Its value for one run, a float32 scalar (int32 for `rank`); ValueError or TypeError for logits that it does not have.
 
-        Args:
-            out: with logits `[T, V]`; `[V]`, those of `logits="last"`, does where the metric reads position −1 alone.
-
-        Returns:
-            A float32 scalar (int32 for `rank`). NaN (−1) where there is no such token: beyond the real ones of a mask, or
-            beyond the vocabulary where only the device can see the id.
-
-        Raises:
-            ValueError, TypeError: logits that the output does not have.
+        NaN (−1) where there is no such token: beyond the real ones of a mask, or beyond the vocabulary where only the device
+        can see the id. Of logits `[T, V]`; `[V]`, those of `logits="last"`, do where the metric reads position −1 alone.
         """
         name = type(self).__name__
         if jax.tree.leaves(self.per_prompt()):
@@ -252,17 +253,18 @@ def of_prompt(metric: T, number: Array | int) -> Any:
 
 
 def logit_difference(a: ArrayLike, b: ArrayLike, position: int = -1) -> LogitDifference:
-    """`logit[a] − logit[b]`, the log of the odds of `a` against `b`. Only these two logits are computed in a sweep.
+    """`logit[a] − logit[b]`, float32, the log of the odds of `a` against `b`. Only these two logits are computed in a sweep.
 
     Args:
         a, b: token ids, scalars; or `[B]`, one for each prompt.
         position: rank among the real tokens, negative from the last; static.
 
-    Returns:
-        A `Metric`, float32.
-
     Raises:
         ValueError, TypeError: ids or a position that cannot be. The same of every metric here.
+
+    Examples:
+        >>> [f"{logit_difference(rome, paris)(out):.2f}" for out in (forward(model, ids), run)]
+        ['10.50', '-8.75']
     """
     a, b = _ids(a, "a"), _ids(b, "b")
     if a.ndim and b.ndim and a.shape != b.shape:
@@ -271,25 +273,33 @@ def logit_difference(a: ArrayLike, b: ArrayLike, position: int = -1) -> LogitDif
 
 
 def log_probability(token: ArrayLike, position: int = -1) -> LogProbability:
-    """`log softmax(logits)[token]`, in nats; float32.
+    """`log softmax(logits)[token]`, in nats; float32. Of an id, or of `[B]`; arguments as in `logit_difference`.
 
-    Args:
-        token: a token id, scalar; or `[B]`, one for each prompt.
-        position: rank among the real tokens, negative from the last; static.
+    Examples:
+        >>> f"{log_probability(rome)(run):.2f}"  # in nats, after "The capital of France is"
+        '-8.75'
     """
     return LogProbability(_at(position), _ids(token, "token"))
 
 
 def probability(token: ArrayLike, position: int = -1) -> Probability:
-    """`softmax(logits)[token]`, float32; arguments as in `log_probability`."""
+    """`softmax(logits)[token]`, float32, 0 to 1. Of an id, or of `[B]`; arguments as in `logit_difference`.
+
+    Examples:
+        >>> f"{probability(paris)(run):.3f}"
+        '0.999'
+    """
     return Probability(_at(position), _ids(token, "token"))
 
 
 def rank(token: ArrayLike, position: int = -1) -> Rank:
     """How many tokens have a larger logit, int32: 0 for the likeliest, and for each of those that tie with it.
 
-    −1 where a logit is NaN or there is no such token: there is no rank then. It has no gradient. Arguments as in
-    `log_probability`.
+    −1 where a logit is NaN or there is no such token. It has no gradient. Arguments as in `logit_difference`.
+
+    Examples:
+        >>> int(rank(paris)(run)), int(rank(rome)(run))
+        (0, 1)
     """
     return Rank(_at(position), _ids(token, "token"))
 
@@ -303,6 +313,10 @@ def kl_divergence(baseline: ArrayLike | Output, position: int = -1) -> KLDiverge
         baseline: logits `[V]` at the position, or `[B, V]`, for each prompt; or the `Output` of one run, whose logits at
             `position` (by its own mask) are taken. Of a batch of outputs, give the logits.
         position: rank among the real tokens, negative from the last; static.
+
+    Examples:
+        >>> [f"{kl_divergence(run)(out):.2f}" for out in (run, forward(model, ids))]
+        ['0.00', '10.49']
     """
     at = _at(position)
     if isinstance(baseline, Output):
@@ -320,11 +334,14 @@ def kl_divergence(baseline: ArrayLike | Output, position: int = -1) -> KLDiverge
 def cross_entropy(continuation: ArrayLike) -> CrossEntropy:
     """`−1/N Σᵢ log p(continuationᵢ | all before it)`, nats per token of the last N tokens of the prompt; float32.
 
-    It reads the logits at positions −N − 1 to −2, each of which predicts the token after it, so the prompt has more than
-    N tokens.
+    It reads the logits at positions −N − 1 to −2, so the prompt has more than N tokens.
 
     Args:
         continuation: ids `[N]`, the prompt's last N tokens; or `[B, N]`, for each prompt.
+
+    Examples:
+        >>> f"{cross_entropy(ids[-2:])(forward(model, ids)):.2f}"  # of "Italy is", after "The capital of"
+        '1.92'
     """
     array = _ids(continuation, "continuation", rank=1)
     if array.shape[-1] == 0:

@@ -73,6 +73,11 @@ class Output:
         applied: int32 `[number of interventions]`: on how many of the layers that ran each one changed at least one
             element. 0 says that it never matched, or changed nothing.
         mask: bool `[T]`, True at real tokens, as it was given; None where all are.
+
+    Examples:
+        >>> out = forward(model, ids, capture=("z", "final_scale"))
+        >>> out, out["z"].dtype
+        (Output(logits [6, 576], activations {z [4, 6, 6, 32], final_scale [6]}), dtype('float32'))
     """
 
     logits: Float[Array, "T V"] | Float[Array, "V"] | None

@@ -78,9 +78,10 @@ def padded(
     Raises:
         ValueError: no rows, an empty one, or a `length` shorter than the longest. TypeError: texts without a tokenizer.
 
-    Example:
-        tokens, mask = padded(["The capital of France is", "Hello"], tokenizer)
-        sweep(model, tokens, HeadAblation.grid(model.config), metric, mask=mask)
+    Examples:
+        >>> tokens, mask = padded([text, "Rome"], tokenizer)
+        >>> tokens.shape, mask.sum(axis=1)
+        ((2, 6), array([6, 2]))
     """
     if len(rows) == 0:
         raise ValueError("rows is empty: at least one prompt is needed.")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: ArrayLike | None = None) -> Any:
-    """What the model would say if it stopped at `resid`.
+    """What the model would say if it stopped at `resid` (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
     Args:
         model: a `Llama`.
@@ -35,6 +35,11 @@ def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, t
 
     Raises:
         ValueError, TypeError: a shape, dtype, k or id that cannot be.
+
+    Examples:
+        >>> _, likeliest = lens(model, run["resid_post"][:, -1], top_k=1)  # at the last token, after each layer
+        >>> tokenizer.convert_ids_to_tokens(likeliest[:, 0].tolist())
+        ['▁called', '▁Lima', '▁Paris', '▁Paris']
     """
     model = find_model(model)
     config = model.config

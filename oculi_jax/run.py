@@ -52,6 +52,11 @@ def forward(
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
+
+    Examples:
+        >>> out = forward(model, ids, Ablation("mlp_out", 0), capture="pattern")
+        >>> out["pattern"].shape, says(out)
+        ((4, 6, 6, 6), 'warm')
     """
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")

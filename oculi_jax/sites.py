@@ -26,6 +26,10 @@ class Site:
         guide: the guide's name for it, empty where it has none.
         aliases: names in other tools for the same value; `{}` stands for the layer.
         dtype: `"float32"`, `"bool"`, or `"model"` for the dtype of the model.
+
+    Examples:
+        >>> SITES["k"].shape, SITES["k"].head_axis, SITES["k"].meaning
+        ('[L, K, T, D]', 'K', 'keys after rotation: what attention uses')
     """
 
     name: str
@@ -118,6 +122,11 @@ def find_site(name: str) -> tuple[Site, int | None]:
 
     Raises:
         ValueError: no site has that name; the message suggests near ones.
+
+    Examples:
+        >>> site, layer = find_site("blocks.3.attn.hook_z")
+        >>> site.name, layer
+        ('z', 3)
     """
     if name in SITES:
         return SITES[name], None

@@ -20,9 +20,10 @@ DOCS = ROOT / "docs"
 # The pages of one document are run in one namespace.
 MAC = "mac.md"
 CARD = "../weights/tiny-facts/README.md"
-DOCUMENTS = (("guide.md", "troubleshooting.md"), ("causal.md",), ("batch-jobs.md",), (MAC,), (CARD,))
+COMING = "coming-from.md"
+DOCUMENTS = (("guide.md", "troubleshooting.md"), ("causal.md",), ("batch-jobs.md",), (MAC,), (COMING,), (CARD,))
 COUNTS = "batch-jobs.md"  # how often its programs were compiled, so they stay
-MARKS = {CARD: [], MAC: [pytest.mark.real, pytest.mark.torch]}
+MARKS = {CARD: [], COMING: [], MAC: [pytest.mark.real, pytest.mark.torch]}
 
 CHAPTERS = (
     "Preface", "Chapter 1: Getting started", "Chapter 2: Attention", "Chapter 3: The residual stream",
@@ -118,9 +119,10 @@ def anchors(text: str) -> set[str]:
 def test_every_block_runs(
     document: tuple[str, ...], request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if CARD not in document:
+    if not {CARD, COMING} & {*document}:  # which are of the embedded model
         request.getfixturevalue("loaded_once")
-    jax.config.update("jax_disable_most_optimizations", False)  # they compute for longer than they compile
+    if COMING not in document:  # the others compute for longer than they compile
+        jax.config.update("jax_disable_most_optimizations", False)
     monkeypatch.setattr(sys, "path", list(sys.path))  # the card's blocks import from weights/
     (tmp_path / "weights").symlink_to(ROOT / "weights")
     (tmp_path / "docs" / "pictures").mkdir(parents=True)

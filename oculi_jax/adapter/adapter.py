@@ -53,6 +53,10 @@ class LlamaAttentionAdapter:
     `InterventionContext` of this adapter, every method is under its interventions.
 
     The model is a `Llama`, or a Hugging Face `LlamaForCausalLM`, which stays where and as it is and is run by torch.
+
+    Examples:
+        >>> LlamaAttentionAdapter(model, tokenizer)
+        LlamaAttentionAdapter(Llama(1.8M parameters, float32, L=4, H=6, K=2, D=32, E=192, F=512, V=576))
     """
 
     def __init__(self, model: ModelLike, tokenizer: Tokenizer | None = None):
@@ -84,6 +88,10 @@ class LlamaAttentionAdapter:
 
         Raises:
             ValueError, TypeError: a prompt or config that cannot be run, before anything runs.
+
+        Examples:
+            >>> adapter.capture(text, CaptureConfig(layers=[1, 3])).queries.shape
+            (2, 6, 6, 32)
         """
         _refuse(others, "capture", CaptureConfig)
         return self._run(
@@ -99,7 +107,12 @@ class LlamaAttentionAdapter:
         allow_longer: bool = False,
         **others: object,
     ) -> ResidualCapture:
-        """The residual stream's four points, `[L, T, E]` each, with what attribution needs. Arguments as in `capture`."""
+        """The residual stream's four points, `[L, T, E]` each, with what attribution needs. Arguments as in `capture`.
+
+        Examples:
+            >>> adapter.capture_residual(text, ResidualConfig(layers=[3])).pre_attn.shape
+            (1, 6, 192)
+        """
         _refuse(others, "capture_residual", ResidualConfig)
         return self._run(
             ids_or_text, {"residual": ResidualConfig() if config is None else config}, attention_mask, allow_longer
@@ -114,7 +127,12 @@ class LlamaAttentionAdapter:
         allow_longer: bool = False,
         **others: object,
     ) -> MLPCapture:
-        """The MLP's projections and neurons, `[L, T, F]` each, and output `[L, T, E]`. Arguments as in `capture`."""
+        """The MLP's projections and neurons, `[L, T, F]` each, and output `[L, T, E]`. Arguments as in `capture`.
+
+        Examples:
+            >>> adapter.capture_mlp(text, MLPConfig(layers=[0])).gate.shape
+            (1, 6, 512)
+        """
         _refuse(others, "capture_mlp", MLPConfig)
         return self._run(ids_or_text, {"mlp": MLPConfig() if config is None else config}, attention_mask, allow_longer)[
             "mlp"
@@ -133,6 +151,10 @@ class LlamaAttentionAdapter:
         """The logit lens at every layer, `[L, T, V]`; with `top_k`, which never holds as much, `[L, T, k]`.
 
         Arguments as in `capture`, and `tuned_lens`: a `TunedLens` that translates each layer's stream first.
+
+        Examples:
+            >>> adapter.capture_logits(text, LogitConfig(tokens=[rome], top_k=1, positions=[-1])).top_k_indices.shape
+            (4, 1, 1)
         """
         _refuse(others, "capture_logits", LogitConfig)
         configs: dict[str, Config] = {"logits": LogitConfig() if config is None else config}
@@ -143,6 +165,11 @@ class LlamaAttentionAdapter:
 
         Returns:
             Ids int32 `[B, T]`, padded on the right, and mask bool `[B, T]`, True at real tokens; T is the longest length.
+
+        Examples:
+            >>> tokens, mask = adapter.batch([text, "Rome"])
+            >>> tokens.shape, mask.sum(axis=1)
+            ((2, 6), array([6, 2]))
         """
         rows = [ids_or_texts] if isinstance(ids_or_texts, str) else ids_or_texts
         found = prompts.prepare(rows, self.tokenizer, self.model.config, attention_mask=None, allow_longer=allow_longer)
@@ -159,7 +186,12 @@ class LlamaAttentionAdapter:
         attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
     ) -> FullCapture:
-        """All four in one pass, each in full by default; of the lens the ten likeliest tokens. Arguments as in `capture`."""
+        """All four in one pass, each in full by default; of the lens the ten likeliest tokens. Arguments as in `capture`.
+
+        Examples:
+            >>> adapter.capture_full(text).residual.n_layers
+            4
+        """
         configs: dict[str, Config] = {
             "attention": CaptureConfig() if attention is None else attention,
             "residual": ResidualConfig() if residual is None else residual,
@@ -182,26 +214,46 @@ class LlamaAttentionAdapter:
                 `oculi_jax.generate`; `attention_mask`; `allow_longer`.
 
         Returns:
-            For a text, the text with its continuation; a list of texts for several, or for variants. For ids, the
-            prompt's ids and the new ones, as `model.generate` returns them. With `capture`, that and the captured values.
+            For a text, the text with its continuation; a list of texts for several, or for variants. For a chat, its messages
+            and the assistant's. For ids, the prompt's ids and the new ones, as `model.generate` returns them. With `capture`,
+            that and the captured values.
+
+        Examples:
+            >>> adapter.generate(text, 2)
+            'The capital of Italy is Rome.'
         """
         ambient = active(self)
-        if not prompts.is_text(ids_or_text):
+        if not (prompts.is_text(ids_or_text) or prompts.is_chat(ids_or_text)):
             return continue_ids(self.model, ids_or_text, max_new_tokens, ambient, interventions, **options)
         return continue_texts(
             self.model, self.tokenizer, ids_or_text, max_new_tokens, both(ambient, interventions), **options
         )
 
     def to_single_token(self, text: str) -> int:
-        """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is."""
+        """The id of a text that is exactly one token; ValueError otherwise, with the tokens that it is.
+
+        Examples:
+            >>> adapter.to_single_token(" Rome") == rome
+            True
+        """
         return token_utils.to_single_token(self.tokenizer, text)
 
     def str_tokens(self, text_or_ids: PromptLike) -> list[str]:
-        """The text of each token of a prompt."""
+        """The text of each token of a prompt.
+
+        Examples:
+            >>> adapter.str_tokens(text)
+            ['<s>', ' The', ' capital', ' of', ' Italy', ' is']
+        """
         return token_utils.str_tokens(self.tokenizer, text_or_ids)
 
     def first_difference(self, one: str | Sequence[int], other: str | Sequence[int]) -> int | None:
-        """The first position at which two prompts' tokens differ; None where they are the same."""
+        """The first position at which two prompts' tokens differ; None where they are the same.
+
+        Examples:
+            >>> adapter.first_difference(text, "The capital of France is")
+            4
+        """
         return token_utils.first_difference(self.tokenizer, one, other)
 
     def _run(

@@ -30,7 +30,12 @@ class _OfSites(ABC):
         """Field of the capture → site."""
 
     def specs(self) -> tuple[CaptureSpec, ...]:
-        """The sites as `forward` is asked for them."""
+        """The sites as `forward` is asked for them.
+
+        Examples:
+            >>> CaptureConfig(layers=[1]).specs()[0].sites
+            ('q', 'k', 'v', 'pattern', 'z')
+        """
         sites = tuple(dict.fromkeys(self.fields().values()))
         layered = tuple(name for name in sites if SITES[name].layered)
         # Norm scales stay float32: attribution multiplies everything by them.
@@ -51,6 +56,15 @@ class CaptureConfig(_OfSites):
         capture_queries, capture_keys, capture_values, capture_patterns: what to keep.
         qk_stage: `"post_rope"`, what attention uses, or `"pre_rope"`, the projections before rotation.
         dtype: what to store them as; None for the model's own.
+
+    Raises:
+        ValueError, TypeError: when it captures, layers, a stage or a dtype that cannot be.
+
+    Examples:
+        >>> adapter.capture(text, CaptureConfig(layers=[1, 3])).patterns.shape
+        (2, 6, 6, 6)
+        >>> CaptureConfig(qk_stage="pre_rope").fields()["queries"]
+        'q_pre_rope'
     """
 
     layers: Sequence[int] | None = None
@@ -87,6 +101,15 @@ class ResidualConfig(_OfSites):
         layers: which layers, in the order wanted; None for all.
         capture_pre_attn, capture_post_attn, capture_pre_mlp, capture_post_mlp: what to keep.
         dtype: what to store them as; None for the model's own.
+
+    Raises:
+        ValueError, TypeError: when it captures, layers or a dtype that cannot be.
+
+    Examples:
+        >>> adapter.capture_residual(text, ResidualConfig(layers=[3])).post_mlp.shape
+        (1, 6, 192)
+        >>> ResidualConfig().fields()["post_mlp"]
+        'resid_post'
     """
 
     layers: Sequence[int] | None = None
@@ -123,6 +146,15 @@ class MLPConfig(_OfSites):
         layers: which layers, in the order wanted; None for all.
         capture_gate, capture_up, capture_post_activation, capture_output: what to keep.
         dtype: what to store them as; None for the model's own.
+
+    Raises:
+        ValueError, TypeError: when it captures, layers or a dtype that cannot be.
+
+    Examples:
+        >>> adapter.capture_mlp(text, MLPConfig(layers=[0])).post_activation.shape
+        (1, 6, 512)
+        >>> MLPConfig().fields()["post_activation"]
+        'act'
     """
 
     layers: Sequence[int] | None = None
@@ -154,6 +186,16 @@ class LogitConfig:
         positions: which positions, counting real tokens, negative ones from the last; None for all.
         tokens: ids whose probabilities to keep as well, exactly.
         dtype: what to store logits and probabilities as; None for float32.
+
+    Raises:
+        ValueError, TypeError: when it captures, a layer, k, position, id or dtype that cannot be.
+
+    Examples:
+        >>> found = adapter.capture_logits(text, LogitConfig(tokens=[rome], top_k=1, positions=[-1]))
+        >>> [f"{p:.2f}" for p in found.probabilities[:, 0, 0]]  # that it is Rome, layer by layer
+        ['0.00', '0.01', '0.45', '1.00']
+        >>> LogitConfig(dtype=jnp.bfloat16).canonical(model.config).dtype, LogitConfig().specs()[0].sites
+        ('bfloat16', 'resid_post')
     """
 
     layers: Sequence[int] | None = None

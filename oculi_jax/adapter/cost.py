@@ -32,6 +32,13 @@ def capture_bytes(
 
     Returns:
         Bytes. For a `LogitConfig`, its logits or top k, its probabilities, and the normalised residual that it keeps.
+
+    Raises:
+        ValueError, TypeError: no config, a length below 1, or a capture that cannot be.
+
+    Examples:
+        >>> capture_bytes(model.config, 6, "pattern")  # 4 layers × 6 heads × 6 × 6 numbers of 4 bytes
+        3456
     """
     if not hasattr(config, "num_hidden_layers"):
         raise TypeError(f"capture_bytes takes a config, such as model.config, and was given a {type(config).__name__}.")

@@ -43,6 +43,12 @@ def save(
         capture: a capture (`AttentionCapture` and its like), an `Output`, or name → array.
         path: where to.
         metadata: texts to keep with it, such as the model's name. The axes of every array are kept anyway.
+
+    Raises:
+        TypeError: what is no capture. ValueError: metadata that is written anyway. OSError: it cannot be written.
+
+    Examples:
+        >>> save(capture.attention, "italy.safetensors", metadata={"model": "tiny-facts"})
     """
     arrays, static = _flatten(capture)
     kind = type(capture).__name__ if type(capture).__name__ in (*STRUCTURES, "Output") else "arrays"
@@ -66,6 +72,11 @@ def load(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         OSError: there is no such file. ValueError: it is no whole capture file.
+
+    Examples:
+        >>> save(run, "france.safetensors")
+        >>> says(load("france.safetensors"))
+        'Paris'
     """
     path = Path(path).expanduser()
     tensors, header = read_tensors(path)

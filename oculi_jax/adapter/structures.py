@@ -33,16 +33,34 @@ class _Capture:
 
     @property
     def n_layers(self) -> int:
-        """How many layers were captured: `len(captured_layers)`."""
+        """How many layers were captured: `len(captured_layers)`.
+
+        Examples:
+            >>> capture.attention.n_layers
+            4
+        """
         return len(self.captured_layers)
 
     @property
     def n_tokens(self) -> int:
-        """Length of the prompt (of the longest one in a batch)."""
+        """Length of the prompt (of the longest one in a batch).
+
+        Examples:
+            >>> capture.attention.n_tokens
+            6
+        """
         return self.tokens.shape[-1]
 
     def map(self, analysis: Callable[..., Any], *arguments: Any) -> Any:
-        """Maps an analysis of one prompt over a batch: `analysis(prompt, *arguments)` for each, results leading with `B`."""
+        """Maps an analysis of one prompt over a batch: `analysis(prompt, *arguments)` for each, results leading with `B`.
+
+        Raises:
+            ValueError: the capture is of one prompt, not of a batch.
+
+        Examples:
+            >>> adapter.capture([text, text]).map(analysis.EntropyAnalysis.token_entropy).shape
+            (2, 4, 6, 6)
+        """
         if self.tokens.ndim == 1:
             raise ValueError("This capture is of one prompt; call the analysis on it.")
         # What all prompts share has no batch axis.
@@ -88,6 +106,10 @@ class AttentionCapture(_Capture):
         captured_layers: true layer numbers, in the order of the leading axis.
         qk_stage: `"post_rope"` or `"pre_rope"`.
         n_heads, n_kv_heads, head_dim: of the model.
+
+    Examples:
+        >>> capture.attention.queries.shape, capture.attention.keys.shape
+        ((4, 6, 6, 32), (4, 2, 6, 32))
     """
 
     queries: Float[Array, "L H T D"] | None = _array()
@@ -121,6 +143,10 @@ class ResidualCapture(_Capture):
         final_weight: `[E]`, the final norm's weight.
         tokens, mask, captured_layers: as in `AttentionCapture`.
         model_layers: how many layers the model has, so that the first few are not taken for all.
+
+    Examples:
+        >>> np.allclose(capture.residual.post_attn - capture.residual.pre_attn, capture.residual.attn_out, atol=1e-4)
+        True
     """
 
     pre_attn: Float[Array, "L T E"] | None = _array()
@@ -149,6 +175,10 @@ class MLPCapture(_Capture):
         output: `[L, T, E]`, what the MLP adds to the residual stream.
         final_scale: `[T]`, what the final norm multiplied by, where every layer was captured.
         tokens, mask, captured_layers: as in `AttentionCapture`.
+
+    Examples:
+        >>> capture.mlp.post_activation.shape, capture.mlp.output.shape
+        ((4, 6, 512), (4, 6, 192))
     """
 
     gate: Float[Array, "L T F"] | None = _array()
@@ -178,6 +208,10 @@ class LogitCapture(_Capture):
         tokens, mask, captured_layers: as in `AttentionCapture`; of the whole prompt.
         positions: which positions were captured; None for all.
         lens: `"logit"`, or `"tuned"` where a tuned lens translated the stream first.
+
+    Examples:
+        >>> tokenizer.convert_ids_to_tokens(capture.logits.top_k_indices[:, -1, 0].tolist())  # layer by layer
+        ['▁called', '▁Caracas', '▁Rome', '▁Rome']
     """
 
     logits: Float[Array, "L T V"] | None = _array()
@@ -197,7 +231,12 @@ class LogitCapture(_Capture):
 
 @pytree(kw_only=True, repr=False)
 class FullCapture:
-    """All four captures of one pass."""
+    """All four captures of one pass.
+
+    Examples:
+        >>> capture
+        FullCapture(attention at 4 layers, residual at 4 layers, mlp at 4 layers, logits at 4 layers; 6 tokens)
+    """
 
     attention: AttentionCapture = _array()
     residual: ResidualCapture = _array()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..arrays import integer, listing
 from ..backends import check_model
+from ..backends.jax.compiled import compiled
 from ..backends.jax.programs import measure, run
 from ..capture import Reading, readings_of
 from ..intervention.each import PerLayer
@@ -68,6 +68,10 @@ def attribution_patching(
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs; a metric without a gradient.
+
+    Examples:
+        >>> attribution_patching(model, ids, other, metric, "z").values["z"].shape
+        (4, 6, 6)
     """
     config = check_model(model)
     clean, real, single = check_prompts(config, clean, mask)
@@ -100,6 +104,10 @@ class AttributionResult:
             `[L, T]` for `resid_pre`, `[T]` for `embed`, `[L]` for `attn_scale` (all tokens' scales together). `[B, …]` for
             several pairs. The axis `T` is that of the token array; `T` of `pattern` and `scores` is the query.
         clean, corrupted: the metric of the two runs, float32 `[]` or `[B]`.
+
+    Examples:
+        >>> attribution_patching(model, ids, other, metric, "z").top(1)
+        [{'site': 'z', 'layer': 2, 'head': 0, 'position': 5, 'value': 2.3480148315429688}]
     """
 
     values: Mapping[str, Float[Array, "..."]]
@@ -116,6 +124,9 @@ class AttributionResult:
 
         Returns:
             Dicts of `"site"`, then `"layer"`, `"head"`, `"position"` as far as the site has them, and `"value"`.
+
+        Raises:
+            ValueError, TypeError: a site or a pair that there is not.
         """
         entries = entries_of(self, site, number_of(self, prompt))
         order = np.argsort(-np.abs(entries.values), kind="stable")[: integer(n, "n", 0)]
@@ -149,7 +160,7 @@ def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
     return readings_of(tuple(site.name for site, _ in found), config, 1)
 
 
-@partial(jax.jit, static_argnames=("readings", "single", "at_once", "remat"), inline=True)
+@compiled("readings", "single", "at_once", "remat")
 def _attribute(
     model: Llama,
     clean: Int[Array, "B T"],

@@ -43,6 +43,14 @@ class Noise:
         scale: strength in standard deviations, above 0.
         samples: how many draws; static.
         key: a JAX random key.
+
+    Raises:
+        ValueError, TypeError: when it is run, positions, a scale, a number of draws or a key that cannot be.
+
+    Examples:
+        >>> noise = Noise(4, samples=2, key=jax.random.key(0))  # on Italy
+        >>> bool(activation_patching(model, ids, noise, metric, by=("layer", "position")).corrupted < metric(forward(model, ids)))
+        True
     """
 
     positions: Any

@@ -53,6 +53,11 @@ class PatchingResult:
         site: which activation; static, as are the two below.
         by: what the axes of `patched` are.
         direction: `"denoising"` or `"noising"`.
+
+    Examples:
+        >>> found = activation_patching(model, ids, other, metric, by=("layer", "position"))
+        >>> found, found.recovery.shape
+        (PatchingResult(resid_pre by layer, position, denoising: patched [4, 6]), (4, 6))
     """
 
     patched: Float[Array, "..."]
@@ -137,6 +142,11 @@ def activation_patching(
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong.
+
+    Examples:
+        >>> found = activation_patching(model, ids, other, metric, by=("layer", "position"))
+        >>> [f"{x:.2f}" for x in found.recovery[:, 4]]  # what Italy for France brings back, layer by layer
+        ['1.00', '1.00', '0.94', '0.31']
     """
     return patch_sites(
         model, clean, corrupted, metric, (site,), by, direction=direction, mask=mask,

@@ -38,6 +38,13 @@ class TraceResult:
         patched: `[L, sites]`, the metric of the corrupted run with one layer's clean activation in it.
         clean, corrupted: `[]`, the metric of the two runs themselves.
         sites: their names; static.
+
+    Examples:
+        >>> found = CausalTracer(adapter).trace(text, "The capital of France is", metric)
+        >>> found.recovery_matrix().shape, found.top_results(1)[0]["site"]
+        ((4, 2), 'mlp_out')
+        >>> [row["site"] for row in found.by_layer(3)], [row["layer"] for row in found.by_site("mlp_out")]
+        (['attn_out', 'mlp_out'], [0, 1, 2, 3])
     """
 
     patched: Float[Array, "... L N"]
@@ -59,27 +66,37 @@ class TraceResult:
         return recovery(*self._means())
 
     def top_results(self, k: int = 10) -> list[dict[str, Any]]:
-        """The k places that recover most, best first, as `{"layer", "site", "patched", "recovery"}`. Host function."""
+        """The k places that recover most, best first, as `{"layer", "site", "patched", "recovery"}`. Host function.
+
+        Raises:
+            ValueError: a k below 1.
+        """
         order = np.argsort(-np.asarray(self.recovery_matrix()), axis=None, kind="stable")  # NaN comes last
         rows = self._rows()
         return [rows[place] for place in order[: integer(k, "k", 1)]]
 
     def by_layer(self, layer: int) -> list[dict[str, Any]]:
-        """The results of one layer, in the order of `sites`, as in `top_results`. Host function."""
+        """The results of one layer, in the order of `sites`, as in `top_results`; ValueError for none such. Host function."""
         n_layers = self.patched.shape[-2]
         if layer not in range(n_layers):
             raise ValueError(f"layer is {layer!r}, and there are {n_layers} layers: it must be 0 to {n_layers - 1}.")
         return [row for row in self._rows() if row["layer"] == layer]
 
     def by_site(self, site: str) -> list[dict[str, Any]]:
-        """The results of one site, first layer first, as in `top_results`. Host function."""
+        """The results of one site, first layer first, as in `top_results`; ValueError for none such. Host function."""
         name = site_name(site)
         if name not in self.sites:
             raise ValueError(f"The site {name!r} was not traced; those traced are {', '.join(self.sites)}.")
         return [row for row in self._rows() if row["site"] == name]
 
     def summary(self, k: int = 10) -> str:
-        """The two runs' metrics and the k places that recover most, as text. Host function."""
+        """The two runs' metrics and the k places that recover most, as text. Host function.
+
+        Examples:
+            >>> found = CausalTracer(adapter).trace(text, "The capital of France is", metric)
+            >>> found.summary().splitlines()[0]
+            '4 layers × attn_out, mlp_out; metric 10.495 clean, -8.750 corrupted'
+        """
         _, clean, corrupted = map(np.asarray, self._means())
         width = max(len("site"), *map(len, self.sites))
         shown = self.top_results(k)
@@ -118,6 +135,13 @@ class CausalTracer:
 
     Args:
         adapter: a `LlamaAttentionAdapter`.
+
+    Examples:
+        >>> print(CausalTracer(adapter).trace(text, "The capital of France is", metric).summary(2))
+        4 layers × attn_out, mlp_out; metric 10.495 clean, -8.750 corrupted
+        layer  site      patched  recovery
+            0  mlp_out     9.022     0.923
+            3  mlp_out     5.086     0.719
     """
 
     def __init__(self, adapter: LlamaAttentionAdapter):
@@ -154,8 +178,15 @@ class CausalTracer:
             allow_longer: go beyond the length that the model was made for.
             progress: as in `sweep`.
 
+        Returns:
+            A `TraceResult`, whose `patched` is `[L, sites]`, or `[B, L, sites]`.
+
         Raises:
             ValueError, TypeError: something that can be seen to be wrong.
+
+        Examples:
+            >>> CausalTracer(adapter).trace(text, "The capital of France is", metric)
+            TraceResult(attn_out, mlp_out: patched [4, 2])
         """
         sites = (sites,) if isinstance(sites, str) else tuple(sites)
         if not sites:

@@ -44,6 +44,12 @@ class Verification:
         missed: the entries drawn at random that, by |exact effect| beyond rounding, belong to the k largest of all those rerun, k
             being how many `top` ones there are. Each stands for others that were not drawn.
         entries: all of them: the largest estimates first, then the others as drawn.
+
+    Examples:
+        >>> guess = attribution_patching(model, ids, other, metric, "z")
+        >>> checked = verify(guess, model, ids, other, metric, top=5, sample=5)
+        >>> len(checked.entries), checked.sign_errors, checked.entries[0]["head"]
+        (10, [], 0)
     """
 
     rank_correlation: float
@@ -147,9 +153,10 @@ def verify(
     Raises:
         ValueError: other prompts than the result is of; nothing to verify.
 
-    Example:
-        guess = attribution_patching(model, clean, corrupted, metric, ("z",))
-        verify(guess, model, clean, corrupted, metric, top=10)
+    Examples:
+        >>> guess = attribution_patching(model, ids, other, metric, "z")
+        >>> verify(guess, model, ids, other, metric, top=5, sample=5).rank_correlation > 0.9
+        True
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((result, model, clean, corrupted))):
         raise TypeError("verify runs on the host, and was called inside a trace (jit, vmap, grad): call it outside.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from ..backends import programs_of
 from ..capture import readings_of
-from ..prompts import prepare
+from ..prompts import is_chat, prepare
 from ..utils.tokens import continuation
 from .generation import check_count, write
 from .options import DecodeOptions
@@ -54,22 +54,30 @@ def continue_ids(
 def continue_texts(
     model: Model,
     tokenizer: Tokenizer | None,
-    texts: str | Sequence[str],
+    texts: str | Sequence[str] | Sequence[Mapping[str, str]],
     max_new_tokens: int,
     interventions: Interventions,
     **options: Any,
 ) -> Any:
-    """A text or a list of texts → the same with their continuations; with `capture`, that and what was captured."""
+    """A text, a list of texts or a chat → the same with their continuations; with `capture`, that and what was captured."""
     done = _continue(model, tokenizer, texts, max_new_tokens, interventions, DecodeOptions.of(options))
-    prompts = [texts] if isinstance(texts, str) else list(texts)
+    single = isinstance(texts, str) or is_chat(texts)
+    prompts = [texts] if single else list(texts)
 
     each = prompts * (len(done.new) // len(prompts))
     rows = zip(each, done.new, done.alive, strict=True)
-    found: Any = [prompt + continuation(tokenizer, prompt, new[alive]) for prompt, new, alive in rows]
+    found: Any = [_joined(tokenizer, prompt, new[alive]) for prompt, new, alive in rows]
     activations = done.activations
-    if not done.variants and isinstance(texts, str):
+    if not done.variants and single:
         found, activations = found[0], jax.tree.map(lambda x: x[0], activations)
     return (found, activations) if activations else found
+
+
+def _joined(tokenizer: Any, prompt: Any, new: np.ndarray) -> Any:
+    """A text with what was added to it, or a chat with what the assistant says to it."""
+    if isinstance(prompt, str):
+        return prompt + continuation(tokenizer, prompt, new)
+    return [*prompt, {"role": "assistant", "content": tokenizer.decode(new.tolist(), skip_special_tokens=True)}]
 
 
 def both(ambient: tuple[Any, ...], own: Interventions) -> tuple[Any, ...]:

@@ -65,8 +65,8 @@ def generate(
         interventions: as in `forward`.
         temperature: 0 takes the likeliest token; above 0, tokens are drawn from softmax(logits / temperature).
         top_k: draw from the k likeliest tokens; static.
-        top_p: draw from the likeliest tokens that together hold this probability.
-        min_p: draw from tokens at least this probable, relative to the likeliest.
+        top_p: draw from the likeliest tokens that together hold this probability (Holtzman et al. 2020, arXiv:1904.09751).
+        min_p: draw from tokens at least this probable, relative to the likeliest (Minh et al. 2024, arXiv:2407.01082).
         stop_tokens: an id or several, after which a row ends; the config's `eos_token_id` for None, none for `()`.
         key: a JAX random key; needed where the temperature is not 0.
         mask: bool `[T]`, True at real tokens.
@@ -80,6 +80,10 @@ def generate(
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
+
+    Examples:
+        >>> tokenizer.decode(generate(model, ids, 2).tolist())
+        'Rome.'
     """
     model = find_model(model)
     config = model.config

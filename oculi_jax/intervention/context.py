@@ -26,6 +26,14 @@ class InterventionContext:
     Args:
         adapter: a `LlamaAttentionAdapter`.
         interventions: one intervention or a list of them, applied in order.
+
+    Raises:
+        TypeError: what is no adapter, or no intervention.
+
+    Examples:
+        >>> with InterventionContext(adapter, ActivationPatch("resid_pre", 2, PerLayer(run["resid_pre"]))):
+        ...     adapter.generate(text, 2)
+        'The capital of Italy is Paris.'
     """
 
     def __init__(self, adapter: LlamaAttentionAdapter, interventions: Interventions):

@@ -19,9 +19,9 @@ class PerLayer:
         x: `[L, …]`, then what the field takes: `[L, E]` for a direction, `[L, H, T, D]` for a value at `z`. A value holds the
             head axis also where `head` is given, as a capture does.
 
-    Example:
-        run = forward(model, tokens, capture="mlp_out")
-        forward(model, other, ActivationPatch("mlp_out", range(4, 8), PerLayer(run["mlp_out"])))
+    Examples:
+        >>> says(forward(model, ids, ActivationPatch("resid_post", 2, PerLayer(run["resid_post"]))))  # row 2 of [L, T, E]
+        'Paris'
     """
 
     x: Any
@@ -39,14 +39,21 @@ class PerPrompt:
             `PerLayer` of `[B, L, …]`. The outermost axis is the prompts', whatever the container: `[1, 4, 2]` is one position
             for each of three prompts, `[[1, 2], [3]]` a set for each of two.
 
-    Example:
-        sweep(model, tokens, ActivationPatch("resid_pre", layers, PerLayer(run), positions=PerPrompt([4, 6])), metric, mask=mask)
+    Examples:
+        >>> patch = ActivationPatch("resid_pre", 2, PerLayer(run["resid_pre"]), positions=PerPrompt([4, -1]))
+        >>> sweep(model, [ids, other], patch, metric).shape
+        (2,)
     """
 
     x: Any
 
     def of(self, number: int) -> Any:
-        """The entry of one prompt."""
+        """The entry of one prompt.
+
+        Examples:
+            >>> PerPrompt([4, -1]).of(1)
+            -1
+        """
         if isinstance(self.x, list | tuple | range):
             return self.x[number]
         return jax.tree.map(lambda leaf: leaf[number], self.x)

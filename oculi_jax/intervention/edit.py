@@ -60,6 +60,11 @@ class Edit:
             the last axis that `mask` leaves alone are constants without a gradient, and in decoding `x` is of one token,
             `value` being passed whole. A sweep runs all tokens where there is one, unless `site_shaped` says that it can be
             cut.
+
+    Examples:
+        >>> even = forward(model, ids, Edit("scores", "scale", 2, value=0.0), capture="pattern")
+        >>> even["pattern"][2, 0, -1].round(2)
+        Array([0.17, 0.17, 0.17, 0.17, 0.17, 0.17], dtype=float32)
     """
 
     site: str = field(None)
@@ -86,7 +91,12 @@ class Edit:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The letters of the site's axes."""
+        """The letters of the site's axes.
+
+        Examples:
+            >>> Edit("z", "scale", 0).axes
+            ('H', 'T', 'D')
+        """
         return SITES[self.site].axes
 
 
@@ -241,6 +251,14 @@ def site_shaped(fn: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Arr
     """Marks a function of `apply` edits whose value broadcasts to the site's axes, so that it can be cut to some tokens.
 
     It is given float32 arrays of one shape, of JAX or of torch, and does with them what both do alike.
+
+    Examples:
+        >>> @site_shaped
+        ... def clipped(x, most):
+        ...     return x.clip(-most, most)
+        >>> out = forward(model, ids, Edit("resid_mid", "apply", 1, value=0.5, fn=clipped), capture="resid_mid")
+        >>> float(abs(out["resid_mid"][1]).max())
+        0.5
     """
     fn.site_shaped = True  # type: ignore[attr-defined]
     return fn

@@ -52,7 +52,13 @@ class Kind:
 
 @dataclass(frozen=True)
 class Strength(Kind):
-    """A finite number; `positive` ones must be above 0."""
+    """A finite number; `positive` ones must be above 0.
+
+    Examples:
+        >>> forward(model, ids, SpectraScaler(0, 0, -1.0))  # alpha is a field(Strength(positive=True))
+        Traceback (most recent call last):
+        ValueError: SpectraScaler.alpha is -1.0, and must be above 0 (1 changes nothing).
+    """
 
     positive: bool = False
 
@@ -87,6 +93,10 @@ class Values(Kind):
         site: the field that names the site.
         head: the field that may name one head, whose values then have no head axis; a `PerLayer` keeps it, as a capture does.
         layer: the field that, where it is None at a site of the layers, stands for all of them: then arrays lead with `L`.
+
+    Examples:
+        >>> says(forward(model, ids, ActivationPatch("mlp_out", 0, 0.0)))  # value is a field(Values(head="head"))
+        'warm'
     """
 
     site: str = "site"
@@ -149,6 +159,11 @@ class Vector(Kind):
         fixed: whether it is one.
         heads: whether a `PerLayer` may have a head axis, `[L, H, D]`.
         nonzero: whether it is a direction, whose length may not be 0.
+
+    Examples:
+        >>> forward(model, ids, DirectionAblation("act", 0, np.zeros(512)))  # direction is a field(Vector(nonzero=True))
+        Traceback (most recent call last):
+        ValueError: DirectionAblation.direction is zero, and a direction of some length is needed.
     """
 
     site: str = "site"
@@ -178,6 +193,11 @@ class Table(Kind):
 
     Attributes:
         site: the field that names the site.
+
+    Examples:
+        >>> forward(model, ids, Blend("z", np.ones((4, 2))))  # keep is a field(Table())
+        Traceback (most recent call last):
+        ValueError: Blend.keep has shape [4, 2], and [4, 6] is needed for 'z': layers and its heads H.
     """
 
     site: str = "site"
@@ -280,5 +300,16 @@ class Anything(Kind):
 
 
 def field(kind: Kind | None, *, default: object = dataclasses.MISSING) -> Any:
-    """A field of an intervention: `kind` for data, None for what is static (names, functions)."""
+    """A field of an intervention: `kind` for data, None for what is static (names, functions).
+
+    Examples:
+        >>> @pytree
+        ... class Louder:
+        ...     site: str = field(None)  # a part of the program
+        ...     alpha: object = field(Strength(), default=2.0)  # data
+        ...     def edits(self, sizes):
+        ...         return (Edit(self.site, "scale", 0, value=self.alpha),)
+        >>> sweep(model, ids, Louder("z", np.array([1.0, 2.0, 3.0])), metric).shape
+        (3,)
+    """
     return dataclasses.field(default=default, metadata={"kind": kind, "static": kind is None})

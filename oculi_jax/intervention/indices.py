@@ -42,6 +42,11 @@ class Index(Kind):
     Attributes:
         letter: the axis's, one that every run has; `""` where it depends on the site.
         optional: whether None is allowed.
+
+    Examples:
+        >>> forward(model, ids, HeadAblation(0, 6))  # head is a field(Index("H"))
+        Traceback (most recent call last):
+        ValueError: HeadAblation.head is 6, but there are 6 query heads: it must be 0 to 5.
     """
 
     letter: str = ""
@@ -106,6 +111,11 @@ class Layer(Index):
 
     Attributes:
         site: the field that names the site; None where it is one of the layers.
+
+    Examples:
+        >>> forward(model, ids, HeadAblation(4, 0))  # layer is a field(Layer())
+        Traceback (most recent call last):
+        ValueError: HeadAblation.layer is 4, but there are 4 layers: it must be 0 to 3.
     """
 
     letter: str = "L"
@@ -127,6 +137,11 @@ class Head(Index):
 
     Attributes:
         site: the field that names the site.
+
+    Examples:
+        >>> forward(model, ids, ActivationPatch("mlp_out", 0, 0.0, head=1))  # head is a field(Head())
+        Traceback (most recent call last):
+        ValueError: ActivationPatch.head is given, but the site 'mlp_out' has no heads: it is [L, T, E].
     """
 
     optional: bool = True
@@ -141,7 +156,13 @@ class Head(Index):
 
 @dataclass(frozen=True)
 class Last(Index):
-    """A place on the last axis of a site (a neuron of `act`, a dimension of a stream), or a set of them; None for all."""
+    """A place on the last axis of a site (a neuron of `act`, a dimension of a stream), or a set of them; None for all.
+
+    Examples:
+        >>> forward(model, ids, Ablation("act", 0, 512))  # index is a field(Last())
+        Traceback (most recent call last):
+        ValueError: Ablation.index is 512, but there are 512 neurons: it must be 0 to 511.
+    """
 
     optional: bool = True
     site: str = "site"
@@ -155,6 +176,11 @@ class Positions(Kind):
     """Token positions: an integer, a set of them, or a bool mask `[T]`; None, where `optional`, is all.
 
     Integers count real tokens, negative ones from the last; a mask lies along the token array, padding included.
+
+    Examples:
+        >>> forward(model, ids, AttentionKnockout(0, 0, query=-1, key=6))  # key is a field(Positions())
+        Traceback (most recent call last):
+        ValueError: AttentionKnockout.key is 6, but the prompt has 6 tokens: positions are 0 to 5, or −1 to −6 from the end.
     """
 
     optional: bool = False

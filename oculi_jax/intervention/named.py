@@ -62,8 +62,10 @@ class HeadAblation:
         replacement: what `z` becomes: a number, or `[D]` (a mean over a data set, for instance). A `PerLayer` of `[L, D]`, or
             of `[L, H, D]`, each head its own. (A value for each token is an `ActivationPatch`.)
 
-    Example:
-        forward(model, tokens, HeadAblation(5, [1, 2, 3]))
+    Examples:
+        >>> alone = forward(model, ids, HeadAblation(2, [4, 5]), capture="z")
+        >>> alone["z"][2].any(axis=(1, 2))  # which heads still give something
+        Array([ True,  True,  True,  True, False, False], dtype=bool)
     """
 
     layer: Any = field(Layer())
@@ -72,7 +74,12 @@ class HeadAblation:
 
     @classmethod
     def grid(cls, config: LlamaConfig, replacement: ArrayLike = 0.0) -> HeadAblation:
-        """Every head of a model, for `sweep`: axes `[L, H]`. A mean of each head, `PerLayer` of `[L, H, D]`, is shared by all."""
+        """Every head of a config, else TypeError, for `sweep`: axes `[L, H]`. A mean of each, `PerLayer` of `[L, H, D]`, is shared.
+
+        Examples:
+            >>> sweep(model, ids, HeadAblation.grid(model.config), metric).shape
+            (4, 6)
+        """
         if not hasattr(config, "num_hidden_layers") or not hasattr(config, "num_attention_heads"):
             raise TypeError(
                 f"HeadAblation.grid takes a model's config, and was given a {type(config).__name__}: model.config."
@@ -105,8 +112,12 @@ class Blend:
             table has a gradient (Michel, Levy and Neubig 2019, arXiv:1905.10650).
         other: a number; an array of the site's axes; another run's capture, or a mean, as `PerLayer`.
 
-    Example:
-        sweep(model, tokens, Blend("z", masks), metric)   # masks [N, L, H]: a thousand of them are one program
+    Examples:
+        >>> keep = np.ones((4, 6))
+        >>> keep[2, [4, 5]] = 0  # what HeadAblation(2, [4, 5]) does; a sweep takes many such tables, [N, 4, 6]
+        >>> absent = forward(model, ids, HeadAblation(2, [4, 5]))
+        >>> np.allclose(forward(model, ids, Blend("z", keep)).logits, absent.logits, atol=1e-3)
+        True
     """
 
     site: str = field(None)
@@ -135,9 +146,9 @@ class Freeze:
         sites: names, one or several; static.
         layers: where it acts, a layer or a set; None for all. Sites outside the layers take None alone.
 
-    Example:
-        run = forward(model, tokens, capture=("pattern", "attn_scale", "mlp_scale"))
-        forward(model, tokens, [Freeze(run, ("pattern", "attn_scale", "mlp_scale")), HeadAblation(3, 1)])
+    Examples:
+        >>> says(forward(model, ids, Freeze(run, "pattern"))), says(forward(model, ids, Freeze(run, "mlp_out")))
+        ('Rome', 'Paris')
     """
 
     run: Any = field(Capture())
@@ -172,6 +183,11 @@ class QScaler:
         layer: from 0, or a set.
         head: query head, from 0, or a set.
         alpha: any finite number; 1 changes nothing.
+
+    Examples:
+        >>> flat = forward(model, ids, QScaler(2, 0, alpha=0.0), capture="pattern")
+        >>> flat["pattern"][2, 0, -1].round(2)
+        Array([0.17, 0.17, 0.17, 0.17, 0.17, 0.17], dtype=float32)
     """
 
     layer: Any = field(Layer())
@@ -190,6 +206,11 @@ class KScaler:
         layer: from 0, or a set.
         kv_head: key/value head, from 0 to K − 1, or a set.
         alpha: any finite number; 1 changes nothing.
+
+    Examples:
+        >>> flat = forward(model, ids, KScaler(2, 0, alpha=0.0), capture="pattern")
+        >>> flat["pattern"][2, :3, -1, 0].round(2)  # of the three heads that read these keys
+        Array([0.17, 0.17, 0.17], dtype=float32)
     """
 
     layer: Any = field(Layer())
@@ -210,6 +231,11 @@ class SpectraScaler:
         layer: from 0, or a set.
         head: query head, from 0, or a set.
         alpha: above 0; 1 changes nothing.
+
+    Examples:
+        >>> flatter = forward(model, ids, SpectraScaler(2, 0, alpha=0.25), capture="pattern")
+        >>> [f"{pattern[2, 0, -1].max():.2f}" for pattern in (capture.attention.patterns, flatter["pattern"])]
+        ['1.00', '0.70']
     """
 
     layer: Any = field(Layer())
@@ -222,7 +248,7 @@ class SpectraScaler:
 
 @pytree
 class ActivationPatch:
-    """Puts another run's activation in place.
+    """Puts another run's activation in place (Vig et al. 2020, arXiv:2004.12265).
 
     Args:
         site: a name of the site table; static.
@@ -233,9 +259,10 @@ class ActivationPatch:
         positions: which tokens are patched: an integer, a set, or a bool mask `[T]`; None for all. They only mask:
             `value` keeps its token axis.
 
-    Example:
-        run = forward(model, tokens, capture="mlp_out")
-        forward(model, other, ActivationPatch("mlp_out", range(4, 8), PerLayer(run["mlp_out"])))
+    Examples:
+        >>> patch = ActivationPatch("resid_pre", 2, PerLayer(run["resid_pre"]), positions=4)  # France for Italy
+        >>> says(forward(model, ids, patch))
+        'Paris'
     """
 
     site: str = field(None)
@@ -260,7 +287,7 @@ def _add(x: Array, value: tuple[Array, Array]) -> Array:
 
 @pytree
 class Steer:
-    """Adds a direction: `x ← x + scale · vector`.
+    """Adds a direction: `x ← x + scale · vector` (Turner et al. 2023, arXiv:2308.10248).
 
     Args:
         layer: from 0, or a set; None for a site outside the layers.
@@ -269,6 +296,11 @@ class Steer:
         scale: strength.
         site: static.
         positions: which tokens; None for all.
+
+    Examples:
+        >>> direction = model.lm_head.weight[paris] - model.lm_head.weight[rome]
+        >>> says(forward(model, ids, Steer(3, direction, scale=20.0)))
+        'Paris'
     """
 
     layer: Any = field(Layer(site="site"))
@@ -297,13 +329,19 @@ def _project_out(x: Array, direction: Array) -> Array:
 
 @pytree
 class DirectionAblation:
-    """Removes the component along a direction: `x ← x − (x · d̂) d̂` over the site's last axis, d̂ of unit length.
+    """Removes the component along a direction, d̂ of unit length: `x ← x − (x · d̂) d̂` (Arditi et al. 2024, arXiv:2406.11717).
 
     Args:
         site: static.
         layer: from 0, or a set; None for a site outside the layers.
         direction: over the site's last axis, of any length but zero; one for each layer is a `PerLayer` of `[L, E]`.
         positions: which tokens; None for all.
+
+    Examples:
+        >>> direction = model.lm_head.weight[rome]
+        >>> out = forward(model, ids, DirectionAblation("resid_post", 3, direction), capture="resid_post")
+        >>> np.allclose(out["resid_post"][3] @ direction, 0.0, atol=1e-3)
+        True
     """
 
     site: str = field(None)
@@ -339,6 +377,11 @@ class AttentionKnockout:
         layer: from 0, or a set.
         head: query head, from 0, or a set.
         query, key: who may not look, and at whom.
+
+    Examples:
+        >>> everywhere = AttentionKnockout(range(4), range(6), query=-1, key=4)  # the last token no longer sees Italy
+        >>> says(forward(model, ids, everywhere))
+        'Apia'
     """
 
     layer: Any = field(Layer())
@@ -360,6 +403,10 @@ class Ablation:
         site: static.
         layer: from 0, or a set; None for a site outside the layers.
         index: from 0, or a set; None for everything.
+
+    Examples:
+        >>> says(forward(model, ids, Ablation("mlp_out", 0))), says(forward(model, ids, Ablation("mlp_out", 3)))
+        ('warm', 'Rome')
     """
 
     site: str = field(None)

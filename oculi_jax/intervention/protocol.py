@@ -19,7 +19,17 @@ class Intervention(Protocol):
     heads `head` counts; a `head` that is given takes the head axis from `Values`; a `layer` that is None stands for every
     layer, in which `Values` lead with `L`; `positions` are where it acts.
 
-    A method `check()`, where there is one, raises ValueError or TypeError for static fields that make no intervention.
+    A method `check()`, where there is one, raises ValueError or TypeError for static fields that make no intervention. What
+    is data is checked when it is run, against the model and the prompt, and refused by the same two errors.
+
+    Examples:
+        >>> @pytree
+        ... class Silence:  # an intervention of one's own: the MLPs of some layers
+        ...     layers: object = field(Layer())
+        ...     def edits(self, sizes):
+        ...         return (Edit("mlp_out", "set", self.layers, value=0.0),)
+        >>> isinstance(Silence(0), Intervention), says(forward(model, ids, Silence(0)))
+        (True, 'warm')
     """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]

@@ -69,6 +69,10 @@ def report(
     Raises:
         ValueError, TypeError: a prompt, target or head that cannot be; a prompt too long for a page (512 tokens, or 20,000
             cells of the lens); inside an `InterventionContext`.
+
+    Examples:
+        >>> page = report(model, text, tokenizer=tokenizer)
+        >>> page.save("italy.html")
     """
     if isinstance(model, LlamaAttentionAdapter):
         adapter = model

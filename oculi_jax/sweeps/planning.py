@@ -60,6 +60,11 @@ class SweepPlan:
             call's own.
         note: why all tokens run, where something that was given needs them; else "".
         rate: measures floating-point operations a second of the device.
+
+    Examples:
+        >>> planned = plan(model, [ids, other], HeadAblation.grid(model.config), metric)
+        >>> planned.axes, planned.n_prompts, planned.batch_size, planned.seconds < 60
+        ((4, 6), 2, 24, True)
     """
 
     axes: tuple[int, ...]

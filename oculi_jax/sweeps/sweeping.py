@@ -78,6 +78,11 @@ def sweep(
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs.
+
+    Examples:
+        >>> effects = sweep(model, ids, HeadAblation.grid(model.config), metric)  # each of 24 heads, absent
+        >>> effects.shape, bool((effects < metric(forward(model, ids))).any())
+        ((4, 6), True)
     """
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress is {progress!r}, and must be None, a bool, or a function of (done, total).")
@@ -108,7 +113,15 @@ def plan(
     reuse: bool = True,
     mesh: Mesh | None = None,
 ) -> SweepPlan:
-    """What `sweep` with these arguments will do: the groups of variants, their cost beside whole runs, and the memory."""
+    """What `sweep` with these arguments will do: the groups of variants, their cost beside whole runs, and the memory.
+
+    Raises:
+        ValueError, TypeError: as `sweep`; under a trace (jit, vmap, grad) too, where it has no plan.
+
+    Examples:
+        >>> plan(model, ids, HeadAblation.grid(model.config), metric).naive_layer_evaluations  # 24 variants × 4 layers
+        96.0
+    """
     model = find_model(model)
     tokens, mask, _ = check_prompts(model.config, tokens, mask)
     prepared = _prepare(model, tokens, mask, interventions, metric, mesh)

@@ -56,7 +56,7 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
             aside = aside.rename(aside.with_suffix(".commit"))
         for name in names:
             os.replace(aside / name, directory / name)
-            _sweep(directory, first, "commit")  # not before: from the first of our files on, our own folder says the same
+            _sweep(directory, first, "commit")  # not before: from the first file on our own folder says the same
     except OSError as error:
         own = error.filename is None or aside is None or str(error.filename).startswith(str(aside))
         if not own or error.errno is None:

@@ -155,6 +155,10 @@ def test_messages_of_a_chat_are_taken(embedded) -> None:
             [*messages, {"role": "assistant", "content": "Paris"}], return_dict=False
         ),
     )
+    said = adapter.tokenizer.decode(adapter.generate(list(want), 2)[len(want) :], skip_special_tokens=True)
+    assert adapter.generate(messages, 2) == [*messages, {"role": "assistant", "content": said}]
+    both = adapter.generate(messages, 2, HeadAblation(2, np.array([0, 1])))
+    assert len(both) == 2 and all(chat[:1] == messages and chat[1]["role"] == "assistant" for chat in both)
 
 
 def test_pads_without_a_mask_are_said(model: Llama) -> None:

@@ -57,6 +57,12 @@ class LlamaConfig:
 
     In the letters of the contract: `L = num_hidden_layers`, `E = hidden_size`, `H = num_attention_heads`,
     `K = num_key_value_heads`, `D = head_dim`, `F = intermediate_size`, `V = vocab_size`.
+
+    Examples:
+        >>> model.config.sizes
+        {'L': 4, 'E': 192, 'H': 6, 'K': 2, 'D': 32, 'F': 512, 'V': 576}
+        >>> model.config.n_params, len(model.config.sites), model.config.limit, model.config.pad_id
+        (1795776, 25, 128, 2)
     """
 
     vocab_size: int
@@ -85,7 +91,12 @@ class LlamaConfig:
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """What each layer's attention sees and how it turns; here the same for all."""
+        """What each layer's attention sees and how it turns; here the same for all.
+
+        Examples:
+            >>> model.config.layer_kinds[0].window is None
+            True
+        """
         return (LayerKind(self.rope),) * self.num_hidden_layers
 
     @property
@@ -114,7 +125,12 @@ class LlamaConfig:
 
     @property
     def steady_length(self) -> int | None:
-        """Up to which length the rotary frequencies do not depend on it; None where they never do."""
+        """Up to which length the rotary frequencies do not depend on it; None where they never do.
+
+        Examples:
+            >>> model.config.steady_length is None
+            True
+        """
         lengths = {"dynamic": self.max_position_embeddings, "longrope": self.rope.original_max_position_embeddings}
         return lengths.get(self.rope.type)
 
@@ -124,7 +140,12 @@ class LlamaConfig:
         return None if self.rope.type == "dynamic" else self.max_position_embeddings
 
     def kv_head(self, head: int) -> int:
-        """The key/value head that query head `head` reads: `head // G`."""
+        """The key/value head that query head `head` reads: `head // G`. IndexError for a head that there is not.
+
+        Examples:
+            >>> [model.config.kv_head(head) for head in range(6)]
+            [0, 0, 0, 1, 1, 1]
+        """
         head = operator.index(head)
         if not 0 <= head < self.num_attention_heads:
             raise IndexError(
@@ -135,7 +156,13 @@ class LlamaConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], *, ignore_fields: Iterable[str] = ()) -> LlamaConfig:
-        """Reads `config.json` in a directory. Raises OSError or ValueError with the file's name."""
+        """Reads `config.json` in a directory. Raises OSError or ValueError with the file's name.
+
+        Examples:
+            >>> model.save_pretrained("copy")
+            >>> LlamaConfig.from_pretrained("copy").hidden_size
+            192
+        """
         path = Path(directory) / CONFIG
         values = read_object(path)
         if values is None:
@@ -153,7 +180,12 @@ class LlamaConfig:
     def with_generation(self, values: Mapping[str, Any]) -> LlamaConfig:
         """With the token ids of a `generation_config.json`, which come before those of `config.json` as in transformers.
 
-        Fields of it that change which token is the likeliest are not implemented, and are named in a warning.
+        Fields of it that change which token is the likeliest are not implemented, and are named in a warning. ValueError for
+        ids that cannot be.
+
+        Examples:
+            >>> model.config.with_generation({"eos_token_id": [1, 2]}).eos_token_id
+            (1, 2)
         """
         problems: list[str] = []
         read = Reader(values, problems)
@@ -181,6 +213,10 @@ class LlamaConfig:
 
         Raises:
             ValueError: one message with every field that is missing, malformed, or not implemented.
+
+        Examples:
+            >>> LlamaConfig.from_dict(model.config.to_dict()) == model.config
+            True
         """
         if not isinstance(values, Mapping):
             raise TypeError(f"A config is a dictionary, and a {type(values).__name__} was given.")
@@ -233,7 +269,12 @@ class LlamaConfig:
         return cls(**config)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """The `config.json` of this model, in the spelling that transformers 4 and 5 both read."""
+        """The `config.json` of this model, in the spelling that transformers 4 and 5 both read.
+
+        Examples:
+            >>> model.config.to_dict()["rope_theta"]
+            10000.0
+        """
         values = {
             name: getattr(self, name)
             for name in self.__dataclass_fields__
@@ -255,6 +296,11 @@ class LlamaConfig:
         }
 
     def generation_dict(self) -> dict[str, Any]:
-        """The `generation_config.json` of this model."""
+        """The `generation_config.json` of this model.
+
+        Examples:
+            >>> model.config.generation_dict()
+            {'bos_token_id': 0, 'pad_token_id': 2}
+        """
         values = {name: getattr(self, name) for name in _TOKENS}
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}

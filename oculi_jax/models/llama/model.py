@@ -58,12 +58,18 @@ def einsum(equation: str, *operands: Array, dtype: DTypeLike | None = None) -> A
 def expand_kv(x: Float[Array, "... K T D"], config: LlamaConfig) -> Float[Array, "... H T D"]:
     """Repeats keys or values so that entry `h` of the head axis is what query head `h` reads (`config.kv_head(h)`).
 
+    Grouped-query attention is Ainslie et al. (2023), arXiv:2305.13245. ValueError for an array without those axes.
+
     Args:
         x: keys or values `[..., K, T, D]`, for instance a capture `[L, K, T, D]`.
         config: the model's config.
 
     Returns:
         The same values as `[..., H, T, D]`.
+
+    Examples:
+        >>> expand_kv(capture.attention.keys, model.config).shape  # [L, K, T, D] → [L, H, T, D]
+        (4, 6, 6, 32)
     """
     x = jnp.asarray(x)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -203,7 +209,7 @@ class Unembedding:
 
 
 class Llama(nnx.Module):
-    """A Llama as a pytree: transform it with `jax.tree.map`, pass it to `forward`, differentiate with respect to it.
+    """A Llama (Touvron et al. 2023, arXiv:2302.13971) as a pytree: pass it to `forward`, map over it, differentiate it.
 
     Attributes:
         config: its `LlamaConfig`; static.
@@ -211,6 +217,12 @@ class Llama(nnx.Module):
         layers: a `Block` whose leaves lead with `L`.
         norm: the final norm.
         unembed: `[V, E]`, or None where tied. Read `lm_head.weight`, which serves both.
+
+    Examples:
+        >>> model
+        Llama(1.8M parameters, float32, L=4, H=6, K=2, D=32, E=192, F=512, V=576)
+        >>> model.n_params, model.dtype, model.device.platform, model.final_weight.shape
+        (1795776, dtype('float32'), 'cpu', (192,))
     """
 
     backend = "jax"
@@ -268,6 +280,11 @@ class Llama(nnx.Module):
         Raises:
             OSError: something is not there or cannot be read. ValueError: it is there and is not a Llama that can be
                 loaded exactly; one message lists every missing, unexpected and mis-shaped tensor.
+
+        Examples:
+            >>> model.save_pretrained("copy")
+            >>> Llama.from_pretrained("copy", dtype="bfloat16").dtype
+            dtype(bfloat16)
         """
         from .checkpoint import load, placement
 
@@ -287,7 +304,10 @@ class Llama(nnx.Module):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` in Hugging Face's layout; transformers loads the same bits.
 
-        Files are written aside and renamed, so a half-written checkpoint never exists under its name.
+        Files are written aside and renamed, so a half-written checkpoint never exists under its name. OSError where they cannot.
+
+        Examples:
+            >>> model.save_pretrained("copy")
         """
         from .checkpoint import save
 
@@ -298,7 +318,7 @@ class Llama(nnx.Module):
     ) -> Any:
         """Continues prompts as Hugging Face's `generate` does: the prompt's ids and the new ones, greedily by default.
 
-        It is under an `InterventionContext` of an adapter of this model. Inside `jit` use `oculi_jax.generate`.
+        It is under an `InterventionContext` of an adapter of this model. Inside `jit` use `oculi_jax.generate`; errors are its.
 
         Args:
             input_ids: ids `[T]` or `[B, T]`, of NumPy, JAX, torch or lists.
@@ -310,6 +330,10 @@ class Llama(nnx.Module):
         Returns:
             int32 `[1, T + max_new_tokens]`, `[B, …]` for several prompts or for variants of the interventions; without
             the leading axis for ids `[T]`.
+
+        Examples:
+            >>> tokenizer.decode(model.generate(ids, 2), skip_special_tokens=True)
+            'The capital of Italy is Rome.'
         """
         from ...decoding.continuation import continue_ids
         from ...intervention.context import active_on
@@ -318,7 +342,12 @@ class Llama(nnx.Module):
 
     @property
     def lm_head(self) -> Unembedding:
-        """`.weight` is the unembedding `[V, E]`, tied or not."""
+        """`.weight` is the unembedding `[V, E]`, tied or not.
+
+        Examples:
+            >>> model.lm_head.weight.shape
+            (576, 192)
+        """
         return Unembedding(self.embed[...] if self.unembed is None else self.unembed[...])
 
     @property
@@ -353,11 +382,21 @@ class Llama(nnx.Module):
         return tap("final_norm", self.norm(resid, scale))
 
     def logits(self, normalised: Float[Array, "... E"]) -> Float[Array, "... V"]:
-        """The unembedding; float32 whatever the weights."""
+        """The unembedding; float32 whatever the weights.
+
+        Examples:
+            >>> np.allclose(model.logits(run["final_norm"]), run.logits, atol=1e-3)
+            True
+        """
         return einsum("...e,ve->...v", normalised, self.lm_head.weight, dtype=jnp.float32)
 
     def logits_of(self, normalised: Float[Array, "... E"], tokens: Int[AnyArray, "N"]) -> Float[Array, "... N"]:
-        """Logits of some tokens; NaN for an id beyond the vocabulary."""
+        """Logits of some tokens; NaN for an id beyond the vocabulary.
+
+        Examples:
+            >>> model.logits_of(run["final_norm"], np.array([rome, paris])).shape
+            (6, 2)
+        """
         rows = self.lm_head.weight.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         return einsum("...e,ne->...n", normalised, rows, dtype=jnp.float32)
 

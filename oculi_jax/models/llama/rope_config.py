@@ -32,7 +32,12 @@ _INERT_ROPE = {"partial_rotary_factor": (1, None), "finetuned": ANY}
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: the type and the numbers that its formula reads (see `rope.py`)."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864): the type and the numbers that its formula reads.
+
+    Examples:
+        >>> model.config.rope.type, model.config.rope.theta
+        ('default', 10000.0)
+    """
 
     type: str
     theta: float

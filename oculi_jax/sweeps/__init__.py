@@ -1,0 +1,1 @@
+"""Many variants of a run, planned: what they share is run once."""
