@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import oculi_jax
 from oculi_jax import SITES, forward, generate, load
 from oculi_jax.cli.interventions import KINDS, parse
 from oculi_jax.diagnostics import head_scores
@@ -34,7 +36,17 @@ def test_a_line_is_an_intervention() -> None:
     for line, want in lines.items():
         found = parse(line)
         assert type(found) is type(want) and vars(found) == vars(want)
-    assert {type(parse(line)) for line in lines} | {Steer} == set(KINDS.values())  # its direction is in a file
+    made = {type(parse(line)) for line in lines} | {Steer}  # whose direction is in a file
+    assert {kind.__name__ for kind in made} == {name for name, _, _ in KINDS.values()}
+
+
+def test_the_fields_of_a_line_are_those_of_the_classes() -> None:
+    """Numbers and names; a direction is a file, and other arrays cannot be written in a line."""
+    for name, needed, optional in KINDS.values():
+        fields = [f for f in dataclasses.fields(getattr(oculi_jax, name)) if f.name not in ("replacement", "positions")]
+        named = [f.name.replace("vector", "file") for f in fields]
+        assert sorted(named) == sorted((*needed, *optional))
+        assert {n for n, f in zip(named, fields, strict=True) if f.default is dataclasses.MISSING} == set(needed)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +93,7 @@ def test_oculi_heads(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_here)
 def test_oculi_attribute(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_here) -> None:
     text = IOI.format("John")
     code, out, err = oculi_here(
-        "attribute", text, "--target", "Mary", "--versus", "John", "-o", str(tmp_path / "x.svg")
+        "attribute", text, "--target", "Mary", "--against", "John", "-o", str(tmp_path / "x.svg")
     )
     assert code == 0, err
     logits = forward(trained.model, trained.tokenizer.encode(text), logits="last").logits

@@ -51,7 +51,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path) -> Callabl
     adapter = LlamaAttentionAdapter(MODEL(), Words())
     figures: list[Any] = []
     for module in (patch_command, sweep_command):
-        monkeypatch.setattr(module, "open_adapter", lambda *given: adapter)
+        monkeypatch.setattr(module, "open_adapter", lambda *given, chat: adapter)
         monkeypatch.setattr(module, "save_picture", lambda figure, path, quiet: figures.append(figure))
 
     def run(*arguments: str) -> tuple[list[str], Any]:
@@ -306,7 +306,7 @@ def test_mistakes_are_one_line_and_code_2(
     trained, monkeypatch, tmp_path: Path, oculi_here, arguments, message: str
 ) -> None:
     for module in (patch_command, sweep_command):
-        monkeypatch.setattr(module, "open_adapter", lambda *given: trained)
+        monkeypatch.setattr(module, "open_adapter", lambda *given, chat: trained)
     code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
     assert not list(tmp_path.iterdir()) and out == ""

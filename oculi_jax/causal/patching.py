@@ -311,7 +311,9 @@ def _spoilt(model: Llama, plain: _Runs, corrupted: Any, background: tuple[Any, .
     """The corrupted runs that interventions or other tokens make."""
     if are_interventions(corrupted):
         return replace(plain, interventions=(*background, *as_list(corrupted)))
-    tokens, _, alone = check_prompts(model.config, corrupted, None)
+    tokens, _, alone = check_prompts(
+        model.config, corrupted, None if plain.mask is None else np.ones(np.shape(corrupted), bool)
+    )
     if tokens.shape != plain.tokens.shape or alone != single:
         shapes = [listing(x.shape[int(one) :]) for x, one in ((plain.tokens, single), (tokens, alone))]
         raise ValueError(

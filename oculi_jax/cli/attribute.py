@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
-from ..adapter.configs import CaptureConfig, LogitConfig, MLPConfig
-from ..analysis.attribution import AttributionMethods
+import oculi_jax
+
 from .common import (
+    Chat,
     Dtype,
     Json,
     Longer,
     Model,
     Picture,
-    Text,
     check_picture,
     console,
+    heard,
     open_adapter,
     print_json,
     save_picture,
     shown,
     working,
 )
-from .effects import answer, token_ids
+from .effects import Target, answer, bar
+from .prompts import OneText, PromptFile, Row, check_one, check_target, read_rows, token_ids
+from .sets import answers, chunks, difference, encoded, named, others, said, spread, with_interval
 
-# What attribution reads: heads' outputs come with any capture of attention.
-HEADS_ALONE = CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False, capture_patterns=False)
-OUTPUT_ALONE = MLPConfig(capture_gate=False, capture_up=False, capture_post_activation=False)
-LAST = LogitConfig(layers=[0], top_k=1, positions=[-1])
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..analysis.result import Result
+    from ..models.llama import LlamaAttentionAdapter
 
 
 def attribute(
-    text: Text,
-    target: Annotated[
-        str, typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default=False)
-    ],
-    versus: Annotated[
+    text: OneText = None,
+    prompts: PromptFile = None,
+    target: Target = None,
+    against: Annotated[
         str | None,
         typer.Option(help="Another token: attribute the difference of the two logits.", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option(help="How many heads and MLPs to show.", min=1)] = 12,
     output: Picture = None,
     as_json: Json = False,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -55,61 +59,138 @@ def attribute(
     Every part of the residual stream goes through the final norm, with its scale in this run, and the unembedding; the
     parts sum to the logit.
     """
+    check_one(prompts, text=text)
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype, text)
-    tokens = token_ids(adapter, text, allow_longer)
+    if prompts is not None:
+        rows = read_rows(prompts, ("prompt",), {"target": target, "against": against}, needed=("target",))
+        adapter = open_adapter(model, dtype, *(row["prompt"] for row in rows), chat=chat)
+        _of_set(adapter, rows, top, picture, as_json, chat, allow_longer)
+    elif text is not None:
+        goal = check_target(target)
+        adapter = open_adapter(model, dtype, text, chat=chat)
+        _of_one(adapter, text, goal, against, top, picture, as_json, chat, allow_longer)
+
+
+def _attributed(
+    adapter: LlamaAttentionAdapter, tokens: np.ndarray, mask: np.ndarray | None, token: Any, longer: bool
+) -> tuple[Result, Result]:
+    """By component and by head, of one prompt `[T]`, or of several `[B, T]` with ids `[B]` or pairs of them `[B, 2]`."""
+    import jax
+    import numpy as np
+
+    kept: dict[str, Any] = {  # heads' outputs come with any capture of attention
+        "attention": oculi_jax.CaptureConfig(
+            capture_queries=False, capture_keys=False, capture_values=False, capture_patterns=False
+        ),
+        "mlp": oculi_jax.MLPConfig(capture_gate=False, capture_up=False, capture_post_activation=False),
+        "logits": oculi_jax.LogitConfig(layers=[0], top_k=1, positions=[-1]),
+    }
+    full = adapter.capture_full(tokens, attention_mask=mask, allow_longer=longer, **kept)
+    methods, model = oculi_jax.analysis.AttributionMethods, adapter.model
+
+    def one(attention: Any, residual: Any, mlp: Any, token: Any) -> tuple[Result, Result]:
+        token = token if np.ndim(token) == 0 else (token[0], token[1])
+        parts = methods.component_attribution(residual, mlp, model.lm_head.weight, token)
+        return parts, methods.head_attribution(attention, model, token, residual=residual)
+
+    return (one if mask is None else jax.vmap(one))(full.attention, full.residual, full.mlp, token)
+
+
+def _of_one(
+    adapter: LlamaAttentionAdapter, text: str, target: str, against: str | None, top: int, picture: Path | None,
+    as_json: bool, chat: bool, longer: bool,
+) -> None:  # fmt: skip
+    import numpy as np
+
+    tokens = token_ids(adapter, text, longer, chat)
     goal = answer(adapter, tokens, target)
-    token = goal if versus is None else (goal, answer(adapter, tokens, versus))
+    token = goal if against is None else (goal, answer(adapter, tokens, against))
     with working("Running the model"):
-        full = adapter.capture_full(
-            text, attention=HEADS_ALONE, mlp=OUTPUT_ALONE, logits=LAST, allow_longer=allow_longer
-        )
-        weights = adapter.model.lm_head.weight
-        parts = AttributionMethods.component_attribution(full.residual, full.mlp, weights, token)
-        heads = AttributionMethods.head_attribution(full.attention, adapter.model, token, residual=full.residual)
-        by_head, by_part = np.asarray(heads.values), np.asarray(parts.values)
-    ranked = [(abs(v), f"L{n}H{h}", float(v)) for (n, h), v in np.ndenumerate(by_head)]
-    ranked += [(abs(v), f"L{n} MLP", float(v)) for n, v in enumerate(by_part[:, 1])]
-    ranked.sort(reverse=True)
-    largest = ranked[0][0] or 1.0
-
-    details = heads.details
+        parts, heads = _attributed(adapter, tokens, None, token, longer)
+        by_head, by_mlp = np.asarray(heads.values), np.asarray(parts.values)[:, 1]
+    details, missed = heads.details, heads.completeness_error
+    assert missed is not None
     if as_json:
-        ends = {
-            "logit": details["logit"],
-            "embedding": details["embedding"],
-            "completeness_error": heads.completeness_error,
-        }
-        print_json(
-            {"prompt": text, "target": target, "versus": versus, **ends, "heads": by_head, "mlps": by_part[:, 1]}
-        )
-    logit = float(details["logit"])
-    rest = [
-        ("embedding", float(details["embedding"])),
-        ("all attention heads", float(by_head.sum())),
-        ("all MLPs", float(by_part[:, 1].sum())),
-    ]
+        ends = {"logit": details["logit"], "embedding": details["embedding"], "completeness_error": missed}
+        given = {"prompt": text, "chat": chat, "target": target, "against": against}
+        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
     out = console(quiet=as_json)
-    what = f"logit of {shown(target)}" + (f" − logit of {shown(versus)}" if versus is not None else "")
-    out.print(TextCell(f"{what} after {shown(text)}: {logit:+.3f}"))
-    out.print(_table(ranked[:top], largest))
-    summary = ", ".join(f"{name} {value:+.3f}" for name, value in rest)
-    assert heads.completeness_error is not None
-    out.print(f"{summary}; all parts together miss the logit by {float(heads.completeness_error):.1e}.", markup=False)
+    what = f"logit of {shown(target)}" + (f" − logit of {shown(against)}" if against is not None else "")
+    out.print(TextCell(f"{what} after {shown(heard(text, chat))}: {float(details['logit']):+.3f}"))
+    out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[:top]]))
+    rest = _summary(details["embedding"], by_head, by_mlp)
+    out.print(f"{rest}; all parts together miss the logit by {float(missed):.1e}.", markup=False)
     if picture:
-        from ..visualize import attribution_bars, panels
-
-        figure, (left, right) = panels(1, 2, 11.0, 5.0, widths=(3, 2))
-        attribution_bars(parts, ax=left, title=what)
-        attribution_bars(heads, ax=right, k=15, title="the strongest heads")
-        save_picture(figure, picture, as_json)
+        save_picture(_draw(parts, heads, what), picture, as_json)
 
 
-def _table(parts: list[tuple[float, str, float]], largest: float) -> Table:
-    """Each part's name and what it adds, with a bar of its size."""
+def _of_set(
+    adapter: LlamaAttentionAdapter,
+    rows: list[Row],
+    top: int,
+    picture: Path | None,
+    as_json: bool,
+    chat: bool,
+    longer: bool,
+) -> None:
+    import jax
+    import numpy as np
+
+    tokens, mask = encoded(adapter, rows, "prompt", chat, longer)
+    token, what = answers(adapter, tokens, mask, rows, "target"), f"logit of {named(rows, 'target')}"
+    if rows[0]["against"] is not None:
+        token, what = np.stack([token, others(adapter, tokens, mask, rows, token)], axis=1), difference(rows)
+    with working("Running the model"):
+        some = [_attributed(adapter, part, real, ids, longer) for part, real, ids in chunks(tokens, mask, token)]
+        parts, heads = jax.tree.map(lambda *x: np.concatenate(x), *some)
+    by_head, by_mlp = spread(heads.values), spread(parts.values[:, :, 1])
+    logit, embedding = spread(heads.details["logit"]), spread(heads.details["embedding"])
+    if as_json:
+        ends = {"logit": logit, "embedding": embedding, "completeness_error": heads.completeness_error}
+        given = {**said(rows, "prompt", "target", "against"), "chat": chat}
+        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
+    out = console(quiet=as_json)
+    mean, interval = with_interval(logit)
+    out.print(TextCell(f"{what}, mean over {len(rows)} prompts: {mean} (95 % interval {interval})"))
+    ranked = _ranked(by_head["mean"], by_mlp["mean"])[:top]
+    out.print(_table([(n, v, with_interval(by_head if len(at) > 1 else by_mlp, at)[1]) for n, v, at in ranked]))
+    rest, missed = _summary(embedding["mean"], by_head["mean"], by_mlp["mean"]), np.abs(heads.completeness_error).max()
+    out.print(f"{rest}; all parts together miss a prompt's logit by at most {missed:.1e}.", markup=False)
+    if picture:
+        parts, heads = jax.tree.map(lambda x: x.mean(axis=0), (parts, heads))
+        save_picture(_draw(parts, heads, f"{what}\nmean over {len(rows)} prompts"), picture, as_json)
+
+
+def _summary(embedding: Any, by_head: np.ndarray, by_mlp: np.ndarray) -> str:
+    rest = {"embedding": embedding, "all attention heads": by_head.sum(), "all MLPs": by_mlp.sum()}
+    return ", ".join(f"{name} {float(value):+.3f}" for name, value in rest.items())
+
+
+def _ranked(by_head: np.ndarray, by_mlp: np.ndarray) -> list[tuple[str, float, tuple[int, ...]]]:
+    """Each part's name, what it adds, and its place; the largest first."""
+    import numpy as np
+
+    found = [(f"L{n}H{h}", float(v), (n, h)) for (n, h), v in np.ndenumerate(by_head)]
+    found += [(f"L{n} MLP", float(v), (n,)) for n, v in enumerate(by_mlp)]
+    return sorted(found, key=lambda part: -abs(part[1]))
+
+
+def _table(parts: list[tuple[str, float, str]]) -> Table:
+    """Each part's name and what it adds, with its interval over prompts where there is one, and a bar of its size."""
     table = Table(box=None, pad_edge=False)
-    for column, justify in (("part", "left"), ("adds to the logit", "right"), ("", "left")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for size, name, value in parts:
-        table.add_row(name, f"{value:+.3f}", ("█" if value > 0 else "░") * round(20 * size / largest))
+    table.add_column("part")
+    table.add_column("adds to the logit", justify="right")
+    if with_intervals := any(interval for _, _, interval in parts):
+        table.add_column("95 % interval", justify="right")
+    table.add_column("")
+    largest = abs(parts[0][1]) or 1.0
+    for name, value, interval in parts:
+        table.add_row(name, f"{value:+.3f}", *([interval] if with_intervals else []), bar(value, largest))
     return table
+
+
+def _draw(parts: Result, heads: Result, what: str) -> Any:
+    figure, (left, right) = oculi_jax.visualize.panels(1, 2, 11.0, 5.0, widths=(3, 2))
+    oculi_jax.visualize.attribution_bars(parts, ax=left, title=what)
+    oculi_jax.visualize.attribution_bars(heads, ax=right, k=15, title="the strongest heads")
+    return figure

@@ -6,16 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import numpy as np
 import typer
 
-from ..adapter.files import save
-from ..capture import CaptureSpec, readings_of
-from ..prompts import prepare
-from ..run import forward
+import oculi_jax
+
 from ..sites import SITES, unknown_site
-from .common import Dtype, Longer, Model, Text, check_output, console, integers, open_adapter, working
+from .common import Chat, Dtype, Longer, Model, Text, check_output, config_of, console, integers, open_adapter, working
+from .prompts import token_ids
 
 
 def capture(
@@ -25,6 +22,7 @@ def capture(
     layers: Annotated[
         str | None, typer.Option(help="Layers, as 10,15 or 0-5; all where left out.", show_default=False)
     ] = None,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -39,23 +37,32 @@ def capture(
     outside = tuple(name for name in names if name not in inside)
     if chosen is not None and not inside:
         raise ValueError(f"--layers is given, but {sites} occurs once, outside the layers.")
-    specs = (*([CaptureSpec(inside, chosen)] if inside else []), *([CaptureSpec(outside)] if outside else []))
-    adapter = open_adapter(model, dtype, text)
-    prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
-    tokens = prompt.tokens[0, : prompt.n_tokens]
-    readings = readings_of(specs, adapter.model.config, prompt.n_tokens)
+    config = config_of(model)
+    spec = oculi_jax.CaptureSpec
+    specs = (*([spec(inside, chosen)] if inside else []), *([spec(outside)] if outside else []))
+    import numpy as np
+
+    from ..capture import readings_of
+
+    if config is not None:
+        readings_of(specs, config, 1)
+    adapter = open_adapter(model, dtype, text, chat=chat)
+    tokens = token_ids(adapter, text, allow_longer, chat)
+    readings = readings_of(specs, adapter.model.config, len(tokens))
     with working("Running the model"):
-        found = jax.block_until_ready(forward(adapter.model, tokens, capture=specs, logits="none").activations)
+        found = oculi_jax.forward(adapter.model, tokens, capture=specs, logits="none").activations
+        arrays = {name: np.asarray(value) for name, value in found.items()}
     metadata = {
         "model": model or "tiny-facts",
         "text": text,
+        "chat": json.dumps(chat),
         "tokens": json.dumps(tokens.tolist()),
         "layers": json.dumps(next((list(r.layers) for r in readings if r.site.layered), [])),
     }
     with working(f"Writing {output}"):
-        save(found, output, metadata=metadata)
+        oculi_jax.save(found, output, metadata=metadata)
     out = console()
     for reading in readings:
-        value = np.asarray(found[reading.site.name])
+        value = arrays[reading.site.name]
         out.print(f"{reading.site.name}: {reading.site.shape} = {list(value.shape)} {value.dtype}", markup=False)
     out.print(f"Wrote {output} ({output.stat().st_size / 1e6:.1f} MB).", markup=False)

@@ -1,4 +1,8 @@
-"""What the commands share: the model and tokenizer, XLA's cache on disk, how things are shown."""
+"""What the commands share: the model and tokenizer, XLA's cache on disk, how things are shown.
+
+Commands import nothing slow at their top, so that a mistake in a line is told at once: the public names of `oculi_jax` are
+imported when they are first used, and what is not public is imported in the function that needs it.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +11,33 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+import oculi_jax
+
 from ..embedded import embedded_directory
-from ..intervention.canonical import canonical
-from ..intervention.frame import Frame
-from ..models.llama import LlamaAttentionAdapter
-from ..models.llama.config import LlamaConfig
-from ..models.llama.model import Llama
-from ..utils.files import write_aside
-from ..utils.tokens import load_tokenizer, unknown_words
-from ..visualize.canvas import door
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ..models.llama import LlamaAttentionAdapter, LlamaConfig
+
 Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="The text is what a user says: it is put into the tokenizer's chat template, and the model is at the place where the "
+        "assistant answers.",
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -58,12 +64,10 @@ def print_json(values: dict[str, Any]) -> None:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {str(name): plain(part) for name, part in value.items()}
-        if isinstance(value, np.ndarray | jax.Array):
-            return plain(np.asarray(value).tolist())
+        if hasattr(value, "tolist"):
+            return plain(value.tolist())
         if isinstance(value, list | tuple):
             return [plain(part) for part in value]
-        if isinstance(value, np.generic):
-            return plain(value.item())
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     print(json.dumps(plain(values), ensure_ascii=False, allow_nan=False))
@@ -71,34 +75,62 @@ def print_json(values: dict[str, Any]) -> None:
 
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the second run is quick."""
+    import jax
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "oculi_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def check_early(model: str | None, interventions: Sequence[Any]) -> None:
-    """Raises for interventions that a model cannot have, by its config, before its weights are read."""
+def check_model(model: str | None) -> None:
+    """Raises for a model that is no directory, and that the Hub cannot have either: before anything slow is imported."""
+    if model is None or os.path.isdir(os.path.expanduser(model)):
+        return
+    if os.path.exists(os.path.expanduser(model)):
+        raise NotADirectoryError(f"{model!r} is a file; give the directory that holds config.json and the weights.")
+    if not re.fullmatch(r"[^/.~][^/]*/[^/]+", model):
+        raise FileNotFoundError(f"There is no directory {model!r}, and it has not the form 'owner/name' of a Hub id.")
+
+
+def config_of(model: str | None) -> LlamaConfig | None:
+    """A model's config, before its weights are read; None where it is not on this disk."""
+    from ..models.llama import LlamaConfig
+
+    check_model(model)
     directory = embedded_directory() if model is None else Path(model).expanduser()
-    if interventions and (directory / "config.json").is_file():
-        canonical(tuple(interventions), Frame(LlamaConfig.from_pretrained(directory), np.dtype(np.float32), 1, None))
+    return LlamaConfig.from_pretrained(directory) if (directory / "config.json").is_file() else None
 
 
-def open_adapter(model: str | None, dtype: str, *texts: str | None) -> LlamaAttentionAdapter:
+def open_adapter(model: str | None, dtype: str, *texts: str | None, chat: bool = False) -> LlamaAttentionAdapter:
     """Loads a model, the embedded one for None, and its tokenizer; says which words of the texts it does not know."""
+    check_model(model)
     keep_programs()
+    from ..models.llama import LlamaAttentionAdapter
+    from ..utils.tokens import unknown_words
+
     # transformers warns where torch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     source = embedded_directory() if model is None else model
-    loaded, tokenizer = Llama.from_pretrained(source, dtype=dtype), load_tokenizer(source)
-    adapter, notes = LlamaAttentionAdapter(loaded, tokenizer), console(error=True)
+    tokenizer = oculi_jax.load_tokenizer(source)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            f"--chat is given, and the tokenizer of {model or 'tiny-facts'} has no chat template: leave it out."
+        )
+    adapter = LlamaAttentionAdapter(oculi_jax.Llama.from_pretrained(source, dtype=dtype), tokenizer)
+    notes = console(error=True)
     if model is None:
         size = len(tokenizer) - len(tokenizer.all_special_tokens)
         notes.print(
             f"No --model is given: this is tiny-facts, a small Llama that comes with oculi_jax and knows {size} words."
         )
     if "" in texts:
-        notes.print("The prompt is empty: what follows is about the start of a text.")
+        what = (
+            "message is empty: what follows is about the answer to nothing"
+            if chat
+            else "prompt is empty: what follows is about the start of a text"
+        )
+        notes.print(f"The {what}.")
     for word in dict.fromkeys(word for text in texts if text for word in unknown_words(tokenizer, text)):
         near = difflib.get_close_matches(word, (known.strip("▁") for known in tokenizer.get_vocab()), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -124,12 +156,17 @@ def check_picture(path: Path | None) -> Path | None:
     """The same for a picture, which matplotlib draws."""
     if path is None:
         return None
+    path = check_output(path, ".png", ".svg", ".pdf")
+    from ..visualize.canvas import door
+
     door()
-    return check_output(path, ".png", ".svg", ".pdf")
+    return path
 
 
 def save_picture(figure: Figure, path: Path, quiet: bool = False) -> None:
     """Writes a figure, whole or not at all."""
+    from ..utils.files import write_aside
+
     with write_aside(path) as aside:
         figure.savefig(aside, format=path.suffix[1:].lower(), dpi=150)
     console(quiet=quiet).print(f"Drew {path}.", markup=False)
@@ -159,3 +196,8 @@ def integers(text: str | None, what: str) -> list[int] | None:
 def shown(text: object) -> str:
     """A token as people can read it: quoted, with line breaks and other invisible characters written out."""
     return repr(str(text))
+
+
+def heard(text: str, chat: bool) -> str:
+    """A prompt as titles and lines say it: under --chat, that a user says it."""
+    return f"user: {text}" if chat else text

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .. import trust as checks
 from ..embedded import embedded_directory
-from ..utils.devices import get_device_info
-from .common import Dtype, Json, Model, console, keep_programs, print_json, working
+from .common import Dtype, Json, Model, check_model, console, keep_programs, print_json, working
+
+if TYPE_CHECKING:
+    from ..trust import Finding
 
 
 def doctor(
@@ -25,6 +26,10 @@ def doctor(
 
     In float32 and in the model's dtype. Exits with 1 where something is wrong.
     """
+    check_model(model)
+    from .. import trust as checks
+    from ..utils.devices import get_device_info
+
     keep_programs()
     here = checks.devices()
     names = sorted({name for _, name in here})
@@ -34,11 +39,7 @@ def doctor(
             f"device is {device!r}, and to compare with JAX's CPU there is {', '.join(names) or 'none'} here."
         )
     out = console(quiet=as_json)
-    info = Table(box=None, pad_edge=False, show_header=False)
-    for name, value in get_device_info().items():
-        shown = f"{value / 1e9:.1f} GB" if name.endswith("_bytes") and value is not None else str(value)
-        info.add_row(name.removesuffix("_bytes").replace("_", " "), shown)
-    out.print(info)
+    out.print(_machine(get_device_info()))
     if not wanted:
         out.print(
             "JAX has the CPU alone here, and torch is not installed: there is nothing to compare. The CPU is what the tests "
@@ -46,7 +47,7 @@ def doctor(
         )
         return
     source = embedded_directory() if model is None else model
-    by_kind: dict[tuple[str, ...], checks.Finding] = {}
+    by_kind: dict[tuple[str, ...], Finding] = {}
     for kind in ("float32", dtype):
         for backend, name in wanted:
             if (backend, name, kind) not in by_kind:
@@ -77,7 +78,15 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _cell(one: checks.Finding, site: str) -> str:
+def _machine(info: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in info.items():
+        shown = f"{value / 1e9:.1f} GB" if name.endswith("_bytes") and value is not None else str(value)
+        table.add_row(name.removesuffix("_bytes").replace("_", " "), shown)
+    return table
+
+
+def _cell(one: Finding, site: str) -> str:
     if site not in one.errors:
         return "—"
     errors, excess = one.errors[site], one.excess[site]

@@ -1,4 +1,4 @@
-"""What `oculi sweep` and `oculi patch` share: the metric in words, a bar while variants run, effects as text."""
+"""What an answer after a prompt is, as a metric and in words; a bar while variants run; effects as text."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..adapter.adapter import LlamaAttentionAdapter
-from ..metrics import Metric, log_probability, logit_difference
-from ..prompts import prepare
-from ..run import forward
+import oculi_jax
+
 from .common import console, shown
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
+    from ..metrics import Metric
+    from ..models.llama import LlamaAttentionAdapter
     from ..sweeps.planning import SweepPlan
 
 Target = Annotated[
-    str, typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default=False)
+    str | None,
+    typer.Option(help="The answer, one token; mind the space before a word: ' Paris'.", show_default="none"),
 ]
 Against = Annotated[
     str | None,
@@ -39,42 +40,47 @@ Against = Annotated[
 def answer(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str) -> int:
     """The id of an answer after a prompt; says so where its other spelling, with or without a space, is much likelier there."""
     token = adapter.to_single_token(target)
-    other = target[1:] if target.startswith(" ") else f" {target}"
-    try:
-        twin = adapter.to_single_token(other)
-    except ValueError:
-        return token
-    if twin != token:
-        out = forward(adapter.model, tokens, logits="last")
-        chance, better = (float(log_probability(i)(out)) for i in (token, twin))
+    twin = twin_of(adapter, target)
+    if twin is not None:
+        out = oculi_jax.forward(adapter.model, tokens, logits="last")
+        chance, better = (float(oculi_jax.metrics.log_probability(i)(out)) for i in (token, twin))
         if better > chance + MUCH_LIKELIER:
+            other = shown(spelling(target))
             console(error=True).print(
-                f"{shown(other)} is one token too, and likelier here: log-probability {better:+.2f}, that of {shown(target)} "
-                f"{chance:+.2f}. For that one give {shown(other)}.",
+                f"{other} is one token too, and likelier here: log-probability {better:+.2f}, that of {shown(target)} "
+                f"{chance:+.2f}. For that one give {other}.",
                 markup=False,
             )
     return token
+
+
+def spelling(target: str) -> str:
+    """A target's other spelling: without the space before it, or with one."""
+    return target[1:] if target.startswith(" ") else f" {target}"
+
+
+def twin_of(adapter: LlamaAttentionAdapter, target: str) -> int | None:
+    """The id of a target's other spelling, where that is one token and another one."""
+    try:
+        twin = adapter.to_single_token(spelling(target))
+    except ValueError:
+        return None
+    return None if twin == adapter.to_single_token(target) else twin
 
 
 def measure(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str, against: str | None) -> tuple[Metric, str]:
     """The metric at the last token of a prompt, and what it is called."""
     token = answer(adapter, tokens, target)
     if against is None:
-        return log_probability(token), f"log-probability of {shown(target)}"
+        return oculi_jax.metrics.log_probability(token), f"log-probability of {shown(target)}"
     other = answer(adapter, tokens, against)
     if token == other:
         raise ValueError(f"--target and --against are both {shown(target)}: there is no difference to measure.")
-    return logit_difference(token, other), f"logit of {shown(target)} − logit of {shown(against)}"
+    return oculi_jax.metrics.logit_difference(token, other), f"logit of {shown(target)} − logit of {shown(against)}"
 
 
 # In nats: ten times as likely.
 MUCH_LIKELIER = 2.3
-
-
-def token_ids(adapter: LlamaAttentionAdapter, text: str, allow_longer: bool) -> np.ndarray:
-    """The ids `[T]` of a prompt."""
-    prompt = prepare(text, adapter.tokenizer, adapter.model.config, attention_mask=None, allow_longer=allow_longer)
-    return prompt.tokens[0, : prompt.n_tokens]
 
 
 def announce(todo: SweepPlan) -> None:
@@ -97,6 +103,8 @@ def counting(label: str) -> Iterator[Callable[[int, int], None]]:
 
 def strongest(effects: np.ndarray, count: int, sign: int = 0) -> list[tuple[int, ...]]:
     """Where the largest effects are, largest first: of either sign, or of one; without those that three decimals call 0."""
+    import numpy as np
+
     size = np.where(np.isfinite(effects), np.abs(effects) if sign == 0 else sign * effects, 0.0)
     order = np.argsort(-size, axis=None, kind="stable")[:count]
     places = [tuple(map(int, np.unravel_index(flat, size.shape))) for flat in order]
@@ -110,6 +118,8 @@ def bar(effect: float, largest: float, width: int = 20) -> str:
 
 def column(values: Sequence[float] | np.ndarray) -> str:
     """A profile in one line of text, from 0 to 1; what is negative or not finite is blank."""
+    import numpy as np
+
     steps = " ▁▂▃▄▅▆▇█"
     return "".join(steps[round(8 * float(np.clip(np.nan_to_num(value), 0.0, 1.0)))] for value in values)
 

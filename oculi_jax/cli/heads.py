@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..adapter.configs import CaptureConfig
-from ..analysis.circuits import PATTERNS, CircuitDetection
-from ..diagnostics import head_scores
+import oculi_jax
+
 from .common import (
+    Chat,
     Dtype,
     Json,
     Longer,
@@ -18,13 +19,13 @@ from .common import (
     Picture,
     check_picture,
     console,
+    heard,
     open_adapter,
     print_json,
     save_picture,
     working,
 )
-
-PATTERNS_ALONE = CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False)
+from .prompts import token_ids
 
 
 def heads(
@@ -36,6 +37,7 @@ def heads(
     seed: Annotated[int, typer.Option(help="Of the random tokens.", min=0, max=2**32 - 1)] = 0,
     output: Picture = None,
     as_json: Json = False,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -46,26 +48,34 @@ def heads(
     Scores are attention, means over eight sequences with their standard errors; with --text, of that prompt alone.
     """
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype, text)
+    if chat and text is None:
+        raise ValueError("--chat says that --text is a user's message, and there is no --text.")
+    adapter = open_adapter(model, dtype, text, chat=chat)
     config = adapter.model.config
     with working("Running the model"):
         if text is None:
-            scores = head_scores(adapter.model, seed, length=min(50, (config.max_position_embeddings - 1) // 2))
-            raw = {name: getattr(scores, name) for name in PATTERNS if name != "unknown"}
+            scores = oculi_jax.diagnostics.head_scores(
+                adapter.model, seed, length=min(50, (config.max_position_embeddings - 1) // 2)
+            )
+            summary = scores.summarize()
+            raw = {name: getattr(scores, name) for name in summary if name != "unknown"}
             found = {
                 name: [f"L{layer}H{head} {score:.2f} ± {error:.2f}" for layer, head, score, error in heads]
-                for name, heads in scores.summarize().items()
+                for name, heads in summary.items()
             }
         else:
-            capture = adapter.capture(text, PATTERNS_ALONE, allow_longer=allow_longer)
-            raw, summary = CircuitDetection.scores(capture), CircuitDetection.summarize(capture)
+            kept = oculi_jax.CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False)
+            tokens = token_ids(adapter, text, allow_longer, chat)
+            capture = adapter.capture(tokens, kept, allow_longer=allow_longer)
+            detection = oculi_jax.analysis.CircuitDetection
+            raw, summary = detection.scores(capture), detection.summarize(capture)
             found = {
                 name: [f"L{layer}H{head} {score:.2f}" for layer, head, score in heads]
                 for name, heads in summary.items()
             }
 
     if as_json:
-        print_json({"prompt": text, "scores": raw})
+        print_json({"prompt": text, "chat": chat, "scores": raw})
     table = Table(box=None, pad_edge=False)
     table.add_column("pattern")
     table.add_column("heads", justify="right")
@@ -74,17 +84,19 @@ def heads(
         table.add_row(name, str(len(named)), ", ".join(named[:top]) if name != "unknown" else "")
     out = console(quiet=as_json)
     out.print(table)
-    where = "random tokens, repeated once" if text is None else repr(text)
+    where = "random tokens, repeated once" if text is None else repr(heard(text, chat))
     total = config.num_hidden_layers * config.num_attention_heads
     out.print(
         f"{total} heads ({config.num_hidden_layers} layers × {config.num_attention_heads}) on {where}.", markup=False
     )
     if picture:
-        from ..visualize import head_heatmap, panels
+        save_picture(_draw(raw, config.num_hidden_layers), picture, as_json)
 
-        names = ("previous_token", "induction", "duplicate_token", "bos")
-        figure, axes = panels(1, len(names), 4.4 * len(names), 1.8 + 0.16 * config.num_hidden_layers)
-        for name, ax in zip(names, axes, strict=True):
-            title = name.replace("_", " ") if name != "bos" else "first token"
-            head_heatmap(raw[name], "attention", limits=(0.0, 1.0), ax=ax, title=title)
-        save_picture(figure, picture, as_json)
+
+def _draw(raw: Mapping[str, Any], n_layers: int) -> Any:
+    names = ("previous_token", "induction", "duplicate_token", "bos")
+    figure, axes = oculi_jax.visualize.panels(1, len(names), 4.4 * len(names), 1.8 + 0.16 * n_layers)
+    for name, ax in zip(names, axes, strict=True):
+        title = name.replace("_", " ") if name != "bos" else "first token"
+        oculi_jax.visualize.head_heatmap(raw[name], "attention", limits=(0.0, 1.0), ax=ax, title=title)
+    return figure

@@ -2,46 +2,76 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import oculi_jax
 
-from ..intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler, Steer
-from ..intervention.fields import Strength, Vector
-from ..intervention.indices import Index
 from ..sites import find_site
-from ..utils.files import read_tensors
+from .common import config_of
 
-# What can be written in a line: those whose fields are numbers (and a site's name).
-KINDS: dict[str, type] = {
-    "spectra": SpectraScaler,
-    "head": HeadAblation,
-    "queries": QScaler,
-    "keys": KScaler,
-    "ablate": Ablation,
-    "steer": Steer,
+if TYPE_CHECKING:
+    import numpy as np
+
+# What can be written in a line: the class, those of its fields that must be given, and those that may be. These are numbers,
+# a site's name, and the file of a direction; written out, so that a line is read without the library.
+KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "spectra": ("SpectraScaler", ("layer", "head", "alpha"), ()),
+    "head": ("HeadAblation", ("layer", "head"), ()),
+    "queries": ("QScaler", ("layer", "head", "alpha"), ()),
+    "keys": ("KScaler", ("layer", "kv_head", "alpha"), ()),
+    "ablate": ("Ablation", ("site", "layer"), ("index",)),
+    "steer": ("Steer", ("file", "layer"), ("scale", "site")),
 }
+NAMES, STRENGTHS = ("site", "file"), ("alpha", "scale")  # all other fields are integers
 
 
 def usage() -> str:
     """Each kind with its fields."""
-    return "; ".join(f"{kind}:{','.join(f'{name}=…' for name in _fields(cls))}" for kind, cls in KINDS.items())
+    return "; ".join(map(_form, KINDS))
+
+
+def _form(kind: str) -> str:
+    _, needed, optional = KINDS[kind]
+    return f"{kind}:{','.join(f'{name}=…' for name in (*needed, *optional))}"
+
+
+def chosen(model: str | None, lines: Sequence[str]) -> list[Any]:
+    """The interventions of several lines; raises for those that a model cannot have, by its config, before it is loaded."""
+    read = [_read(line) for line in lines]
+    if not read:
+        return []
+    config = config_of(model)
+    found = [getattr(oculi_jax, name)(**values) for name, values in read]
+    if config is not None:
+        import numpy as np
+
+        from ..intervention.canonical import canonical
+        from ..intervention.frame import Frame
+
+        canonical(tuple(found), Frame(config, np.dtype(np.float32), 1, None))
+    return found
 
 
 def parse(text: str) -> Any:
     """An intervention from `kind:field=value,…`, for instance `spectra:layer=15,head=5,alpha=2.5`."""
+    name, values = _read(text)
+    return getattr(oculi_jax, name)(**values)
+
+
+def _read(text: str) -> tuple[str, dict[str, Any]]:
+    """The class's name and its fields."""
     kind, _, rest = text.partition(":")
     kind = kind.strip()
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"--intervene {text!r}: there is no kind {kind!r}.{hint} There are {usage()}.")
-    cls = KINDS[kind]
-    fields = _fields(cls)
+    cls, needed, optional = KINDS[kind]
+    fields = (*needed, *optional)
     values: dict[str, Any] = {}
     for part in filter(None, (piece.strip() for piece in rest.split(","))):
         name, equals, value = (piece.strip() for piece in part.partition("="))
@@ -49,39 +79,23 @@ def parse(text: str) -> Any:
             raise ValueError(f"--intervene {text!r}: {part!r} is not one of {', '.join(f'{f}=…' for f in fields)}.")
         if name in values:
             raise ValueError(f"--intervene {text!r}: {name} is given twice.")
-        values[name] = _value(fields[name], value, f"--intervene {text!r}: {name}")
-    if "file" in values:
-        values["vector"] = _vector(values.pop("file"), text)
+        values[name] = _value(name, value, f"--intervene {text!r}: {name}")
     if "site" in values and not find_site(values["site"])[0].layered:
         values.setdefault("layer", None)  # it occurs once, outside the layers
-    if missing := [
-        name
-        for name, field in fields.items()
-        if name not in values and field.default is dataclasses.MISSING and not (name == "file" and "vector" in values)
-    ]:
-        raise ValueError(
-            f"--intervene {text!r}: {', '.join(missing)} is missing; write {kind}:{','.join(f'{f}=…' for f in fields)}."
-        )
-    return cls(**values)
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"--intervene {text!r}: {', '.join(missing)} is missing; write {_form(kind)}.")
+    if "file" in values:
+        values["vector"] = _vector(values.pop("file"), text)
+    return cls, values
 
 
-def _fields(cls: Any) -> dict[str, Any]:
-    """The fields that a line can hold: numbers and names."""
-    simple = (Index, Strength, type(None))
-    found = {field.name: field for field in dataclasses.fields(cls) if isinstance(field.metadata["kind"], simple)}
-    if cls is Steer:  # its direction is in a file
-        found = {"file": dataclasses.fields(cls)[1], **found}
-    return found
-
-
-def _value(field: Any, text: str, where: str) -> Any:
-    kind = field.metadata["kind"]
-    if kind is None or isinstance(kind, Vector):
+def _value(name: str, text: str, where: str) -> Any:
+    if name in NAMES:
         return text
     try:
-        number = int(text) if isinstance(kind, Index) else float(text)
+        number = float(text) if name in STRENGTHS else int(text)
     except ValueError:
-        what = "an integer" if isinstance(kind, Index) else "a number"
+        what = "a number" if name in STRENGTHS else "an integer"
         raise ValueError(f"{where} is {text!r}, and {what} is needed.") from None
     if not math.isfinite(number):
         raise ValueError(f"{where} is {text}, and a finite number is needed.")
@@ -91,14 +105,18 @@ def _value(field: Any, text: str, where: str) -> Any:
 def _vector(name: str, text: str) -> np.ndarray:
     """A direction from a file: NumPy's .npy, or safetensors with one array."""
     path = Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"--intervene {text!r}: there is no file {name!r}.")
+    import numpy as np
+
     if path.suffix == ".npy":
         try:
             vector = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"--intervene {text!r}: there is no file {name!r}.") from None
         except (ValueError, EOFError) as error:
             raise ValueError(f"--intervene {text!r}: {name!r} is no .npy file of numbers: {error}.") from None
     else:
+        from ..utils.files import read_tensors
+
         arrays, _ = read_tensors(path)
         if len(arrays) != 1:
             raise ValueError(

@@ -2,52 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
-from ..adapter.configs import LogitConfig
-from ..analysis.logit_lens import LogitLensAnalysis
+import oculi_jax
+
 from .common import (
+    Chat,
     Dtype,
     Json,
     Longer,
     Model,
     Picture,
-    Text,
     check_picture,
     console,
+    heard,
     open_adapter,
     print_json,
     save_picture,
     shown,
     working,
 )
+from .prompts import OneText, PromptFile, Row, check_one, read_rows, token_ids
+from .sets import answers, chunks, encoded, said, spread, with_interval
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..models.llama import LlamaAttentionAdapter
 
 
 def lens(
-    text: Text,
+    text: OneText = None,
+    prompts: PromptFile = None,
     top_k: Annotated[
-        int, typer.Option("--top-k", "-k", help="How many tokens to show at each layer.", min=1, max=20)
+        int, typer.Option("--top-k", "-k", help="How many tokens of one prompt to show at each layer.", min=1, max=20)
     ] = 3,
     output: Picture = None,
     as_json: Json = False,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
 ) -> None:
     """Layer by layer, what the model would say if it stopped there, and how the final answer comes up.
 
-    The logit lens: final norm and unembedding applied to the residual stream after each layer.
+    The logit lens: final norm and unembedding applied to the residual stream after each layer. With --prompts, the mean
+    probability of each prompt's own final answer, or of its row's target, and the share of prompts whose likeliest token
+    that is already.
     """
+    check_one(prompts, text=text)
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype, text)
-    analysis = LogitLensAnalysis(adapter.tokenizer)
+    if prompts is not None:
+        rows = read_rows(prompts, ("prompt",), {"target": None})
+        adapter = open_adapter(model, dtype, *(row["prompt"] for row in rows), chat=chat)
+        _of_set(adapter, rows, picture, as_json, chat, allow_longer)
+    elif text is not None:
+        adapter = open_adapter(model, dtype, text, chat=chat)
+        _of_one(adapter, text, top_k, picture, as_json, chat, allow_longer)
+
+
+def _of_one(
+    adapter: LlamaAttentionAdapter, text: str, top_k: int, picture: Path | None, as_json: bool, chat: bool, longer: bool
+) -> None:
+    import numpy as np
+
+    analysis = oculi_jax.analysis.LogitLensAnalysis(adapter.tokenizer)
+    tokens = token_ids(adapter, text, longer, chat)
     with working("Running the model"):
-        capture = adapter.capture_logits(text, LogitConfig(top_k=top_k, positions=[-1]), allow_longer=allow_longer)
+        config = oculi_jax.LogitConfig(top_k=top_k, positions=[-1])
+        capture = adapter.capture_logits(tokens, config, allow_longer=longer)
         predictions = analysis.layer_predictions(capture, top_k=top_k)
         answer = analysis.prediction_trajectory(capture)[-1]
         trajectory = np.asarray(analysis.token_probability_trajectory(capture, answer["token"]))
@@ -61,13 +90,77 @@ def lens(
         cells = [TextCell(f"{shown(token)} {chance:.3f}") for token, chance in row["predictions"]]
         table.add_row(str(row["layer"]), *cells, f"{p:.3f} {'█' * round(20 * float(p))}")
     if as_json:
-        rows = zip(predictions, trajectory, strict=True)
-        layers = [{**row, "probability_of_answer": float(p)} for row, p in rows]
-        print_json({"prompt": text, "answer": answer["text"], "answer_id": answer["token"], "layers": layers})
+        pairs = zip(predictions, trajectory, strict=True)
+        layers = [{**row, "probability_of_answer": float(p)} for row, p in pairs]
+        last = {"answer": answer["text"], "answer_id": answer["token"]}
+        print_json({"prompt": text, "chat": chat, **last, "layers": layers})
     out = console(quiet=as_json)
     out.print(table)
-    out.print(TextCell(f"{text} → {name} with probability {trajectory[-1]:.3f}"))
+    out.print(TextCell(f"{heard(text, chat)} → {name} with probability {trajectory[-1]:.3f}"))
     if picture:
-        from ..visualize import lens_table
+        save_picture(oculi_jax.visualize.lens_table(predictions, title=heard(text, chat)), picture, as_json)
 
-        save_picture(lens_table(predictions, title=text), picture, as_json)
+
+def _of_set(
+    adapter: LlamaAttentionAdapter, rows: list[Row], picture: Path | None, as_json: bool, chat: bool, longer: bool
+) -> None:
+    import numpy as np
+
+    tokens, mask = encoded(adapter, rows, "prompt", chat, longer)
+    with_target = np.array([row["target"] is not None for row in rows])
+    wanted = np.full(len(rows), -1)
+    if with_target.any():
+        chosen = [row for row in rows if row["target"] is not None]
+        wanted[with_target] = answers(adapter, tokens[with_target], mask[with_target], chosen, "target")
+    with working("Running the model"):
+        ids, chances, first = _trajectories(adapter, tokens, mask, wanted, longer)
+    probability, share = spread(chances), spread(first)
+    if as_json:
+        lists = {"answers": adapter.str_tokens(ids), "answer_ids": ids, "chat": chat}
+        found = {"probability_of_answer": probability, "likeliest": share}
+        print_json({**said(rows, "prompt", "target"), **lists, **found})
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "P(answer)", "95 % interval", "likeliest already", "95 % interval", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for n, p in enumerate(probability["mean"]):
+        cells = *with_interval(probability, (n,), ""), *with_interval(share, (n,), "")
+        table.add_row(str(n), *cells, "█" * round(20 * float(p)))
+    out = console(quiet=as_json)
+    out.print(table)
+    what = {0: "its own final answer", len(rows): "its target"}.get(
+        int(with_target.sum()), "its target, or else its own final answer"
+    )
+    out.print(f"Means over {len(rows)} prompts; the answer of each is {what}.", markup=False)
+    if picture:
+        labels = ["probability of the answer", "share of prompts where it is the likeliest"]
+        means = np.stack([probability["mean"], share["mean"]])
+        title = f"{len(rows)} prompts"
+        save_picture(
+            oculi_jax.visualize.layer_profile(means, labels=labels, ylabel="mean over prompts", title=title),
+            picture,
+            as_json,
+        )
+
+
+def _trajectories(
+    adapter: LlamaAttentionAdapter, tokens: np.ndarray, mask: np.ndarray, wanted: np.ndarray, longer: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each prompt's answer `[B]`, its probability `[B, L]`, and whether it is the likeliest token `[B, L]`.
+
+    `wanted` are ids `[B]`, −1 where the answer is what the model says in the end.
+    """
+    import jax
+    import numpy as np
+
+    analysis, config = oculi_jax.analysis.LogitLensAnalysis(), oculi_jax.LogitConfig(top_k=1, positions=[-1])
+    ids, chances, first = [], [], []
+    for part, real, goal in chunks(tokens, mask, wanted):
+        capture = adapter.capture_logits(part, config, attention_mask=real, allow_longer=longer)
+        likeliest = np.asarray(capture.top_k_indices)[:, :, 0, 0]
+        goal = np.where(goal < 0, likeliest[:, -1], goal)
+        axes = dataclasses.replace(jax.tree.map(lambda _: 0, capture), unembedding=None)  # which all prompts share
+        found = jax.vmap(analysis.token_probability_trajectory, in_axes=(axes, 0))(capture, goal)
+        ids += goal.tolist()
+        chances += list(np.asarray(found))
+        first += list(likeliest == goal[:, None])
+    return np.array(ids), np.stack(chances), np.stack(first)

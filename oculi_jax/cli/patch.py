@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
-from ..causal import activation_patching
+import oculi_jax
+
 from ..sites import SITES, Site, unknown_site
 from .common import (
+    Chat,
     Dtype,
     Json,
     Longer,
@@ -19,32 +23,49 @@ from .common import (
     Picture,
     check_picture,
     console,
+    heard,
     open_adapter,
     print_json,
     save_picture,
     shown,
 )
-from .effects import Against, Target, bar, column, counting, heading, measure, strongest, token_ids
+from .effects import Against, Target, bar, column, counting, heading, measure, strongest
+from .prompts import PromptFile, Row, check_one, check_target, read_rows, token_ids
+from .sets import encoded, measure_set, said, spread, told, with_interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.console import Console
+
+    from ..causal.patching import PatchingResult
+    from ..metrics import Metric
+    from ..models.llama import LlamaAttentionAdapter
 
 DIRECTIONS = {
     "denoising": "clean values go into the corrupted run",
     "noising": "corrupted values go into the clean run",
 }
 
+VARIES = "…"  # a position's token, where prompts differ
+
 
 def patch(
-    clean: Annotated[str, typer.Argument(help="The prompt with the answer.", show_default=False)],
+    clean: Annotated[
+        str | None, typer.Argument(help="The prompt with the answer; or give --prompts.", show_default=False)
+    ] = None,
     corrupted: Annotated[
-        str, typer.Argument(help="The same prompt but for some tokens, which change the answer.", show_default=False)
-    ],
-    target: Target,
+        str | None,
+        typer.Argument(help="The same prompt but for some tokens, which change the answer.", show_default=False),
+    ] = None,
+    prompts: PromptFile = None,
+    target: Target = None,
     against: Against = None,
     site: Annotated[str, typer.Option(help="What is patched; `oculi sites` lists them.")] = "resid_pre",
     by: Annotated[
         str | None,
         typer.Option(
             help="What is patched at a time: layer,position or layer,head or layer,head,position or layer or position. "
-            "Left out: layer,head where the site has heads, else layer,position.",
+            "Left out: layer,head where the site has heads, else layer,position, or layer where prompts have several lengths.",
             show_default=False,
         ),
     ] = None,
@@ -54,6 +75,7 @@ def patch(
     top: Annotated[int, typer.Option(help="How many places to show.", min=1)] = 12,
     output: Picture = None,
     as_json: Json = False,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -61,8 +83,11 @@ def patch(
     """Where two prompts' runs carry what makes their answers differ: one run's values are put into the other, place by place.
 
     Recovery is 1 where the patched run answers as the clean one, and 0 where as the corrupted one. The metric is the
-    log-probability of the target after the prompt; with --against, the difference of two logits.
+    log-probability of the target after the prompt; with --against, the difference of two logits. Of a file of pairs (a line
+    is clean and corrupted with a tab between them, or an object with these fields) effects are means, and recovery is the
+    ratio of means.
     """
+    check_one(prompts, clean=clean, corrupted=corrupted)
     picture = check_picture(output)
     if site not in SITES:
         raise ValueError(unknown_site(site))
@@ -73,54 +98,191 @@ def patch(
         raise ValueError(
             "A picture has two axes, and --by layer,head,position makes three: leave out --output or one of them."
         )
-    adapter = open_adapter(model, dtype, clean, corrupted)
-    ids = [token_ids(adapter, text, allow_longer) for text in (clean, corrupted)]
+    if prompts is not None:
+        rows = read_rows(prompts, ("clean", "corrupted"), {"target": target, "against": against}, needed=("target",))
+        texts = [row[field] for row in rows for field in ("clean", "corrupted")]
+        asked = _Asked(SITES[site], axes, by is None, direction, top, picture, as_json, chat)
+        _of_set(open_adapter(model, dtype, *texts, chat=chat), rows, asked, allow_longer)
+    elif clean is not None and corrupted is not None:
+        target = check_target(target)
+        asked = _Asked(SITES[site], axes, by is None, direction, top, picture, as_json, chat)
+        adapter = open_adapter(model, dtype, clean, corrupted, chat=chat)
+        _of_one(adapter, clean, corrupted, target, against, asked, allow_longer)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a line asks of one pair of prompts or of many; `free` says that the axes are ours to choose."""
+
+    site: Site
+    axes: tuple[str, ...]
+    free: bool
+    direction: str
+    top: int
+    picture: Path | None
+    as_json: bool
+    chat: bool
+
+    @property
+    def denoising(self) -> bool:
+        return self.direction == "denoising"
+
+    @property
+    def noun(self) -> str:
+        return "recovery" if self.denoising else "loss"
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The run that is 1, and the one that is 0."""
+        return ("clean", "corrupted") if self.denoising else ("corrupted", "clean")
+
+
+def _patched(
+    adapter: LlamaAttentionAdapter, ids: Sequence[np.ndarray], mask: np.ndarray | None, metric: Metric, asked: _Asked
+) -> PatchingResult:
+    site, direction = asked.site.name, cast("Literal['denoising', 'noising']", asked.direction)
+    with counting(f"Patching {site}") as progress:
+        return oculi_jax.causal.activation_patching(
+            adapter.model, ids[0], ids[1], metric, site, asked.axes, direction=direction, mask=mask, progress=progress
+        )
+
+
+def _of_one(
+    adapter: LlamaAttentionAdapter,
+    clean: str,
+    corrupted: str,
+    target: str,
+    against: str | None,
+    asked: _Asked,
+    longer: bool,
+) -> None:
+    import numpy as np
+
+    ids = [token_ids(adapter, text, longer, asked.chat) for text in (clean, corrupted)]
     metric, name = measure(adapter, ids[0], target, against)
     texts = [adapter.str_tokens(tokens) for tokens in ids]
-    _check_aligned(ids, texts)
-    with counting(f"Patching {site}") as progress:
-        found = activation_patching(
-            adapter.model, ids[0], ids[1], metric, site, axes, progress=progress,
-            direction=direction,  # type: ignore[arg-type]
-        )  # fmt: skip
-        patched, recovery = np.asarray(found.patched), np.asarray(found.recovery)
+    _check_aligned(adapter, *ids)
+    found = _patched(adapter, ids, None, metric, asked)
+    patched, recovery = np.asarray(found.patched), np.asarray(found.recovery)
     if float(found.clean) == float(found.corrupted):
         raise ValueError(f"The {name} is {float(found.clean):+.3f} in both runs: there is nothing to recover.")
-    if as_json:
+    if asked.as_json:
         print_json(
             {
-                "clean_prompt": clean, "corrupted_prompt": corrupted, "metric": name, "site": site, "by": axes,
-                "direction": direction, "clean": found.clean, "corrupted": found.corrupted, "patched": patched,
-                "recovery": recovery,
+                "clean_prompt": clean, "corrupted_prompt": corrupted, "chat": asked.chat, "metric": name,
+                "site": asked.site.name, "by": asked.axes, "direction": asked.direction, "clean": found.clean,
+                "corrupted": found.corrupted, "patched": patched, "recovery": recovery,
             }
         )  # fmt: skip
-    denoising = direction == "denoising"
-    effects, noun = (recovery, "recovery") if denoising else (1.0 - recovery, "loss")
-    run, source = texts[::-1] if denoising else texts
-
-    out = console(quiet=as_json)
+    effects = recovery if asked.denoising else 1.0 - recovery
+    run, source = texts[::-1] if asked.denoising else texts
+    out = console(quiet=asked.as_json)
     for text, kind, value in ((clean, "clean", found.clean), (corrupted, "corrupted", found.corrupted)):
-        out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(text)}"))
-    out.print(TextCell(f"Metric: {name}."))
-    out.print(TextCell(f"{site}, one {' × '.join(axes)} at a time: {DIRECTIONS[direction]}."))
-    tokens = [shown(a) if a == b else f"{shown(a)}→{shown(b)}" for a, b in zip(run, source, strict=True)]
-    out.print(_table(patched, effects, axes, SITES[site].head_axis or "", tokens=tokens, noun=noun, top=top))
-    one, zero = ("clean", "corrupted") if denoising else ("corrupted", "clean")
-    out.print(f"{noun} 1: as the {one} run; 0: as the {zero} one", style="dim")
-    if picture:
-        figure = _draw(effects, axes, SITES[site], run, source, f"{noun} (1: {one}, 0: {zero})")
-        ends = f"clean {float(found.clean):+.2f}, corrupted {float(found.corrupted):+.2f}"
-        heading(figure, f"{site}: {DIRECTIONS[direction]}", f"{name}: {ends}")
-        save_picture(figure, picture, as_json)
+        out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(heard(text, asked.chat))}"))
+    columns = {"metric": lambda place: f"{float(patched[place]):+.3f}"}
+    _print(out, name, effects, asked, (run, source), columns)
+    if asked.picture:
+        ends = f"{name}: clean {float(found.clean):+.2f}, corrupted {float(found.corrupted):+.2f}"
+        _draw(effects, asked, (run, source), ends)
 
 
-def _check_aligned(ids: list[np.ndarray], texts: list[list[str]]) -> None:
-    if len(ids[0]) != len(ids[1]):
+def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked, longer: bool) -> None:
+    (clean, mask), (corrupted, other) = (
+        encoded(adapter, rows, field, asked.chat, longer) for field in ("clean", "corrupted")
+    )
+    pairs = [(a[m], b[n]) for a, m, b, n in zip(clean, mask, corrupted, other, strict=True)]
+    for row, pair in zip(rows, pairs, strict=True):
+        told(row, lambda row, pair=pair: _check_aligned(adapter, *pair))
+    asked = replace(asked, axes=_axes_of_set(asked, mask, rows))
+    metric, name = measure_set(adapter, clean, mask, rows)
+    found = _patched(adapter, (clean, corrupted), mask, metric, asked)
+    runs = {kind: spread(getattr(found, kind)) for kind in ("clean", "corrupted", "patched")}
+    start, patched = runs[asked.ends[1]]["by_prompt"], runs["patched"]["by_prompt"]
+    change = spread(patched - start.reshape(-1, *[1] * (patched.ndim - 1)))
+    recovery = _of_means({kind: run["mean"] for kind, run in runs.items()}, name)
+    if asked.as_json:
+        print_json(
+            {
+                "clean_prompt": [row["clean"] for row in rows], "corrupted_prompt": [row["corrupted"] for row in rows],
+                **said(rows, "target", "against"), "chat": asked.chat, "metric": name, "site": asked.site.name,
+                "by": asked.axes, "direction": asked.direction, **runs, "change": change, "recovery": recovery,
+            }
+        )  # fmt: skip
+    effects = recovery if asked.denoising else 1.0 - recovery
+    tokens = [
+        _common([adapter.str_tokens(pair[i]) for pair in pairs]) if "position" in asked.axes else [] for i in (0, 1)
+    ]
+    run, source = tokens[::-1] if asked.denoising else tokens
+    out = console(quiet=asked.as_json)
+    out.print(f"Means over {len(rows)} pairs of prompts, with 95 % intervals:")
+    for kind in ("clean", "corrupted"):
+        mean, interval = with_interval(runs[kind])
+        out.print(f"{kind:9} {mean} ({interval})", markup=False)
+    columns = {
+        "mean change": lambda at: with_interval(change, at)[0],
+        "95 % interval": lambda at: with_interval(change, at)[1],
+    }
+    _print(out, name, effects, asked, (run, source), columns)
+    if asked.picture:
+        _draw(effects, asked, (run, source), f"{name}, means over {len(rows)} pairs of prompts")
+
+
+def _axes_of_set(asked: _Asked, mask: np.ndarray, rows: Sequence[Row]) -> tuple[str, ...]:
+    """The axes that prompts of these lengths have in common."""
+    lengths = mask.sum(axis=1)
+    if "position" not in asked.axes or (lengths == lengths[0]).all():
+        return asked.axes
+    if asked.free and asked.site.layered:
+        return ("layer",)
+    odd = rows[int((lengths != lengths[0]).argmax())]
+    raise ValueError(
+        f"A position is one of each prompt's tokens, and these prompts have several lengths, {lengths[0]} in {rows[0].where} and "
+        f"{lengths[(lengths != lengths[0]).argmax()]} in {odd.where}: give --by without position, or prompts of one length."
+    )
+
+
+def _of_means(means: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The recovery of the means of three kinds of runs; raises where there is none."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ..causal.patching import recovery
+
+    found = np.asarray(recovery(*(jnp.asarray(means[kind]) for kind in ("patched", "clean", "corrupted"))))
+    if np.isnan(found).all():
+        raise ValueError(f"The mean {name} is {float(means['clean']):+.3f} in both runs: there is nothing to recover.")
+    return found
+
+
+def _common(texts: Sequence[Sequence[str]]) -> list[str]:
+    """Each position's token, or … where prompts differ there."""
+    return [column[0] if len(set(column)) == 1 else VARIES for column in zip(*texts, strict=True)]
+
+
+def _print(
+    out: Console, metric: str, effects: np.ndarray, asked: _Asked, tokens: tuple[list[str], list[str]],
+    columns: Mapping[str, Callable[[tuple[int, ...]], str]],
+) -> None:  # fmt: skip
+    out.print(TextCell(f"Metric: {metric}."))
+    out.print(TextCell(f"{asked.site.name}, one {' × '.join(asked.axes)} at a time: {DIRECTIONS[asked.direction]}."))
+    out.print(_table(effects, asked, [_pair(a, b) for a, b in zip(*tokens, strict=True)], columns))
+    one, zero = asked.ends
+    out.print(f"{asked.noun} 1: as the {one} run; 0: as the {zero} one", style="dim")
+
+
+def _pair(run: str, source: str) -> str:
+    a, b = (text if text == VARIES else shown(text) for text in (run, source))
+    return a if a == b else f"{a}→{b}"
+
+
+def _check_aligned(adapter: LlamaAttentionAdapter, clean: np.ndarray, corrupted: np.ndarray) -> None:
+    texts = [adapter.str_tokens(tokens) for tokens in (clean, corrupted)]
+    if len(clean) != len(corrupted):
         raise ValueError(
             "Patching puts the prompts' tokens side by side, and there are not as many of them: the clean prompt has "
-            f"{len(ids[0])}, {texts[0]}, and the corrupted one {len(ids[1])}, {texts[1]}."
+            f"{len(clean)}, {texts[0]}, and the corrupted one {len(corrupted)}, {texts[1]}."
         )
-    if (ids[0] == ids[1]).all():
+    if (clean == corrupted).all():
         raise ValueError(f"Both prompts are the tokens {texts[0]}: there is nothing to patch.")
 
 
@@ -136,26 +298,28 @@ def _axes(site: Site, by: str | None) -> tuple[str, ...]:
 
 
 def _table(
-    patched: np.ndarray, effects: np.ndarray, axes: tuple[str, ...], head: str, tokens: list[str], noun: str, top: int
+    effects: np.ndarray, asked: _Asked, tokens: list[str], columns: Mapping[str, Callable[[tuple[int, ...]], str]]
 ) -> Table:
     """The strongest places; of layers and positions, where neighbours are much alike, each token's strongest layer."""
-    by_token = axes == ("layer", "position")
+    import numpy as np
+
+    by_token = asked.axes == ("layer", "position")
     table = Table(box=None, pad_edge=False)
-    table.add_column("token, layer" if by_token else ", ".join(axes), no_wrap=True)
-    table.add_column("metric", justify="right")
-    table.add_column(noun, justify="right")
+    table.add_column("token, layer" if by_token else ", ".join(asked.axes), no_wrap=True)
+    for name in (*columns, asked.noun):
+        table.add_column(name, justify="right")
     table.add_column(f"layers 0 to {len(effects) - 1}" if by_token else "", no_wrap=True, overflow="crop")
     if by_token:
         best = np.abs(np.nan_to_num(effects)).argmax(axis=0)
-        places = [(int(best[t]), t) for (t,) in strongest(effects[best, np.arange(len(best))], top)]
+        places = [(int(best[t]), t) for (t,) in strongest(effects[best, np.arange(len(best))], asked.top)]
     else:
-        places = strongest(effects, top)
+        places = strongest(effects, asked.top)
     largest = max((abs(float(effects[place])) for place in places), default=1.0)
     for place in places:
         effect = float(effects[place])
         drawn = column(effects[:, place[1]]) if by_token else bar(effect, largest)
-        name = TextCell(_name(dict(zip(axes, place, strict=True)), head, tokens))
-        table.add_row(name, f"{float(patched[place]):+.3f}", f"{effect:+.3f}", drawn)
+        name = TextCell(_name(dict(zip(asked.axes, place, strict=True)), asked.site.head_axis or "", tokens))
+        table.add_row(name, *(cell(place) for cell in columns.values()), f"{effect:+.3f}", drawn)
     return table
 
 
@@ -168,15 +332,21 @@ def _name(at: dict[str, int], head: str, tokens: list[str]) -> str:
     return " ".join(words)
 
 
-def _draw(effects: np.ndarray, axes: tuple[str, ...], site: Site, run: list[str], source: list[str], label: str) -> Any:
-    from ..visualize import attribution_bars, layer_profile, sweep_heatmap
-
-    if axes == ("layer",):
-        return layer_profile(effects, ylabel=label)
-    if axes == ("position",):
-        return attribution_bars(
-            effects, labels=[a if a == b else f"{a}→{b}" for a, b in zip(run, source, strict=True)], label=label
-        )
-    if axes == ("layer", "head"):
-        return sweep_heatmap(effects, "head" if site.head_axis == "H" else "key/value head", label)
-    return sweep_heatmap(effects, "token, and the one it is patched from", label, tokens=run, sources=source)
+def _draw(effects: np.ndarray, asked: _Asked, tokens: tuple[list[str], list[str]], below: str) -> None:
+    """Draws effects by one or two axes, with a title and a line below it."""
+    assert asked.picture is not None
+    show, (one, zero) = oculi_jax.visualize, asked.ends
+    label = f"{asked.noun} (1: {one}, 0: {zero})"
+    if asked.axes == ("layer",):
+        figure = show.layer_profile(effects, ylabel=label)
+    elif asked.axes == ("position",):
+        names = [a if a == b else f"{a}→{b}" for a, b in zip(*tokens, strict=True)]
+        figure = show.attribution_bars(effects, labels=names, label=label)
+    elif asked.axes == ("layer", "head"):
+        figure = show.sweep_heatmap(effects, "head" if asked.site.head_axis == "H" else "key/value head", label)
+    else:
+        run, source = tokens
+        what = "token, and the one it is patched from"
+        figure = show.sweep_heatmap(effects, what, label, tokens=run, sources=source)
+    heading(figure, f"{asked.site.name}: {DIRECTIONS[asked.direction]}", below)
+    save_picture(figure, asked.picture, asked.as_json)

@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..intervention import HeadAblation
-from ..metrics import log_probability
-from ..pages import report as make_report
-from ..sweeps.sweeping import plan
-from .common import Dtype, Longer, Model, Text, check_output, console, open_adapter
-from .effects import announce, answer, counting, token_ids
+import oculi_jax
+
+from .common import Chat, Dtype, Longer, Model, Text, check_output, console, open_adapter
+from .effects import announce, answer, counting
+from .prompts import said_by_user, token_ids
 
 
 def report(
@@ -32,6 +31,7 @@ def report(
             show_default="all; of a large model the strongest",
         ),
     ] = None,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -42,13 +42,17 @@ def report(
     """
     path = check_output(output, ".html", ".htm")
     chosen = pairs(heads)
-    adapter = open_adapter(model, dtype, text, target)
-    tokens = token_ids(adapter, text, allow_longer)
+    adapter = open_adapter(model, dtype, text, target, chat=chat)
+    tokens = token_ids(adapter, text, allow_longer, chat)
     if target is not None:
         answer(adapter, tokens, target)
-    announce(plan(adapter.model, tokens, HeadAblation.grid(adapter.model.config), log_probability(0)))
+    heads_alone, metric = oculi_jax.HeadAblation.grid(adapter.model.config), oculi_jax.metrics.log_probability(0)
+    announce(oculi_jax.plan(adapter.model, tokens, heads_alone, metric))
     with counting("Running the model") as progress:
-        page = make_report(adapter, text, target=target, heads=chosen, progress=progress, allow_longer=allow_longer)
+        prompt = said_by_user(text) if chat else text
+        page = oculi_jax.report(
+            adapter, prompt, target=target, heads=chosen, progress=progress, allow_longer=allow_longer
+        )
     page.save(path)
     console().print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser.", markup=False)
 

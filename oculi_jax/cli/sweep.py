@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text as TextCell
 
-from ..intervention import HeadAblation
-from ..run import forward
-from ..sweeps.sweeping import plan
-from ..sweeps.sweeping import sweep as run_sweep
+import oculi_jax
+
 from .common import (
+    Chat,
     Dtype,
     Json,
     Longer,
     Model,
     Picture,
-    Text,
     check_picture,
     console,
+    heard,
     open_adapter,
     print_json,
     save_picture,
     shown,
     working,
 )
-from .effects import Against, Target, announce, bar, counting, heading, legible, measure, strongest, token_ids
+from .effects import Against, Target, announce, bar, counting, heading, legible, measure, strongest
+from .prompts import OneText, PromptFile, Row, check_one, check_target, read_rows, token_ids
+from .sets import encoded, measure_set, plain_values, said, spread, with_interval
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..metrics import Metric
+    from ..models.llama import LlamaAttentionAdapter
 
 
 def sweep(
-    text: Text,
-    target: Target,
+    text: OneText = None,
+    prompts: PromptFile = None,
+    target: Target = None,
     against: Against = None,
     top: Annotated[int, typer.Option(help="How many heads to show in each direction.", min=1)] = 10,
     output: Picture = None,
     as_json: Json = False,
+    chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
     allow_longer: Longer = False,
@@ -47,38 +57,99 @@ def sweep(
 
     The metric is the log-probability of the target after the prompt; with --against, the difference of two logits.
     """
+    check_one(prompts, text=text)
     picture = check_picture(output)
-    adapter = open_adapter(model, dtype, text)
-    tokens = token_ids(adapter, text, allow_longer)
-    metric, name = measure(adapter, tokens, target, against)
-    heads = HeadAblation.grid(adapter.model.config)
-    with working("Running the model"):
-        plain = float(metric(forward(adapter.model, tokens, logits="last")))
-    announce(plan(adapter.model, tokens, heads, metric))
-    with counting("Ablating each head") as progress:
-        found = np.asarray(run_sweep(adapter.model, tokens, heads, metric, progress=progress))
-    change = found - plain
+    if prompts is not None:
+        rows = read_rows(prompts, ("prompt",), {"target": target, "against": against}, needed=("target",))
+        adapter = open_adapter(model, dtype, *(row["prompt"] for row in rows), chat=chat)
+        _of_set(adapter, rows, top, picture, as_json, chat, allow_longer)
+    elif text is not None:
+        target = check_target(target)
+        adapter = open_adapter(model, dtype, text, chat=chat)
+        tokens = token_ids(adapter, text, allow_longer, chat)
+        metric, name = measure(adapter, tokens, target, against)
+        _of_one(adapter, text, tokens, metric, name, top, picture, as_json, chat)
 
+
+def _without_each_head(
+    adapter: LlamaAttentionAdapter, tokens: np.ndarray, mask: np.ndarray | None, metric: Metric
+) -> np.ndarray:
+    """The metric without each head, `[L, H]`, or `[B, L, H]` of several prompts."""
+    import numpy as np
+
+    heads = oculi_jax.HeadAblation.grid(adapter.model.config)
+    announce(oculi_jax.plan(adapter.model, tokens, heads, metric, mask=mask))
+    with counting("Ablating each head") as progress:
+        return np.asarray(oculi_jax.sweep(adapter.model, tokens, heads, metric, mask=mask, progress=progress))
+
+
+def _of_one(
+    adapter: LlamaAttentionAdapter, text: str, tokens: np.ndarray, metric: Metric, name: str, top: int,
+    picture: Path | None, as_json: bool, chat: bool,
+) -> None:  # fmt: skip
+    with working("Running the model"):
+        plain = float(metric(oculi_jax.forward(adapter.model, tokens, logits="last")))
+    change = _without_each_head(adapter, tokens, None, metric) - plain
     if as_json:
-        print_json({"prompt": text, "metric": name, "plain": plain, "change": change})
-    sides = [[(place, float(change[place])) for place in strongest(change, top, sign)] for sign in (-1, 1)]
-    largest = max((abs(value) for side in sides for _, value in side[:1]), default=1.0)
+        print_json({"prompt": text, "chat": chat, "metric": name, "plain": plain, "change": change})
+    out = console(quiet=as_json)
+    out.print(TextCell(f"{name} after {shown(heard(text, chat))}: {plain:+.3f}"))
+    out.print(_caption(change), markup=False)
+    out.print(_table(change, top, lambda place: [f"{change[place]:+.3f}"], ["by"]))
+    if picture:
+        figure = oculi_jax.visualize.sweep_heatmap(change, label=f"change of the {legible(name)}")
+        heading(figure, heard(text, chat), f"{name}: {plain:+.3f} without ablation")
+        save_picture(figure, picture, as_json)
+
+
+def _of_set(
+    adapter: LlamaAttentionAdapter,
+    rows: list[Row],
+    top: int,
+    picture: Path | None,
+    as_json: bool,
+    chat: bool,
+    longer: bool,
+) -> None:
+    tokens, mask = encoded(adapter, rows, "prompt", chat, longer)
+    metric, name = measure_set(adapter, tokens, mask, rows)
+    with working("Running the model"):
+        before = plain_values(adapter, tokens, mask, metric)
+    plain = spread(before)
+    change = spread(_without_each_head(adapter, tokens, mask, metric) - before[:, None, None])
+    if as_json:
+        given = {**said(rows, "prompt", "target", "against"), "chat": chat}
+        print_json({**given, "metric": name, "plain": plain, "change": change})
+    out = console(quiet=as_json)
+    mean, interval = with_interval(plain)
+    out.print(TextCell(f"{name}, mean over {len(rows)} prompts: {mean} (95 % interval {interval})"))
+    out.print(_caption(change["mean"]), markup=False)
+    out.print(_table(change["mean"], top, lambda place: with_interval(change, place), ["by", "95 % interval"]))
+    if picture:
+        figure = oculi_jax.visualize.sweep_heatmap(change["mean"], label="mean change")
+        heading(figure, f"{len(rows)} prompts", f"{name}: {mean} without ablation")
+        save_picture(figure, picture, as_json)
+
+
+def _caption(change: np.ndarray) -> str:
+    n_layers, n_heads = change.shape
+    return f"One head at a time set to zero, of {change.size} ({n_layers} layers × {n_heads}):"
+
+
+def _table(change: np.ndarray, top: int, cells: Callable, columns: list[str]) -> Table:
+    """The heads without which the metric falls, beside those without which it rises."""
+    sides = [strongest(change, top, sign) for sign in (-1, 1)]
+    largest = max((abs(float(change[place])) for side in sides for place in side[:1]), default=1.0)
     table = Table(box=None, pad_edge=False)
     for side in ("falls without", "rises without"):
         table.add_column(side)
-        table.add_column("by", justify="right")
+        for name in columns:
+            table.add_column(name, justify="right")
         table.add_column("")
     for pair in zip_longest(*sides):
-        cells = [(f"L{of[0][0]}H{of[0][1]}", f"{of[1]:+.3f}", bar(of[1], largest)) if of else ("",) * 3 for of in pair]
-        table.add_row(*cells[0], *cells[1])
-    out = console(quiet=as_json)
-    out.print(TextCell(f"{name} after {shown(text)}: {plain:+.3f}"))
-    n_layers, n_heads = change.shape
-    out.print(f"One head at a time set to zero, of {change.size} ({n_layers} layers × {n_heads}):", markup=False)
-    out.print(table)
-    if picture:
-        from ..visualize import sweep_heatmap
-
-        figure = sweep_heatmap(change, label=f"change of the {legible(name)}")
-        heading(figure, text, f"{name}: {plain:+.3f} without ablation")
-        save_picture(figure, picture, as_json)
+        each = [
+            (f"L{at[0]}H{at[1]}", *cells(at), bar(float(change[at]), largest)) if at else ("",) * (len(columns) + 2)
+            for at in pair
+        ]
+        table.add_row(*each[0], *each[1])
+    return table

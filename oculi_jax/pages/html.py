@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ SCORES = {
 
 def report(
     model: LlamaAttentionAdapter | ModelLike,
-    text: str,
+    text: str | Sequence[Mapping[str, str]],
     *,
     tokenizer: Tokenizer | None = None,
     target: str | None = None,
@@ -53,7 +53,7 @@ def report(
 
     Args:
         model: an adapter, which has its tokenizer; or a model.
-        text: the prompt.
+        text: the prompt; or messages of a chat, which are put into the tokenizer's template.
         tokenizer: of the model, where that is no adapter.
         target: a text of one token, whose logit is attributed and whose lead over the likeliest other ablations are judged by; None
             for the likeliest next token.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..intervention import HeadAblation
 from ..intervention.context import active
 from ..metrics import Metric, logit_difference
 from ..output import Output
-from ..prompts import prepare
+from ..prompts import is_chat, prepare
 from ..run import forward
 from ..sweeps.sweeping import sweep
 
@@ -105,7 +105,7 @@ class Measured:
 
 def measure(
     adapter: LlamaAttentionAdapter,
-    text: str,
+    text: str | Sequence[Mapping[str, str]],
     *,
     target: str | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
@@ -113,8 +113,8 @@ def measure(
     allow_longer: bool = False,
 ) -> Measured:
     """Runs everything that a report shows. Arguments and errors as in `report`."""
-    if not isinstance(text, str):
-        raise TypeError(f"A report is of one text, and a {type(text).__name__} was given.")
+    if not isinstance(text, str) and not is_chat(text):
+        raise TypeError(f"A report is of one text, or a chat's messages, and a {type(text).__name__} was given.")
     if active(adapter):
         raise ValueError(
             "A report is of the model as it is, and this adapter is inside an InterventionContext: leave it."
@@ -174,11 +174,11 @@ def _triangle(n_tokens: int) -> int:
     return n_tokens * (n_tokens + 1)
 
 
-def _described(adapter: LlamaAttentionAdapter, text: str) -> dict[str, Any]:
+def _described(adapter: LlamaAttentionAdapter, text: str | Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The fields of `Measured` that say what was asked of which model."""
     model = adapter.model
     return {
-        "prompt": text,
+        "prompt": text if isinstance(text, str) else "\n".join(f"{m['role']}: {m['content']}" for m in text),
         "name": _name(adapter.tokenizer),
         "sizes": model.config.sizes,
         "parameters": model.n_params,
