@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,8 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
     """The same for several files of one directory, which are renamed in the order in which they are named.
 
     They are written in a folder of their own, `.NAME.HOST.PROCESS.….part`, which is called `….commit` while they are renamed:
-    one that a killed process left says that the directory is neither the old nor the new, and `cut_off` finds it. What dead
-    processes of this machine left under the same first name is removed here, such a folder when it no longer tells anything.
+    one that is left says that the directory is neither the old nor the new, and `cut_off` finds it. What others left under the
+    same first name is removed here, such a folder when our own first file is there, and ours says the same or all is well.
     """
     names = (first, *others)
     directory = Path(os.path.realpath(Path(directory).expanduser()))
@@ -40,6 +41,7 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
         if (directory / name).exists() and not (directory / name).is_file():
             raise OSError(f"Cannot write {str(directory / name)!r}: it is no regular file.")
     aside: Path | None = None
+    left = len(names)
     try:
         _sweep(directory, first, "part")
         prefix = f".{first}.{_HOST}.{os.getpid()}."
@@ -56,7 +58,8 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
             aside = aside.rename(aside.with_suffix(".commit"))
         for name in names:
             os.replace(aside / name, directory / name)
-            _sweep(directory, first, "commit")  # not before: from the first file on our own folder says the same
+            left -= 1
+            _sweep(directory, first, "commit", aside)
     except OSError as error:
         own = error.filename is None or aside is None or str(error.filename).startswith(str(aside))
         if not own or error.errno is None:
@@ -65,26 +68,44 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
         where = f" in {str(directory)!r}" if others else ""
         raise type(error)(f"Cannot write {what!r}{where}: {os.strerror(error.errno)}.") from error
     finally:
-        if aside is not None:
+        if aside is not None and left in (0, len(names)):  # else it is what says that the directory is a mixture
             shutil.rmtree(aside, ignore_errors=True)
 
 
 def cut_off(directory: Path) -> bool:
     """Whether a process that writes several files of a directory was stopped, or is, between the first and the last of them."""
     for folder in directory.glob(".*.commit"):
-        left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        try:
+            left = [path.name for path in folder.iterdir()]
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # its writer has just finished
         if left and not any(folder.name.startswith(f".{name}.") for name in left):  # the first one went first
             return True
     return False
 
 
-def _sweep(directory: Path, name: str, kind: str) -> None:
-    """Removes what dead processes of this machine left of a file of this name; what a living one has stays."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.{_HOST}\.(\d+)\.\w+\.{kind}")
+def _sweep(directory: Path, name: str, kind: str, own: Path | None = None) -> None:
+    """Removes what dead processes left of a file of this name; what a living one has stays, and so does our own.
+
+    Folders of other machines count as left once they are a minute old where they are called `.commit`, since renaming takes none.
+    """
+    pattern = re.compile(rf"\.{re.escape(name)}\.(\w+)\.(\d+)\.\w+\.{kind}")
     for found in directory.iterdir():
         match = pattern.fullmatch(found.name)
-        if match and not _is_alive(int(match[1])):
+        if match is None or found == own:
+            continue
+        here, process = match[1] == _HOST, int(match[2])
+        old = kind == "commit" and _age(found) > 60
+        if old or (here and (not _is_alive(process) or (kind == "commit" and process == os.getpid()))):
             shutil.rmtree(found, ignore_errors=True)
+
+
+def _age(path: Path) -> float:
+    """Seconds since anything changed in a folder; 0 where it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _is_alive(process: int) -> bool:

@@ -19,6 +19,7 @@ from oculi_jax import forward, load, save
 from oculi_jax.embedded import embedded_directory
 from oculi_jax.models.llama import Llama
 from oculi_jax.models.llama.config import LlamaConfig
+from oculi_jax.utils import files
 
 from ..tiny import prompt, tiny_llama
 from ..tolerances import ROUNDING
@@ -132,6 +133,62 @@ def test_saves_that_are_killed_leave_a_whole_model_or_say_so(tmp_path: Path) -> 
     assert kept == ["config.json", "generation_config.json", "model.safetensors"]
     assert sorted(path.name for path in out.iterdir()) == ["model", "x.safetensors"]
     assert Llama.from_pretrained(out / "model").config == Llama.from_pretrained(tmp_path / "one").config
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), KeyboardInterrupt()], ids=["denied", "stopped"]
+)
+def test_a_save_that_fails_between_two_renames_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    own, calls = os.replace, []
+
+    def replace(*names: Any) -> None:
+        calls.append(names)
+        if len(calls) == 2:
+            raise error
+        own(*names)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(type(error)):
+            tiny_llama(1, num_hidden_layers=5).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="neither the old checkpoint nor the new one"):
+        Llama.from_pretrained(tmp_path)
+    tiny_llama().save_pretrained(tmp_path)  # by the same process, which is alive
+    assert Llama.from_pretrained(tmp_path).config.num_hidden_layers == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("who", "stays"), [("another machine's", False), ("a living process's", True)])
+def test_what_others_left_goes_with_a_whole_save(tmp_path: Path, who: str, stays: bool) -> None:
+    host = files._HOST if stays else "00000000"
+    folder = tmp_path / f".model.safetensors.{host}.{os.getppid()}.abcdefgh.commit"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    if not stays:
+        os.utime(folder, (time.time() - 100,) * 2)  # renaming takes no minute
+    tiny_llama().save_pretrained(tmp_path)
+    assert folder.exists() == stays
+    if not stays:
+        assert Llama.from_pretrained(tmp_path).config.num_hidden_layers == 3
+
+
+def test_a_checkpoint_that_is_saved_to_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    own = LlamaConfig.from_pretrained
+
+    def slow(*arguments: Any, **options: Any) -> LlamaConfig:
+        found = own(*arguments, **options)
+        tiny_llama(1).save_pretrained(tmp_path)
+        return found
+
+    monkeypatch.setattr(LlamaConfig, "from_pretrained", slow)
+    with pytest.raises(ValueError, match="was saved to while it was read"):
+        Llama.from_pretrained(tmp_path)
 
 
 def test_a_save_between_two_renames_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def load(
             f"{str(directory)!r} is neither the old checkpoint nor the new one: a process that was saving to it was cut off, or "
             "is at it now. Save to it again."
         )
+    before = _versions(directory)
     config = LlamaConfig.from_pretrained(directory, ignore_fields=ignore_fields)
     table = parameter_table(config)
     stored = _read_headers(directory)
@@ -91,7 +92,15 @@ def load(
                 continue
             params[row.name] = jax.make_array_from_callback(row.shape, place(row), read)
             params[row.name].block_until_ready()
+    if _versions(directory) != before:
+        raise ValueError(f"{str(directory)!r} was saved to while it was read: load it again.")
     return dataclasses.replace(config, dtype=target.name), params
+
+
+def _versions(directory: Path) -> dict[str, tuple[int, int]]:
+    """Which files a checkpoint is made of now."""
+    files = [path for path in directory.iterdir() if path.suffix in (".json", ".safetensors") and path.is_file()]
+    return {path.name: (stat.st_ino, stat.st_mtime_ns) for path in files for stat in [path.stat()]}
 
 
 def save(model: Llama, directory: str | os.PathLike[str]) -> None:
