@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ def test_a_notebook_prints_what_is_committed(name: str) -> None:
     shown = [[[kind for kind in cell if kind] for cell in book] for book in kinds]
     assert shown[0] == shown[1]
     assert {"image/png", "text/html"} <= {k for cell in shown[1] for kind in cell for k in kind}
+    # The frames that are committed run the scripts of now.
+    frames = [[o["data"]["text/html"] for c in book.cells for o in c.get("outputs", []) if "<iframe" in str(o.get("data", {}).get("text/html"))] for book in (executed(name), committed)]  # fmt: skip
+    scripts = [[re.findall(r"sha256-[\w+/=]+", frame)[:2] for frame in book] for book in frames]
+    assert scripts[0] == scripts[1] and scripts[0]
 
 
 @pytest.mark.browser

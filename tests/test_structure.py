@@ -90,9 +90,9 @@ ALLOWED = {
     "training": {"arrays", "backends", "capture", "prompts", "run", "training", "utils"},
     "adapter": {*CORE, "adapter", "backends", "decoding", "models.llama", "trust", "utils"},
     "trust.py": {"backends.torch", "embedded", "models.llama", "run", "sites", "utils"},
-    "frames": {"frames", "utils.files"},
-    "visualize": {"frames", "visualize"},
-    "pages": {*CORE, "adapter", "analysis", "diagnostics", "frames", "metrics", "pages", "run", "sweeps", "utils"},
+    "webpage": {"utils.files", "webpage"},
+    "visualize": {"visualize", "webpage"},
+    "pages": {*CORE, "adapter", "analysis", "diagnostics", "metrics", "pages", "run", "sweeps", "utils", "webpage"},
     "utils": {"utils", "backends.torch.devices"},
 }
 # The lines that users type, which go against the arrows; and tables of contents, which import what they are asked for.

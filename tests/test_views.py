@@ -49,6 +49,8 @@ def test_padding_is_left_out(adapter: LlamaAttentionAdapter) -> None:
     capture = adapter.capture(batch, attention_mask=mask)
     data = content(attention_view(capture[0]))
     assert [data["words"][i] for i in data["tokens"]] == [str(i) for i in IDS]
+    named = content(attention_view(capture[0], list("##abcdef"), head=np.int64(1)))  # texts of all tokens, padding too
+    assert [named["words"][i] for i in named["tokens"]] == list("abcdef") and named["attention"]["first"] == 1
     for rows, pattern in zip(triangles(data), PATTERN.reshape(-1, 6, 6), strict=True):
         np.testing.assert_allclose(np.concatenate(rows), pattern[np.tril_indices(6)], atol=1e-4)
     with pytest.raises(ValueError, match=r"A batch is shown one prompt at a time: capture\[0\]"):
@@ -86,7 +88,10 @@ def test_texts_are_data(name: str, tmp_path: Path) -> None:
         tags = [tag for tag, _ in Elements(view).tags]
         assert set(tags) <= {"div", "span", "br"} and "\u202e" not in view
         return
-    frame = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts"[^>]*></iframe>', view._repr_html_())
+    frame = re.fullmatch(
+        r'<iframe srcdoc="([^"]*)" title="(?:Attention|Logit lens)" sandbox="allow-scripts"[^>]*></iframe>',
+        view._repr_html_(),
+    )
     assert frame and html.unescape(frame[1]) == view
     assert view.count("<script") == 2 and "window.ran=1</script>" not in view and "default-src 'none'" in view
     assert not re.search(r"https?://", view)  # nothing to load
@@ -100,7 +105,7 @@ def test_colours_follow_the_numbers() -> None:
     found = re.findall(r'title="([^"]*)" style="background:rgba\((\d+),(\d+),(\d+),([\d.]+)\)', view)
     assert [(title, float(share)) for title, *_, share in found] == [("2", 1.0), ("-1", 0.5), ("0", 0.0), ("nan", 0.3)]
     assert int(found[0][1]) > int(found[0][3]) and int(found[1][1]) < int(found[1][3])  # orange above zero, blue below
-    assert "logit: at most 2" in view and view.count("<br>") == 1
+    assert "logit: -1 to 2" in view and view.count("<br>") == 1
 
 
 @pytest.mark.parametrize(
@@ -110,10 +115,15 @@ def test_colours_follow_the_numbers() -> None:
         (lambda: attention_view(PATTERN[..., :4]), ValueError, "as many queries as keys"),
         (lambda: attention_view(PATTERN.swapaxes(2, 3)), ValueError, "attention to later tokens"),
         (lambda: attention_view(PATTERN, ["a"]), ValueError, "tokens has 1 texts, and 6 are needed"),
-        (lambda: attention_view(PATTERN, layer=3), IndexError, "layer is 3, and there are 0, 1, 2"),
-        (lambda: attention_view(PATTERN, head=4), IndexError, "head is 4, and there are 0 to 3"),
+        (lambda: attention_view(PATTERN, layer=3), ValueError, "layer is 3, and there are 0, 1, 2"),
+        (lambda: attention_view(PATTERN, head=4), ValueError, "head is 4, and must be 0 to 3"),
         (lambda: attention_view(PATTERN, layers=[1]), ValueError, "layers has 1 numbers"),
-        (lambda: attention_view(np.zeros((30, 30, 170, 170), np.float32)), ValueError, r"MB of patterns.*layers=\[…\]"),
+        (lambda: attention_view(PATTERN, layers=[1, 1, 2]), ValueError, "names one of them twice"),
+        (lambda: attention_view(PATTERN, head=1.5), TypeError, "head is 1.5, and an integer is needed"),
+        (lambda: attention_view(-PATTERN), ValueError, "values from -1 to -?0, and weights of attention are 0 to 1"),
+        (lambda: attention_view(PATTERN * np.nan), ValueError, "values from nan to nan"),
+        (lambda: lens_view([[{"layer": 0, "predictions": [("a", np.nan)]}]]), ValueError, "not finite"),
+        (lambda: attention_view(np.zeros((30, 30, 140, 140), np.float32)), ValueError, r"MB of patterns.*layers=\[…\]"),
         (lambda: lens_view([{"layer": 0, "predictions": [("a", 1.0)]}]), TypeError, "one entry for each position"),
         (lambda: lens_view([]), TypeError, "one entry for each position"),
         (lambda: token_view(["a"], [1.0, 2.0]), ValueError, "tokens has 1 texts, and 2 are needed"),

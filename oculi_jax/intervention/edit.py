@@ -82,6 +82,7 @@ class Edit:
             raise ValueError("op 'apply' needs fn, a function of (x, value)." if self.fn is None else
                              f"fn is given, but op is {self.op!r}; only 'apply' reads it.")  # fmt: skip
         if self.fn is not None:
+            _check_hashable(self.fn)
             _check_arity(self.fn)
         if self.site == "allowed" and self.op != "set":
             raise ValueError(f"'allowed' is a table of yes and no: it can be 'set', not {self.op!r}.")
@@ -110,6 +111,17 @@ def _check_arity(fn: Callable[..., Any]) -> None:
         raise TypeError(
             f"fn of an Edit is called as fn(x, value), and {getattr(fn, '__name__', fn)!r} does not take two arguments: write "
             "for instance lambda x, value: x * 0."
+        ) from None
+
+
+def _check_hashable(fn: Callable[..., Any]) -> None:
+    """TypeError for a function that programs cannot be kept by."""
+    try:
+        hash(fn)
+    except TypeError:
+        raise TypeError(
+            f"fn of an Edit is a {type(fn).__name__} that cannot be hashed, and programs are kept by their functions: give a "
+            "function, and what it computes with as value."
         ) from None
 
 

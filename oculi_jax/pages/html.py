@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..adapter.adapter import LlamaAttentionAdapter
-from ..frames.page import Page, numbers, packed, part
-from ..frames.page import page as frame
-from ..frames.visible import visible_prompt, visible_token
+from ..webpage.page import Page, numbers, packed, part
+from ..webpage.page import page as web_page
+from ..webpage.visible import visible_prompt, visible_token
 from .measured import Measured, measure
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def page(measured: Measured) -> Page:
     here = files("oculi_jax.pages")
     body, script = (here.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "js"))
     filled = Template(body).substitute(lens=part("lens"), attention=part("attention", chooser=CARD))
-    return frame("Oculi report", "report", filled, ("lens.js", "attention.js"), script, _data(measured))
+    return web_page("Oculi report", "report", filled, ("lens.js", "attention.js"), script, _data(measured))
 
 
 def _data(m: Measured) -> dict[str, Any]:

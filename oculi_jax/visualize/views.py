@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..frames.page import Page, numbers, packed, page, part
-from ..frames.visible import visible_prompt, visible_token
+from ..arrays import integer
+from ..webpage.page import Page, numbers, packed, page, part
+from ..webpage.visible import visible_prompt, visible_token
 from .canvas import as_numbers, as_texts, as_values
 from .lens import FORM, is_of_positions, read_positions
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-POSITIVE, NEGATIVE, MISSING = (143, 63, 0), (8, 81, 156), (128, 128, 128)  # the ends of the page's colours, and a grey
-MOST_BYTES = 24 << 20  # of patterns, two a weight
-_HEADING = "<h1>{}</h1>\n"
-_OWN = files("oculi_jax.frames").joinpath("attention_view.js")
+ABOVE, BELOW, UNKNOWN = (143, 63, 0), (8, 81, 156), (128, 128, 128)  # the ends of the page's colours, and a grey
+MOST_BYTES = 16 << 20  # of patterns, two a weight
+_HEADING = '<h2 id="{}-heading">{}</h2>\n'
+_OWN = files("oculi_jax.webpage").joinpath("attention_view.js")
 
 
 def attention_view(
@@ -36,7 +37,7 @@ def attention_view(
     Args:
         capture: an `AttentionCapture` of one prompt with its patterns (or a `FullCapture`), of which padding is left out; or
             patterns `[L, H, T, T]`.
-        tokens: the texts of the T tokens, as `adapter.str_tokens(ids)`; None for the ids, or positions.
+        tokens: the texts of all T tokens, as `adapter.str_tokens(ids)`; None for the ids, or positions.
         layers: true layer numbers, where `capture` is an array; None for 0 to L − 1.
         layer: the true number of the layer that is shown first; None for the first.
         head: the head that is shown first.
@@ -45,20 +46,18 @@ def attention_view(
         A page that shows itself in a notebook, works offline, and saves itself: `.save("attention.html")`.
 
     Raises:
-        ValueError, TypeError, IndexError: a shape, a number of tokens, a layer or a head that cannot be; attention to later
-            tokens; more than 24 MB of patterns.
+        ValueError, TypeError: a shape, a number of tokens, a layer or a head that cannot be; what is no attention, or is to later
+            tokens; more than 16 MB of patterns.
 
     Examples:
         >>> attention_view(capture, adapter.str_tokens(ids)).save("attention.html")
     """
-    patterns, numbered, ids = _patterns(capture, layers)
+    patterns, numbered, names = _patterns(capture, layers, tokens)
     n_layers, n_heads, n_tokens = patterns.shape[:3]
-    names = [str(i) for i in ids] if tokens is None else as_texts(tokens, n_tokens, "tokens")
-    first = numbered[0] if layer is None else layer
+    first = numbered[0] if layer is None else integer(layer, "layer")
     if first not in numbered:
-        raise IndexError(f"layer is {layer}, and there are {', '.join(map(str, numbered))}.")
-    if not 0 <= head < n_heads:
-        raise IndexError(f"head is {head}, and there are 0 to {n_heads - 1}.")
+        raise ValueError(f"layer is {first}, and there are {', '.join(map(str, numbered))}.")
+    head = integer(head, "head", 0, n_heads - 1)
     words, (places,) = _words(names)
     size = n_layers * n_heads * n_tokens * (n_tokens + 1)
     if size > MOST_BYTES:
@@ -77,7 +76,7 @@ def attention_view(
             "weights": packed(patterns.reshape(-1, n_tokens, n_tokens)),
         },
     }
-    body = _HEADING.format("Attention") + part("attention", chooser="")
+    body = _HEADING.format("attention", "Attention") + part("attention", chooser="")
     return page("Attention", "view", body, ("attention.js",), _OWN.read_text("utf-8"), data, 690)
 
 
@@ -100,13 +99,17 @@ def lens_view(
 
     Examples:
         >>> tool = analysis.LogitLensAnalysis(tokenizer)
-        >>> lens_view([tool.layer_predictions(capture.logits, t) for t in (-2, -1)]).save("lens.html")
+        >>> lens_view([tool.layer_predictions(capture.logits, t) for t in (4, 5)], positions=[4, 5]).save("lens.html")
     """
     if not is_of_positions(predictions):
         raise TypeError(f"predictions is not a list, one entry for each position, of {FORM}.")
     layers, rows = read_positions(predictions)
     count = len(rows[0])
     where = as_numbers(positions, count, "positions")
+    if not np.isfinite([p for row in rows for cell in row for _, p in cell]).all():
+        raise ValueError(
+            "predictions has probabilities that are not finite: the model's logits are not, at these positions."
+        )
     names = [str(t) for t in where] if tokens is None else as_texts(tokens, count, "tokens")
     words, (places, *said) = _words(names, *([text for text, _ in cell] for row in rows for cell in row))
     data = {
@@ -120,7 +123,7 @@ def lens_view(
             "probabilities": [[numbers([p for _, p in cell]) for cell in row] for row in rows],
         },
     }
-    body = _HEADING.format("Logit lens") + part("lens")
+    body = _HEADING.format("lens", "Logit lens") + part("lens")
     return page("Logit lens", "view", body, ("lens.js",), "drawLens();", data, min(160 + 30 * len(layers), 720))
 
 
@@ -140,7 +143,7 @@ def token_view(tokens: Sequence[str], values: ArrayLike, label: str = "") -> Tex
     Args:
         tokens: the texts of T tokens, as `adapter.str_tokens(ids)`.
         values: `[T]`, for instance log-probabilities, a head's norm, or a feature's activation. What is not finite is grey.
-        label: what the numbers are, shown below with the largest.
+        label: what the numbers are, shown below with their range.
 
     Returns:
         HTML without a script, which a notebook shows, a code host too.
@@ -160,13 +163,14 @@ def token_view(tokens: Sequence[str], values: ArrayLike, label: str = "") -> Tex
     pieces = []
     for name, value, known in zip(names, numbers_of, finite, strict=True):
         share = abs(value) / largest if known and largest else 0.0
-        red, green, blue = (POSITIVE if value > 0 else NEGATIVE) if known else MISSING
+        red, green, blue = (ABOVE if value > 0 else BELOW) if known else UNKNOWN
         style = f"background:rgba({red},{green},{blue},{share if known else 0.3:.3f});padding:1px 2px;border-radius:3px"
-        if share > 0.6:
+        if share > 0.8:  # white on it has the better contrast from here on
             style += ";color:#fff"
         pieces.append(f'<span title="{value:.4g}" style="{style}">{escape(_broken(name))}</span>')
     written = "".join(piece + "<br>" * ("\n" in name) for piece, name in zip(pieces, names, strict=True))
-    below = f"<div style='font-size:smaller'>{escape(label)}: at most {largest:.4g}</div>" if label else ""
+    span = f"{numbers_of[finite].min():.4g} to {numbers_of[finite].max():.4g}" if finite.any() else "none is finite"
+    below = f"<div style='font-size:smaller'>{escape(label)}: {span}</div>" if label else ""
     return Text(f"<div style='white-space:pre-wrap;line-height:1.8'>{written}</div>{below}")
 
 
@@ -182,27 +186,35 @@ def _words(*lists: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     return [visible_token(text) for text in order], places
 
 
-def _patterns(capture: Any, layers: Sequence[int] | None) -> tuple[np.ndarray, list[int], list[int]]:
-    """Patterns `[L, H, T, T]`, true layer numbers, and ids or positions of the real tokens of a capture or an array."""
+def _patterns(
+    capture: Any, layers: Sequence[int] | None, tokens: Sequence[str] | None
+) -> tuple[np.ndarray, list[int], list[str]]:
+    """Patterns `[L, H, T, T]`, true layer numbers, and texts, ids or positions of the real tokens of a capture or an array."""
     capture = getattr(capture, "attention", capture)
     found = getattr(capture, "patterns", capture)
     if found is None:
         raise ValueError("This capture has no patterns: take them with CaptureConfig(capture_patterns=True).")
     patterns = as_values(found, "patterns", "L H T T", hint="A batch is shown one prompt at a time: capture[0].")
-    if patterns.shape[2] != patterns.shape[3]:
+    n_tokens = patterns.shape[-1]
+    if patterns.shape[2] != n_tokens:
         raise ValueError(f"patterns has shape {list(patterns.shape)}, and as many queries as keys are needed.")
     if found is capture:
-        numbered, ids = as_numbers(layers, len(patterns), "layers"), list(range(patterns.shape[2]))
+        numbered, names = as_numbers(layers, len(patterns), "layers"), list(map(str, range(n_tokens)))
     elif layers is not None:
         raise ValueError("layers names those of an array, and a capture knows its own.")
     else:
-        numbered, ids = list(capture.captured_layers), [int(i) for i in capture.tokens]
-        if capture.mask is not None:
-            real = np.asarray(capture.mask)
-            patterns, ids = patterns[:, :, real][..., real], [i for i, kept in zip(ids, real, strict=True) if kept]
-    patterns = np.nan_to_num(patterns)
+        numbered, names = list(capture.captured_layers), [str(i) for i in capture.tokens]
+    if len(set(numbered)) < len(numbered):
+        raise ValueError(f"layers is {numbered}, and names one of them twice.")
+    names = names if tokens is None else as_texts(tokens, n_tokens, "tokens")
+    if (mask := getattr(capture, "mask", None)) is not None:
+        real = np.flatnonzero(np.asarray(mask))
+        patterns, names = patterns[:, :, real][..., real], [names[i] for i in real]
+    low, high = patterns.min(), patterns.max()  # NaN where there is one
+    if not (low >= 0 and high <= 1 + 1e-2):
+        raise ValueError(f"patterns has values from {low:.3g} to {high:.3g}, and weights of attention are 0 to 1.")
     if np.triu(patterns, 1).any():
         raise ValueError(
             "patterns has attention to later tokens, which this view does not show; attention_heatmap does."
         )
-    return patterns, numbered, ids
+    return patterns, numbered, names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import jax
@@ -77,3 +78,43 @@ def test_what_an_edit_applies_goes_too() -> None:
     assert alive("run") == 2
     use(KEPT)
     assert alive("run") == 1  # that of the edit without a function
+
+
+def test_clearing_jaxs_caches_frees_what_a_metric_holds() -> None:
+    class Held:
+        pass
+
+    held = Held()
+    seen = weakref.ref(held)
+
+    def metric(out: Any, held: Any = held) -> Any:
+        return out.logits[-1, 3]
+
+    sweeping(metric)
+    del held, metric
+    jax.clear_caches()
+    gc.collect()
+    assert seen() is None
+
+
+def test_a_method_is_one_function() -> None:
+    class Reader:
+        def last(self, out: Any) -> Any:
+            return out.logits[-1, 3]
+
+    reader = Reader()
+    first = np.asarray(sweeping(reader.last))
+    with compilations() as again:
+        assert (np.asarray(sweeping(reader.last)) == first).all()
+    assert not again
+
+
+def test_what_cannot_be_hashed_is_refused_in_a_sentence() -> None:
+    class Scaling:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, x: Any, value: Any) -> Any:
+            return x * 2
+
+    with pytest.raises(TypeError, match="fn of an Edit is a Scaling that cannot be hashed"):
+        forward(MODEL, IDS, Edit("mlp_out", "apply", 1, fn=Scaling()))

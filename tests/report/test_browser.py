@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from oculi_jax import forward, lens
-from oculi_jax.frames.visible import visible_prompt, visible_token
 from oculi_jax.pages import report
+from oculi_jax.webpage.visible import visible_prompt, visible_token
 
 from ..browser import open_browser, ways
 from ..margins import assert_leads

@@ -8,8 +8,8 @@ import pytest
 
 import oculi_jax
 from oculi_jax.cli import report as command
-from oculi_jax.frames.page import Page
 from oculi_jax.models.llama import LlamaAttentionAdapter
+from oculi_jax.webpage.page import Page
 
 from .pages import PROMPT, content
 

@@ -13,9 +13,9 @@ import pytest
 
 from oculi_jax import forward, lens
 from oculi_jax.diagnostics import head_scores
-from oculi_jax.frames.visible import visible_prompt, visible_token
 from oculi_jax.intervention import HeadAblation, InterventionContext
 from oculi_jax.pages import measure, measured, report
+from oculi_jax.webpage.visible import visible_prompt, visible_token
 
 from ..margins import assert_leads
 from ..token_texts import token_text
@@ -199,7 +199,7 @@ def test_prompts_too_long_for_a_page_and_contexts_are_refused(facts, monkeypatch
         pytest.raises(ValueError, match="inside an InterventionContext"),
     ):
         report(facts, PROMPT)
-    with pytest.raises(TypeError, match="of one text, and a list was given"):
+    with pytest.raises(TypeError, match="a list was given"):
         report(facts, [PROMPT])  # type: ignore[arg-type]
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache, partial, wraps
+from functools import lru_cache, wraps
 from types import FunctionType
 from typing import Any, TypeVar
+from weakref import ref
 
 import jax
 
@@ -14,7 +15,7 @@ from ...intervention.rows import Rows
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-KEPT = 32  # programs with functions of a user's in them: metrics, and what edits apply
+KEPT = 64  # programs with functions of a user's in them: metrics, and what edits apply
 
 
 def compiled(*static: str) -> Callable[[F], F]:
@@ -22,11 +23,11 @@ def compiled(*static: str) -> Callable[[F], F]:
 
     What JAX has compiled it keeps as long as the function that was compiled, and a lambda that is written anew for every call
     is another program each time. So each set of a user's functions has a copy of the function of its own, and the copies that
-    were not used for longest go, with all that was compiled for them.
+    were not used for longest go, with all that was compiled for them; `jax.clear_caches()` lets go of all.
     """
 
     def make(function: F) -> F:
-        common = _copy(function, static)
+        common = _jitted(function, static)
 
         @wraps(function)
         def program(*arguments: Any, **options: Any) -> Any:
@@ -39,14 +40,19 @@ def compiled(*static: str) -> Callable[[F], F]:
     return make
 
 
+def _jitted(function: Any, static: tuple[str, ...]) -> Any:
+    return jax.jit(function, static_argnames=static, inline=True)
+
+
 @lru_cache(maxsize=KEPT)
-def _copy(function: Any, static: tuple[str, ...], own: tuple[Any, ...] = ()) -> Any:
+def _copy(function: Any, static: tuple[str, ...], own: tuple[Any, ...]) -> Any:
     """A program of its own for some functions of a user's: JAX knows what it compiled by the function object."""
     again = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
-    again.__kwdefaults__, again.__annotations__ = function.__kwdefaults__, function.__annotations__
-    return partial(jax.jit, static_argnames=static, inline=True)(again)
+    again.__kwdefaults__ = function.__kwdefaults__
+    again.__dict__.update(function.__dict__)
+    return _jitted(again, static)
 
 
 def _functions(arguments: Iterable[Any]) -> tuple[Any, ...]:
@@ -58,4 +64,5 @@ def _functions(arguments: Iterable[Any]) -> tuple[Any, ...]:
         elif isinstance(argument, Rows | tuple):
             items = jax.tree.unflatten(argument.tree, argument.leaves) if isinstance(argument, Rows) else argument
             found += [item.fn for item in items if isinstance(item, Edit) and item.fn is not None]
-    return tuple(found)
+    # A function is named without being held: that is JAX's to do. A method is another object each time it is asked for.
+    return tuple(ref(function) if isinstance(function, FunctionType) else function for function in found)

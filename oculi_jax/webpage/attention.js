@@ -28,13 +28,14 @@ function showRow(t) {
     shade(chip, Math.sqrt(w));
     chip.lastChild.textContent = seen ? fixed(w) : "later";
   });
+  const sum = Array.from({ length: t + 1 }, (_, s) => weight(t, s)).reduce((a, b) => a + b);
   const order = Array.from({ length: t + 1 }, (_, s) => s).sort((a, b) => weight(t, b) - weight(t, a)).slice(0, 8);
   const rows = order.map((s) => ranked([token(tokens[s]), " ", element("small", {}, String(s))], weight(t, s)));
   const pointed = state.hovered === null ? [] : [element("p", {}, token(tokens[state.hovered]), ` (position ${state.hovered}): ${fixed(weight(t, state.hovered))}`)];
   byId("row-details").replaceChildren(
     element("p", {}, token(tokens[t]), ` (position ${t}) in ${headName(...state.head)} attends to:`), ...pointed,
     element("table", { class: "ranking" }, ...rows),
-    element("p", { class: "soft" }, t + 1 > order.length ? `The ${order.length} largest of ${t + 1}. Each row sums to 1.` : "The row sums to 1."));
+    element("p", { class: "soft" }, `${t + 1 > order.length ? `The ${order.length} largest of ${t + 1}. ` : ""}The row sums to ${Math.abs(sum - 1) < 5e-3 ? 1 : fixed(sum, 2)}.`));
   drawMatrix();
 }
 

@@ -21,14 +21,16 @@ class Page(str):
     """A page's text, which a notebook shows in a frame of its own, and which saves itself.
 
     Attributes:
+        title: what it is called.
         height: of the frame, in pixels.
     """
 
+    title: str
     height: int
 
-    def __new__(cls, text: str, height: int = 720) -> Page:
+    def __new__(cls, text: str, title: str = "A page", height: int = 720) -> Page:
         made = super().__new__(cls, text)
-        made.height = height
+        made.title, made.height = title, height
         return made
 
     def __repr__(self) -> str:
@@ -36,8 +38,8 @@ class Page(str):
 
     def _repr_html_(self) -> str:
         return (
-            f'<iframe srcdoc="{escape(self, quote=True)}" sandbox="allow-scripts" width="100%" height="{self.height}" '
-            'style="border:1px solid #8884"></iframe>'
+            f'<iframe srcdoc="{escape(self, quote=True)}" title="{escape(self.title, quote=True)}" sandbox="allow-scripts" '
+            f'width="100%" height="{self.height}" style="border:1px solid #8884"></iframe>'
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -48,7 +50,7 @@ class Page(str):
 
 def part(name: str, **parts: str) -> str:
     """A piece of HTML that several pages have, with its own gaps filled."""
-    return Template(files("oculi_jax.frames").joinpath(f"{name}.html").read_text("utf-8")).substitute(parts)
+    return Template(files("oculi_jax.webpage").joinpath(f"{name}.html").read_text("utf-8")).substitute(parts)
 
 
 def page(
@@ -65,13 +67,13 @@ def page(
         data: what they read; it may hold any texts, which are never markup.
         height: of its frame in a notebook, in pixels.
     """
-    here = files("oculi_jax.frames")
+    here = files("oculi_jax.webpage")
     style, *shared = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "basis.js", *scripts))
     script = "\n".join([*shared, start])
     # "<" alone could end the element that holds the data; what else JSON escapes leaves nothing but ASCII.
     written = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     named = {"style": style, "style_hash": _hash(style), "script": script, "script_hash": _hash(script)}
-    return Page(part("page", title=escape(title), kind=kind, body=body, data=written, **named), height)
+    return Page(part("page", title=escape(title), kind=kind, body=body, data=written, **named), title, height)
 
 
 def _hash(text: str) -> str:

@@ -36,7 +36,7 @@ function signed(value, digits = 3) {
 const largest = (numbers) => numbers.flat(2).reduce((most, value) => Math.max(most, Math.abs(value)), 0) || 1;
 const headName = (layer, head) => `L${layer}H${head}`;
 
-/** Shades a cell by v from 0 to 1, or from −1 to 1; the class says which ink stands on it, as page.css has it. */
+/** Shades a cell by v from 0 to 1, or from −1 to 1; the class says which ink stands on it, as the style has it. */
 function shade(cell, v) {
   const size = Math.min(Math.abs(v), 1);
   cell.classList.add("shade");
