@@ -82,7 +82,7 @@ class CompositionAnalysis:
 
         Args:
             capture: with `patterns` and `values`.
-            source, target, errors: as for `qk_composition`.
+            source, target: as for `qk_composition`, and so are errors.
 
         Returns:
             `.values` `[T]` in 0…1, 0 at padding.
