@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         SpectraScaler,
         Steer,
     )
+    from .means import mean_activations
     from .models.llama.model import Llama
     from .output import Output
     from .pages import report
@@ -79,6 +80,7 @@ _CONTENTS = {
         "Ablation", "ActivationPatch", "AttentionKnockout", "Blend", "DirectionAblation", "Edit", "Freeze", "HeadAblation",
         "KScaler", "PerLayer", "PerPrompt", "QScaler", "SpectraScaler", "Steer",
     ),
+    "means": ("mean_activations",),
     "models.llama.model": ("Llama",),
     "output": ("Output",),
     "pages": ("report",),
@@ -136,6 +138,7 @@ __all__ = [
     "lens",
     "load",
     "load_tokenizer",
+    "mean_activations",
     "metrics",
     "models",
     "padded",

@@ -82,6 +82,7 @@ ALLOWED = {
     "backends": {*CORE, "backends", "decoding.sampling", "metrics", "models.llama", "utils"},
     "run.py": {*CORE, "backends"},
     "reading.py": {*CORE, "backends"},
+    "means.py": {*CORE, "backends"},
     "sweeps": {*CORE, "backends", "metrics", "sweeps", "utils"},
     "decoding": {*CORE, "backends", "decoding", "utils"},
     "causal": {*CORE, "backends", "causal", "decoding.generation", "metrics", "run", "sweeps"},
