@@ -45,7 +45,8 @@ def bootstrap(values: ArrayLike, confidence: float = 0.95, n_resamples: int = 20
     """The mean over prompts, with its percentile bootstrap interval (Efron 1979, doi:10.1214/aos/1176344552).
 
     B prompts are drawn from the B with replacement, `n_resamples` times, the same ones for all entries of the trailing
-    axes; the interval spans the middle `confidence` of the means of these.
+    axes; the interval spans the middle `confidence` of the means of these. It is made of these B values alone: of fewer than
+    ten prompts it is narrower than it should be, and of two its ends are just the two.
 
     Args:
         values: `[B, …]`, numbers, one row for each of at least two prompts.

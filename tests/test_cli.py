@@ -12,6 +12,7 @@ import pytest
 
 import oculi_jax
 from oculi_jax import SITES, forward, generate, load
+from oculi_jax.analysis import CircuitDetection
 from oculi_jax.cli.interventions import KINDS, parse
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.embedded import embedded_directory
@@ -135,7 +136,7 @@ def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_he
         (["generate", "The", "--top-p", "0.5"], "temperature is 0, which is greedy"),
         (["lens", "x", "--model", "nowhere"], "There is no directory 'nowhere'"),
         (["lens", "The " * 200], "made for at most 128"),
-        (["lens", "The", "--dtype", "int8"], "dtype is 'int8'"),
+        (["attribute", "The", "--target", "Mary", "--against", "Mary"], "--target and --against are both 'Mary'"),
         (["capture", "The", "--sites", "patern", "-o", "{tmp}/x"], "did you mean 'pattern'"),
         (["capture", "The", "--sites", "q", "--layers", "5", "-o", "{tmp}/x"], "[5], but this model has 4 layers"),
         (["capture", "The", "--sites", "q", "--layers", "a", "-o", "{tmp}/x"], "--layers is 'a'"),
@@ -205,6 +206,18 @@ def test_numbers_as_json(oculi_here, trained: LlamaAttentionAdapter) -> None:
 
     found = strict(oculi_here("heads", "--json")[1])
     assert np.shape(found["scores"]["induction"]) == (4, 6) and np.max(found["scores"]["induction"]) > 0.9
+    scores = head_scores(trained.model)
+    for name, values in scores.standard_error.items():
+        np.testing.assert_allclose(found["standard_errors"][name], values, atol=ROUTES)
+    for name, heads in scores.summarize().items():
+        assert {(n, h) for n, h, *_ in heads} == {
+            (n, h) for n in range(4) for h in range(6) if found["classes"][n][h] == name
+        }
+    found = strict(oculi_here("heads", "--text", FRANCE, "--json")[1])
+    assert found["standard_errors"] is None and np.shape(found["classes"]) == (4, 6)
+    capture = trained.capture(FRANCE)
+    of_head = CircuitDetection.classify_attention_head
+    assert found["classes"] == [[of_head(capture, n, h)["pattern"] for h in range(6)] for n in range(4)]
 
     words = ("The capital of France is", "The capital of Italy is")
     found = strict(oculi_here("patch", *words, "--target", "Paris", "--against", "Rome", "--json")[1])
@@ -215,3 +228,9 @@ def test_numbers_as_json(oculi_here, trained: LlamaAttentionAdapter) -> None:
     assert found["runs"][0]["tokens"][0] == " Paris" and len(found["runs"][0]["probabilities"]) == 3
 
     assert strict(oculi_here("sites", "--json")[1])["z"]["axes"] == ["H", "T", "D"]
+
+
+def test_a_doctor_with_nothing_to_compare_prints_an_object(oculi_here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oculi_jax.trust.devices", lambda: [])
+    code, out, err = oculi_here("doctor", "--json")
+    assert code == 0 and strict(out) == {}, err

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oculi_jax import HeadAblation, forward, generate
+from oculi_jax import HeadAblation, forward
 from oculi_jax.embedded import embedded_directory
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
@@ -72,11 +72,20 @@ def log_softmax(logits: Any) -> np.ndarray:
     return logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
 
 
-def test_what_each_command_runs_is_the_template(run, ids, trained: LlamaAttentionAdapter) -> None:
+@pytest.fixture(scope="module")
+def plain(trained: LlamaAttentionAdapter, ids) -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
+    """The logits `[V]` after a message, and the patterns of its run."""
+
+    def plain(text: str) -> tuple[np.ndarray, np.ndarray]:
+        out = forward(trained.model, ids(text), capture="pattern", logits="last")
+        return np.asarray(out.logits), np.asarray(out.activations["pattern"])
+
+    return plain
+
+
+def test_what_each_command_runs_is_the_template(run, ids, plain, trained: LlamaAttentionAdapter) -> None:
     model, paris, tokens = trained.model, trained.to_single_token("Paris"), ids(SAID)
-    out = forward(model, tokens)
-    assert out.logits is not None
-    logits = np.asarray(out.logits)[-1]
+    logits, pattern = plain(SAID)
     assert_leads(logits)
     chances = np.exp(log_softmax(logits))
 
@@ -89,27 +98,27 @@ def test_what_each_command_runs_is_the_template(run, ids, trained: LlamaAttentio
     assert abs(found["change"][2][1] - (log_softmax(without) - log_softmax(logits))[paris]) < 2 * ROUTES
     found = run("attribute", SAID, "--target", "Paris")
     assert abs(found["logit"] - logits[paris]) < 10 * ROUTES
-    found = run("patch", SAID, "of Italy", "--target", "Paris")
-    other = forward(model, ids("of Italy"), logits="last").logits
+    found = run("patch", SAID, "of Italy", "--target", "Paris", "--by", "layer")
+    other, _ = plain("of Italy")
     assert abs(found["clean"] - log_softmax(logits)[paris]) < ROUTES and found["clean_prompt"] == SAID
     assert abs(found["corrupted"] - log_softmax(other)[paris]) < ROUTES
     found = run("generate", SAID, "-n", "4")
-    new = np.asarray(generate(model, tokens, 4))
-    assert_leads(forward(model, [*tokens, *new.tolist()]).logits[len(tokens) - 1 : -1])
-    assert found["runs"][0]["tokens"] == trained.str_tokens(new)[: len(found["runs"][0]["tokens"])]
-    assert found["runs"][0]["text"].split() == trained.tokenizer.decode(new, skip_special_tokens=True).split()
-    pattern = np.asarray(forward(model, tokens, capture="pattern").activations["pattern"])
+    (written,) = found["runs"]
+    new = trained.tokenizer.convert_tokens_to_ids([token.replace(" ", "▁") for token in written["tokens"]])
+    steps = np.asarray(forward(model, [*tokens, *new]).logits)[len(tokens) - 1 : -1]
+    assert_leads(steps)
+    assert len(new) == 4 and new == steps.argmax(axis=-1).tolist()
+    assert written["text"].split() == trained.tokenizer.decode(new, skip_special_tokens=True).split()
     previous = np.mean([pattern[:, :, t, t - 1] for t in range(1, len(tokens))], axis=0)
     np.testing.assert_allclose(run("heads", "--text", SAID)["scores"]["previous_token"], previous, atol=ROUTES)
 
 
-def test_prompts_of_a_file_are_messages_too(run, ids, tmp_path: Path, trained: LlamaAttentionAdapter) -> None:
+def test_prompts_of_a_file_are_messages_too(run, plain, tmp_path: Path) -> None:
     texts = [SAID, "of Italy", "of France. The capital of Italy"]
     (tmp_path / "x.txt").write_text("\n".join(texts))
-    found = run("sweep", "--prompts", str(tmp_path / "x.txt"), "--target", "Paris")
-    paris = trained.to_single_token("Paris")
-    want = [log_softmax(forward(trained.model, ids(text), logits="last").logits)[paris] for text in texts]
-    np.testing.assert_allclose(found["plain"]["by_prompt"], want, atol=ROUTES)
+    found = run("lens", "--prompts", str(tmp_path / "x.txt"))
+    want = [np.exp(log_softmax(plain(text)[0])).max() for text in texts]
+    np.testing.assert_allclose([row[-1] for row in found["probability_of_answer"]["by_prompt"]], want, atol=ROUTES)
 
 
 def test_oculi_capture_writes_the_ids_of_the_template(oculi_here, chatty: Path, ids, tmp_path: Path) -> None:
@@ -140,10 +149,10 @@ def test_lines_and_titles_say_that_a_user_says_it(oculi_here, chatty: Path, tmp_
     assert code == 0 and f"user: {SAID} → ' Paris'" in out
     code, out, _ = oculi_here("sweep", SAID, "--target", "Paris", *given)
     assert code == 0 and f"after 'user: {SAID}': " in out
-    code, out, _ = oculi_here("generate", SAID, "-n", "2", *given)
+    code, out, _ = oculi_here("generate", SAID, "-n", "4", *given)
     lines = [line.strip() for line in out.splitlines() if line.strip()]
     assert code == 0 and lines[1] == f"user: {SAID}" and lines[2].startswith("Paris")
-    code, _, err = oculi_here("lens", "", *given)
+    code, _, err = oculi_here("capture", "", "--sites", "embed", "-o", str(tmp_path / "x.safetensors"), *given)
     assert code == 0 and "The message is empty" in err and "start of a text" not in err
 
 

@@ -1,26 +1,33 @@
-"""`--prompts FILE`: means over a set are those of single runs, intervals those of all resamples; what a file may hold."""
+"""`--prompts FILE`: a set's values are NumPy's of plain runs, intervals those of all resamples; what a file may hold."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from oculi_jax import forward
+from oculi_jax import Output, forward, plan
+from oculi_jax.causal import patching
 from oculi_jax.cli import attribute, lens, patch, sweep
+from oculi_jax.cli.effects import announce
+from oculi_jax.cli.prompts import read_rows
+from oculi_jax.intervention import ActivationPatch, HeadAblation
 from oculi_jax.models.llama import LlamaAttentionAdapter
 
+from .margins import assert_leads
 from .prompts import IOI
 from .test_cli_sweep import Words
 from .tiny import tiny_llama
 from .tolerances import ROUTES
 
-# Of three lengths, and two kinds of answer.
+# Of two lengths, and two kinds of answer.
 ROWS = [
     {"prompt": "The capital of France is", "target": "Paris", "against": "Rome"},
     {"prompt": "The capital of Italy is", "target": "Rome", "against": "Paris"},
@@ -32,6 +39,8 @@ CAPITALS = [
     {"clean": "The capital of Spain is", "corrupted": "The capital of Italy is"},
     {"clean": "The capital of Germany is", "corrupted": "The capital of France is"},
 ]
+# The same prompts on both sides.
+ROUND = [{"clean": CAPITALS[i]["clean"], "corrupted": CAPITALS[i - 1]["clean"]} for i in range(3)]
 PAIRS = [
     {**CAPITALS[0], "target": "Paris", "against": "Rome"},
     {"clean": IOI.format("John"), "corrupted": IOI.format("Mary"), "target": "Mary", "against": "John"},
@@ -58,10 +67,6 @@ def written(path: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
-def options(row: dict[str, str]) -> list[str]:
-    return [word for name in ("target", "against") if name in row for word in (f"--{name}", row[name])]
-
-
 def assert_over_prompts(found: dict[str, Any], each: Any, tolerance: float = ROUTES) -> None:
     """Values of each prompt, their mean, and ends within what 2000 of all possible resamples leave in doubt.
 
@@ -79,77 +84,201 @@ def assert_over_prompts(found: dict[str, Any], each: Any, tolerance: float = ROU
     assert (np.asarray(found["high"]) > np.asarray(found["low"])).any()
 
 
-def test_oculi_lens_of_a_set(run, tmp_path: Path, trained: LlamaAttentionAdapter) -> None:
+# What each test reads of plain runs, so that they share a program.
+READ = ("embed", "z", "mlp_out", "resid_pre", "resid_post")
+
+
+class Runs:
+    """Plain and edited runs of single texts on the embedded model, and NumPy's arithmetic on them in float64."""
+
+    def __init__(self, adapter: LlamaAttentionAdapter):
+        self.adapter, self.model, self.encode = adapter, adapter.model, adapter.tokenizer.encode
+        self.unembed = np.asarray(self.model.lm_head.weight, np.float64)
+        self.plain, self.without = cache(self._plain), cache(self._without)
+        self.ablated, self.edited = jax.jit(self._ablated), jax.jit(self._patched, static_argnums=0)
+
+    def _plain(self, text: str) -> Output:
+        return forward(self.model, self.encode(text), capture=READ)
+
+    def _without(self, text: str) -> np.ndarray:
+        """The logits `[L, H, V]` at the last token without each head."""
+        return np.asarray(self.ablated(np.array(self.encode(text)), np.arange(4), np.arange(6)))
+
+    def _ablated(self, ids: Any, layers: Any, heads: Any) -> Any:
+        def one(layer: Any, head: Any) -> Any:
+            return forward(self.model, ids, HeadAblation(layer, head), logits="last").logits
+
+        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(layers, heads)
+
+    def _patched(self, site: str, ids: Any, *places: Any) -> Any:
+        """The logits `[N, V]` at the last token, with one layer, head, value and mask of tokens at a time."""
+
+        def one(layer: Any, head: Any, value: Any, tokens: Any) -> Any:
+            return forward(self.model, ids, ActivationPatch(site, layer, value, head, tokens), logits="last").logits
+
+        return jax.vmap(one)(*places)
+
+    def patched(self, text: str, source: str, site: str, by: Sequence[str]) -> np.ndarray:
+        """The logits `[*by, V]` of a text with another one's values at one place at a time."""
+        ids, values = np.array(self.encode(text)), np.asarray(self.plain(source).activations[site])
+        shape = [{"layer": 4, "head": 6, "position": len(ids)}[axis] for axis in by]
+        at = dict(zip(by, np.indices(shape).reshape(len(by), -1), strict=True))
+        value = values[at["layer"], at["head"]] if "head" in at else values[at["layer"]]
+        tokens = np.eye(len(ids), dtype=bool)[at["position"]] if "position" in at else None
+        return np.asarray(self.edited(site, ids, at["layer"], at.get("head"), value, tokens)).reshape(*shape, -1)
+
+    def site(self, text: str, name: str) -> np.ndarray:
+        return np.asarray(self.plain(text).activations[name], np.float64)
+
+    def logits(self, text: str) -> np.ndarray:
+        return np.asarray(self.plain(text).logits)[-1]
+
+    def scale(self, resid: np.ndarray) -> np.ndarray:
+        """What the final norm multiplies a stream `[…, E]` with."""
+        size = np.sqrt(np.mean(resid**2, axis=-1, keepdims=True) + self.model.config.rms_norm_eps)
+        return np.asarray(self.model.norm.weight[...], np.float64) / size
+
+    def direction(self, row: dict[str, str]) -> np.ndarray:
+        """What an answer reads off the normed stream, `[E]`."""
+        other = self.unembed[self.adapter.to_single_token(row["against"])] if "against" in row else 0.0
+        return self.unembed[self.adapter.to_single_token(row["target"])] - other
+
+    def measure(self, logits: np.ndarray, row: dict[str, str]) -> np.ndarray:
+        """The metric of logits `[…, V]`."""
+        logits = np.asarray(logits, np.float64)
+        target = logits[..., self.adapter.to_single_token(row["target"])]
+        if "against" in row:
+            return target - logits[..., self.adapter.to_single_token(row["against"])]
+        most = logits.max(axis=-1)
+        return target - most - np.log(np.exp(logits - most[..., None]).sum(axis=-1))
+
+
+@pytest.fixture(scope="module")
+def runs(trained: LlamaAttentionAdapter) -> Runs:
+    return Runs(trained)
+
+
+def test_oculi_lens_of_a_set(run, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured in several parts."""
+    monkeypatch.setattr("oculi_jax.cli.sets.AT_ONCE", 2)
     file = tmp_path / "prompts.txt"
     file.write_text("\ufeff" + "\r\n".join(["", *(row["prompt"] for row in ROWS), "  ", ""]), encoding="utf-8")
     found = run("lens", "--prompts", str(file), "-o", str(tmp_path / "x.png"))
-    single = [run("lens", row["prompt"]) for row in ROWS]
-    assert found["prompt"] == [row["prompt"] for row in ROWS] and found["answers"] == [one["answer"] for one in single]
-    assert found["answers"][:3] == [" Paris", " Rome", " Mary"]
-    chances = [[layer["probability_of_answer"] for layer in one["layers"]] for one in single]
-    assert_over_prompts(found["probability_of_answer"], chances)
-    first = [[layer["predictions"][0][0] == one["answer"] for layer in one["layers"]] for one in single]
+    assert found["prompt"] == [row["prompt"] for row in ROWS]
+    last = [runs.site(row["prompt"], "resid_post")[:, -1] for row in ROWS]
+    logits = np.array([(x * runs.scale(x)) @ runs.unembed.T for x in last])  # [B, L, V]
+    ids = [int(runs.logits(row["prompt"]).argmax()) for row in ROWS]
+    for x in logits:
+        assert_leads(x[-1])
+    assert found["answer_ids"] == ids and found["answers"][:3] == [" Paris", " Rome", " Mary"]
+    chances = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    chances /= chances.sum(axis=-1, keepdims=True)
+    assert_over_prompts(found["probability_of_answer"], [x[:, i] for x, i in zip(chances, ids, strict=True)])
+    first = [x.argmax(axis=-1) == i for x, i in zip(logits, ids, strict=True)]
     assert_over_prompts(found["likeliest"], first)
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
     # A row's own target, beside a row that has none.
-    rows = [{"text": ROWS[0]["prompt"], "target": "Rome"}, {"text": ROWS[1]["prompt"], "target": None}]
+    rows = [{"text": ROWS[0]["prompt"], "target": "Rome"}, {"text": ROWS[2]["prompt"], "target": None}]
     found = run("lens", "--prompts", written(tmp_path / "x.jsonl", rows))
-    logits = np.asarray(forward(trained.model, trained.tokenizer.encode(ROWS[0]["prompt"])).logits, np.float64)[-1]
-    rome = trained.tokenizer.encode("Rome")[-1]
-    np.testing.assert_allclose(
-        found["probability_of_answer"]["by_prompt"][0][-1],
-        np.exp(logits[rome] - logits.max()) / np.exp(logits - logits.max()).sum(),
-        atol=1e-6,
-    )
-    assert found["likeliest"]["by_prompt"][0] != found["likeliest"]["by_prompt"][1] == first[1]
-    assert found["answers"] == [" Rome", " Rome"] and found["target"] == ["Rome", None]
+    rome = runs.adapter.tokenizer.encode("Rome")[-1]
+    np.testing.assert_allclose(found["probability_of_answer"]["by_prompt"][0], chances[0, :, rome], atol=ROUTES)
+    assert found["likeliest"]["by_prompt"][0] != found["likeliest"]["by_prompt"][1] == first[2].tolist()
+    assert found["answers"] == [" Rome", " Mary"] and found["target"] == ["Rome", None]
+
+
+def rows_of(against: bool) -> list[dict[str, str]]:
+    names = ("prompt", "target", "against") if against else ("prompt", "target")
+    return [{name: row[name] for name in names} for row in ROWS]
 
 
 @pytest.mark.parametrize("against", [True, False])
-def test_oculi_attribute_of_a_set(run, tmp_path: Path, against: bool) -> None:
-    rows = [
-        {name: row[name] for name in ("prompt", "target", "against") if against or name != "against"} for row in ROWS
-    ]
-    found = run("attribute", "--prompts", written(tmp_path / "x.jsonl", rows), "-o", str(tmp_path / "x.png"))
-    single = [run("attribute", row["prompt"], *options(row)) for row in rows]
-    for name in ("logit", "embedding", "heads", "mlps"):
-        assert_over_prompts(found[name], [one[name] for one in single], 10 * ROUTES)
-    assert np.abs(found["completeness_error"]).max() < 1e-3 and (tmp_path / "x.png").stat().st_size > 10_000
+def test_oculi_attribute_of_a_set(
+    run, runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, against: bool
+) -> None:
+    """Captured in several parts."""
+    monkeypatch.setattr("oculi_jax.cli.sets.AT_ONCE", 2)
+    rows = rows_of(against)
+    picture = ("-o", str(tmp_path / "x.png")) if against else ()
+    found = run("attribute", "--prompts", written(tmp_path / "x.jsonl", rows), *picture)
+    output = np.asarray(runs.model.layers.attn.o.weight[...], np.float64)  # [L, E, H, D]
+    answer = runs.adapter.to_single_token
+    want: dict[str, list[Any]] = {name: [] for name in ("logit", "embedding", "heads", "mlps")}
+    for row in rows:
+        text, direction = row["prompt"], runs.direction(row)
+        read = direction * runs.scale(runs.site(text, "resid_post")[-1, -1])
+        logits = runs.logits(text)
+        want["logit"].append(logits[answer(row["target"])] - (logits[answer(row["against"])] if against else 0.0))
+        want["embedding"].append(runs.site(text, "embed")[-1] @ read)
+        want["heads"].append(np.einsum("lhd,lehd,e->lh", runs.site(text, "z")[:, :, -1], output, read))
+        want["mlps"].append(runs.site(text, "mlp_out")[:, -1] @ read)
+    for name, each in want.items():
+        assert_over_prompts(found[name], each, 10 * ROUTES)
+    assert np.abs(found["completeness_error"]).max() < 1e-3
+    assert not against or (tmp_path / "x.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("against", [True, False])
-def test_oculi_sweep_of_a_set(run, tmp_path: Path, against: bool) -> None:
-    rows = [
-        {name: row[name] for name in ("prompt", "target", "against") if against or name != "against"} for row in ROWS
-    ]
-    found = run("sweep", "--prompts", written(tmp_path / "x.jsonl", rows), "-o", str(tmp_path / "x.png"))
-    single = [run("sweep", row["prompt"], *options(row)) for row in rows]
-    for name in ("plain", "change"):
-        assert_over_prompts(found[name], [one[name] for one in single], 10 * ROUTES)
-    assert np.shape(found["change"]["mean"]) == (4, 6) and (tmp_path / "x.png").stat().st_size > 10_000
+def test_oculi_sweep_of_a_set(run, runs: Runs, tmp_path: Path, against: bool) -> None:
+    rows = rows_of(against)
+    picture = ("-o", str(tmp_path / "x.png")) if against else ()
+    found = run("sweep", "--prompts", written(tmp_path / "x.jsonl", rows), *picture)
+    plain = np.array([runs.measure(runs.logits(row["prompt"]), row) for row in rows])
+    assert_over_prompts(found["plain"], plain, 10 * ROUTES)
+    without = np.array([runs.measure(runs.without(row["prompt"]), row) for row in rows])
+    assert_over_prompts(found["change"], without - plain[:, None, None], 10 * ROUTES)
+    assert np.shape(found["change"]["mean"]) == (4, 6)
+    assert not against or (tmp_path / "x.png").stat().st_size > 10_000
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """What is announced of a patching, and the plan of the sweep that it makes."""
+    announced: list[Any] = []
+    made: list[Any] = []
+    own = patching.sweep_prompts
+
+    def sweep_prompts(model: Any, tokens: Any, mask: Any, patches: Any, metric: Any, **given: Any) -> Any:
+        made.append(plan(model, tokens, patches, metric, mask=mask))
+        return own(model, tokens, mask, patches, metric, **given)
+
+    monkeypatch.setattr(patch, "announce", announced.append)
+    monkeypatch.setattr(patching, "sweep_prompts", sweep_prompts)
+    return announced, made
 
 
 @pytest.mark.parametrize(
-    ("rows", "asked", "by"),
+    ("rows", "site", "direction", "by"),
     [
-        (PAIRS, ["--site", "z"], ["layer", "head"]),
-        (PAIRS, ["--site", "mlp_out", "--direction", "noising"], ["layer"]),
-        (CAPITALS, ["--target", "Paris", "--against", "Rome"], ["layer", "position"]),
+        (PAIRS, "z", "denoising", ["layer", "head"]),
+        (PAIRS, "mlp_out", "noising", ["layer"]),
+        ([{**row, "target": "Paris", "against": "Rome"} for row in CAPITALS], "resid_pre", "denoising", ["layer", "position"]),
     ],
-)
-def test_oculi_patch_of_a_set(run, tmp_path: Path, rows, asked: list[str], by: list[str]) -> None:
-    found = run("patch", "--prompts", written(tmp_path / "x.jsonl", rows), *asked, "-o", str(tmp_path / "x.png"))
+)  # fmt: skip
+def test_oculi_patch_of_a_set(
+    run, runs: Runs, plans, tmp_path: Path, rows, site: str, direction: str, by: list[str]
+) -> None:
+    planned, ran = plans
+    kinds = ("corrupted", "clean") if direction == "denoising" else ("clean", "corrupted")
+    asked = ("--site", site, "--direction", direction, "-o", str(tmp_path / "x.png"))
+    found = run("patch", "--prompts", written(tmp_path / "x.jsonl", rows), *asked)
+    assert (planned[0].axes, planned[0].n_prompts, planned[0].flops) == (ran[0].axes, 3, ran[0].flops)
     assert found["by"] == by and (tmp_path / "x.png").stat().st_size > 5_000
-    single = [run("patch", row["clean"], row["corrupted"], *options(row), *asked, "--by", ",".join(by)) for row in rows]
-    clean, corrupted, patched = (np.array([one[name] for one in single]) for name in ("clean", "corrupted", "patched"))
+    clean, corrupted = (
+        np.array([runs.measure(runs.logits(row[kind]), row) for row in rows]) for kind in ("clean", "corrupted")
+    )
+    patched = np.array([
+        runs.measure(runs.patched(*(row[kind] for kind in kinds), site, by), row)
+        for row in rows
+    ])  # fmt: skip
     for name, each in (("clean", clean), ("corrupted", corrupted), ("patched", patched)):
         assert_over_prompts(found[name], each, 10 * ROUTES)
-    start = (clean if "noising" in asked else corrupted).reshape(-1, *[1] * len(by))
+    start = (corrupted if direction == "denoising" else clean).reshape(-1, *[1] * len(by))
     assert_over_prompts(found["change"], patched - start, 10 * ROUTES)
     means = (patched.mean(axis=0) - corrupted.mean()) / (clean.mean() - corrupted.mean())
     np.testing.assert_allclose(found["recovery"], means, atol=ROUTES)
-    assert np.abs(means - np.mean([one["recovery"] for one in single], axis=0)).max() > 10 * ROUTES  # no mean of ratios
+    ratios = (patched.T - corrupted) / (clean - corrupted)
+    assert np.abs(means.T - ratios.mean(axis=-1)).max() > 10 * ROUTES  # no mean of ratios
 
 
 def test_pairs_in_a_text_file(run, oculi_here, tmp_path: Path) -> None:
@@ -161,24 +290,15 @@ def test_pairs_in_a_text_file(run, oculi_here, tmp_path: Path) -> None:
     code, out, err = oculi_here(*given)
     assert code == 0, err
     assert "Means over 3 pairs of prompts" in out and "95 % interval" in out
+    assert " ".join(err.split()).startswith("95 % intervals of 3 prompts are narrower than they should be: ")
     assert "\n5 ' is' L" in out and "\n4 … L" in out  # countries differ from prompt to prompt
-
-
-def test_many_prompts_are_as_few(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A set that is captured in several parts."""
-    texts = [{"prompt": row["prompt"]} for row in ROWS]
-    files = {"lens": written(tmp_path / "x.jsonl", texts), "attribute": written(tmp_path / "y.jsonl", ROWS)}
-    whole = [run(command, "--prompts", file) for command, file in files.items()]
-    monkeypatch.setattr("oculi_jax.cli.sets.AT_ONCE", 2)
-    parts = [run(command, "--prompts", file) for command, file in files.items()]
-    for one, other, name in zip(whole, parts, ("probability_of_answer", "heads"), strict=True):
-        np.testing.assert_allclose(one[name]["by_prompt"], other[name]["by_prompt"], atol=ROUTES)
 
 
 def test_the_other_spelling_of_a_sets_answers_is_said(monkeypatch, oculi_here, tmp_path: Path) -> None:
     """Of the prompts in which it is ten times as likely, counted here from the logits."""
     adapter = LlamaAttentionAdapter(tiny_llama(), Words())
     monkeypatch.setattr(sweep, "open_adapter", lambda *given, chat: adapter)
+    monkeypatch.setattr(sweep, "_without_each_head", lambda *given: np.zeros((12, 3, 4)))
     texts = [
         f"the{a}{b}{c}" for a, b, c in itertools.product((" cat", " saw", " dog"), (" so", " cow"), (" the", " cat"))
     ]
@@ -189,8 +309,8 @@ def test_the_other_spelling_of_a_sets_answers_is_said(monkeypatch, oculi_here, t
     file.write_text("\n".join(texts), encoding="utf-8")
     code, _, err = oculi_here("sweep", "--prompts", str(file), "--target", "the")
     line, said = int(np.argmax(lead > 2.3)) + 1, " ".join(err.split())
-    assert (
-        code == 0 and f"In {(lead > 2.3).sum()} of 12 prompts the other spelling of the target is one token too" in said
+    assert code == 0 and said.startswith(
+        f"In {(lead > 2.3).sum()} of 12 prompts the other spelling of the target is one token too"
     )
     assert said.endswith(f"likelier: ' the' for 'the' in {file}, line {line}.")
 
@@ -264,11 +384,24 @@ def test_one_prompt_or_a_file(oculi_here, tmp_path: Path, arguments: list[str], 
         ("patch", [PAIRS[0], {**PAIRS[0], "corrupted": PAIRS[0]["clean"]}], [], "line 3: Both prompts are the tokens"),
         ("patch", PAIRS, ["--by", "layer,position"], "these prompts have several lengths, 6 in {file}, line 1 and 15 in {file}, line 3"),
         ("patch", PAIRS, ["--site", "embed"], "these prompts have several lengths"),
-        ("patch", [PAIRS[0], {"clean": PAIRS[0]["corrupted"], "corrupted": PAIRS[0]["clean"], "target": "Paris", "against": "Rome"}],
-         [], "in both runs: there is nothing to recover"),
+        ("patch", ROUND, ["--target", "Paris", "--against", "Rome"], "in both runs: there is nothing to recover"),
     ],
 )  # fmt: skip
 def test_rows_that_cannot_be_run_say_which(run, oculi_here, tmp_path: Path, command, rows, given, message: str) -> None:
     file = written(tmp_path / "x.jsonl", rows)
     code, out, err = oculi_here(command, "--prompts", file, *given)
     assert code == 2 and message.replace("{file}", file) in err and out == "", err
+
+
+def test_what_else_breaks_lines_stands_in_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt"
+    file.write_bytes("a\rb\u2028c\x0cd\r\n\ne\x85f".encode())
+    rows = read_rows(file, ("prompt",), {})
+    assert [row["prompt"] for row in rows] == ["a\rb\u2028c\x0cd", "e\x85f"] and rows[1].where == f"{file}, line 3"
+
+
+def test_a_long_sweep_of_a_set_says_how_many_runs(capsys: pytest.CaptureFixture) -> None:
+    from types import SimpleNamespace
+
+    announce(SimpleNamespace(axes=(4, 6), n_prompts=50, seconds=61.2))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == "1200 runs: about 61 s on this device, and compiling.\n"

@@ -47,6 +47,7 @@ LINES = {
     "a model to compare": (["doctor", "--model", "{tmp}/no/such"], "There is no directory"),
     "a site": (["capture", "x", "--sites", "patern", "-o", "{tmp}/x"], "did you mean 'pattern'"),
     "axes": (["patch", "a", "b", "--target", "a", "--by", "head"], "--by is 'head'"),
+    "a dtype": (["lens", "x", "--dtype", "float33"], "--dtype"),
     "a message": (["heads", "--chat"], "there is no --text"),
 }
 
@@ -103,6 +104,12 @@ def library() -> float:
     [
         (["generate", "x", "-i", "head:layer=9,head=2"], "there are 4 layers"),
         (["generate", "x", "-i", "spectra:layer=1,head=2,alpha=-1"], "alpha"),
+        (["generate", "x", "--temperature", "1", "--top-p", "3"], "top_p is 3.0, and must be"),
+        (["generate", "x", "--top-k", "5"], "temperature is 0, which is greedy"),
+        (
+            ["report", "x", "-o", "{tmp}/x.html", "--heads", "L99H0"],
+            "There is no head L99H0: this model has layers 0 to 3",
+        ),
         (["capture", "x", "--sites", "q", "--layers", "9", "-o", "{tmp}/x"], "this model has 4 layers"),
     ],
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from rich.text import Text as TextCell
 import oculi_jax
 
 from .common import (
+    Asked,
     Chat,
     Dtype,
     Json,
@@ -20,16 +22,27 @@ from .common import (
     Picture,
     check_picture,
     console,
-    heard,
     open_adapter,
     print_json,
+    prompt_label,
     save_picture,
     shown,
     working,
 )
-from .effects import Target, answer, bar
+from .effects import Target, answer_ids, bar
 from .prompts import OneText, PromptFile, Row, check_one, check_target, read_rows, token_ids
-from .sets import answers, chunks, difference, encoded, named, others, said, spread, with_interval
+from .sets import (
+    answers,
+    as_lists,
+    chunks,
+    difference,
+    encoded,
+    in_words,
+    interval_cells,
+    mean_and_interval,
+    note_few,
+    others,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,24 +73,21 @@ def attribute(
     parts sum to the logit.
     """
     check_one(prompts, text=text)
-    picture = check_picture(output)
+    asked = Asked(top, check_picture(output), as_json, chat, longer=allow_longer)
     if prompts is not None:
         rows = read_rows(prompts, ("prompt",), {"target": target, "against": against}, needed=("target",))
         adapter = open_adapter(model, dtype, *(row["prompt"] for row in rows), chat=chat)
-        _of_set(adapter, rows, top, picture, as_json, chat, allow_longer)
+        _of_set(adapter, rows, asked)
     elif text is not None:
         goal = check_target(target)
         adapter = open_adapter(model, dtype, text, chat=chat)
-        _of_one(adapter, text, goal, against, top, picture, as_json, chat, allow_longer)
+        _of_one(adapter, text, goal, against, asked)
 
 
 def _attributed(
-    adapter: LlamaAttentionAdapter, tokens: np.ndarray, mask: np.ndarray | None, token: Any, longer: bool
+    adapter: LlamaAttentionAdapter, tokens: np.ndarray, mask: np.ndarray | None, token: np.ndarray, longer: bool
 ) -> tuple[Result, Result]:
-    """By component and by head, of one prompt `[T]`, or of several `[B, T]` with ids `[B]` or pairs of them `[B, 2]`."""
-    import jax
-    import numpy as np
-
+    """By component and by head, of one prompt `[T]` and an id `[]` or a pair `[2]`, or of several, which lead with `B`."""
     kept: dict[str, Any] = {  # heads' outputs come with any capture of attention
         "attention": oculi_jax.CaptureConfig(
             capture_queries=False, capture_keys=False, capture_values=False, capture_patterns=False
@@ -86,79 +96,77 @@ def _attributed(
         "logits": oculi_jax.LogitConfig(layers=[0], top_k=1, positions=[-1]),
     }
     full = adapter.capture_full(tokens, attention_mask=mask, allow_longer=longer, **kept)
-    methods, model = oculi_jax.analysis.AttributionMethods, adapter.model
+    return _program(mask is not None)(adapter.model, full.attention, full.residual, full.mlp, token)
 
-    def one(attention: Any, residual: Any, mlp: Any, token: Any) -> tuple[Result, Result]:
-        token = token if np.ndim(token) == 0 else (token[0], token[1])
+
+@cache
+def _program(of_set: bool) -> Callable[..., tuple[Result, Result]]:
+    """The attribution of one prompt's captures or of several, as one program for prompts of a length."""
+    import jax
+
+    methods = oculi_jax.analysis.AttributionMethods
+
+    def one(model: Any, attention: Any, residual: Any, mlp: Any, token: Any) -> tuple[Result, Result]:
+        token = token if token.ndim == 0 else (token[0], token[1])
         parts = methods.component_attribution(residual, mlp, model.lm_head.weight, token)
         return parts, methods.head_attribution(attention, model, token, residual=residual)
 
-    return (one if mask is None else jax.vmap(one))(full.attention, full.residual, full.mlp, token)
+    return jax.jit(jax.vmap(one, (None, 0, 0, 0, 0)) if of_set else one)
 
 
-def _of_one(
-    adapter: LlamaAttentionAdapter, text: str, target: str, against: str | None, top: int, picture: Path | None,
-    as_json: bool, chat: bool, longer: bool,
-) -> None:  # fmt: skip
+def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str | None, asked: Asked) -> None:
     import numpy as np
 
-    tokens = token_ids(adapter, text, longer, chat)
-    goal = answer(adapter, tokens, target)
-    token = goal if against is None else (goal, answer(adapter, tokens, against))
+    tokens = token_ids(adapter, text, asked.longer, asked.chat)
+    goal, other = answer_ids(adapter, tokens, target, against)
+    token = np.array(goal if other is None else [goal, other])
     with working("Running the model"):
-        parts, heads = _attributed(adapter, tokens, None, token, longer)
+        parts, heads = _attributed(adapter, tokens, None, token, asked.longer)
         by_head, by_mlp = np.asarray(heads.values), np.asarray(parts.values)[:, 1]
     details, missed = heads.details, heads.completeness_error
     assert missed is not None
-    if as_json:
+    if asked.as_json:
         ends = {"logit": details["logit"], "embedding": details["embedding"], "completeness_error": missed}
-        given = {"prompt": text, "chat": chat, "target": target, "against": against}
+        given = {"prompt": text, "chat": asked.chat, "target": target, "against": against}
         print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
-    out = console(quiet=as_json)
+    out = console(quiet=asked.as_json)
     what = f"logit of {shown(target)}" + (f" − logit of {shown(against)}" if against is not None else "")
-    out.print(TextCell(f"{what} after {shown(heard(text, chat))}: {float(details['logit']):+.3f}"))
-    out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[:top]]))
+    out.print(TextCell(f"{what} after {shown(prompt_label(text, asked.chat))}: {float(details['logit']):+.3f}"))
+    out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[: asked.top]]))
     rest = _summary(details["embedding"], by_head, by_mlp)
     out.print(f"{rest}; all parts together miss the logit by {float(missed):.1e}.", markup=False)
-    if picture:
-        save_picture(_draw(parts, heads, what), picture, as_json)
+    if asked.picture:
+        save_picture(_draw(parts, heads, what), asked.picture, asked.as_json)
 
 
-def _of_set(
-    adapter: LlamaAttentionAdapter,
-    rows: list[Row],
-    top: int,
-    picture: Path | None,
-    as_json: bool,
-    chat: bool,
-    longer: bool,
-) -> None:
+def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: Asked) -> None:
     import jax
     import numpy as np
 
-    tokens, mask = encoded(adapter, rows, "prompt", chat, longer)
-    token, what = answers(adapter, tokens, mask, rows, "target"), f"logit of {named(rows, 'target')}"
+    tokens, mask = encoded(adapter, rows, "prompt", asked)
+    token, what = answers(adapter, tokens, mask, rows, "target"), f"logit of {in_words(rows, 'target')}"
     if rows[0]["against"] is not None:
         token, what = np.stack([token, others(adapter, tokens, mask, rows, token)], axis=1), difference(rows)
     with working("Running the model"):
-        some = [_attributed(adapter, part, real, ids, longer) for part, real, ids in chunks(tokens, mask, token)]
+        some = [_attributed(adapter, part, real, ids, asked.longer) for part, real, ids in chunks(tokens, mask, token)]
         parts, heads = jax.tree.map(lambda *x: np.concatenate(x), *some)
-    by_head, by_mlp = spread(heads.values), spread(parts.values[:, :, 1])
-    logit, embedding = spread(heads.details["logit"]), spread(heads.details["embedding"])
-    if as_json:
+    by_head, by_mlp = mean_and_interval(heads.values), mean_and_interval(parts.values[:, :, 1])
+    logit, embedding = mean_and_interval(heads.details["logit"]), mean_and_interval(heads.details["embedding"])
+    note_few(rows)
+    if asked.as_json:
         ends = {"logit": logit, "embedding": embedding, "completeness_error": heads.completeness_error}
-        given = {**said(rows, "prompt", "target", "against"), "chat": chat}
+        given = {**as_lists(rows, "prompt", "target", "against"), "chat": asked.chat}
         print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
-    out = console(quiet=as_json)
-    mean, interval = with_interval(logit)
+    out = console(quiet=asked.as_json)
+    mean, interval = interval_cells(logit)
     out.print(TextCell(f"{what}, mean over {len(rows)} prompts: {mean} (95 % interval {interval})"))
-    ranked = _ranked(by_head["mean"], by_mlp["mean"])[:top]
-    out.print(_table([(n, v, with_interval(by_head if len(at) > 1 else by_mlp, at)[1]) for n, v, at in ranked]))
+    ranked = _ranked(by_head["mean"], by_mlp["mean"])[: asked.top]
+    out.print(_table([(n, v, interval_cells(by_head if len(at) > 1 else by_mlp, at)[1]) for n, v, at in ranked]))
     rest, missed = _summary(embedding["mean"], by_head["mean"], by_mlp["mean"]), np.abs(heads.completeness_error).max()
     out.print(f"{rest}; all parts together miss a prompt's logit by at most {missed:.1e}.", markup=False)
-    if picture:
+    if asked.picture:
         parts, heads = jax.tree.map(lambda x: x.mean(axis=0), (parts, heads))
-        save_picture(_draw(parts, heads, f"{what}\nmean over {len(rows)} prompts"), picture, as_json)
+        save_picture(_draw(parts, heads, f"{what}\nmean over {len(rows)} prompts"), asked.picture, asked.as_json)
 
 
 def _summary(embedding: Any, by_head: np.ndarray, by_mlp: np.ndarray) -> str:

@@ -13,8 +13,9 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -44,12 +45,34 @@ Model = Annotated[
         "--model", "-m", help="A directory with a Llama, or a Hub id.", show_default="tiny-facts, which comes with this"
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Of the weights; auto leaves them as they are stored."),
+]
 Picture = Annotated[
     Path | None, typer.Option("--output", "-o", help="Draw it to this .png, .svg or .pdf.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")]
 Longer = Annotated[bool, typer.Option("--allow-longer", help="Go beyond the length that the model was made for.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a line asks beside prompts and model.
+
+    Attributes:
+        top: how many rows to show.
+        picture: where to draw; None for nowhere.
+        as_json: whether numbers are printed as JSON, and nothing else.
+        chat: whether prompts are a user's messages.
+        longer: whether prompts may be longer than the model was made for.
+    """
+
+    top: int
+    picture: Path | None
+    as_json: bool
+    chat: bool
+    longer: bool
 
 
 def console(*, error: bool = False, quiet: bool = False) -> Console:
@@ -198,6 +221,6 @@ def shown(text: object) -> str:
     return repr(str(text))
 
 
-def heard(text: str, chat: bool) -> str:
+def prompt_label(text: str, chat: bool) -> str:
     """A prompt as titles and lines say it: under --chat, that a user says it."""
     return f"user: {text}" if chat else text

@@ -45,6 +45,8 @@ def doctor(
             "JAX has the CPU alone here, and torch is not installed: there is nothing to compare. The CPU is what the tests "
             "compare with Hugging Face's own Llama."
         )
+        if as_json:
+            print_json({})
         return
     source = embedded_directory() if model is None else model
     by_kind: dict[tuple[str, ...], Finding] = {}
@@ -55,18 +57,11 @@ def doctor(
                     one = checks.examine(source, backend, name, kind)
                 by_kind[backend, name, one.dtype] = one
     found = list(by_kind.values())
-    table = Table(box=None, pad_edge=False)
-    table.add_column("site")
-    for one in found:
-        table.add_column(f"{one.backend} {one.device}\n{one.dtype}", justify="right")
-    for site in next((one.errors for one in found if one.errors), ()):
-        cells = [_cell(one, site) for one in found]
-        table.add_row(site, *cells)
     out.print(
         "\nError of the worst row over its largest value, and the layer where it is largest; ✗ where a row, or in half precision "
         "the mean of rows, is further off than the CPU's own arithmetic explains:"
     )
-    out.print(table)
+    out.print(_table(found))
     out.print()
     if as_json:
         print_json(
@@ -83,6 +78,16 @@ def _machine(info: dict[str, Any]) -> Table:
     for name, value in info.items():
         shown = f"{value / 1e9:.1f} GB" if name.endswith("_bytes") and value is not None else str(value)
         table.add_row(name.removesuffix("_bytes").replace("_", " "), shown)
+    return table
+
+
+def _table(found: list[Finding]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("site")
+    for one in found:
+        table.add_column(f"{one.backend} {one.device}\n{one.dtype}", justify="right")
+    for site in next((one.errors for one in found if one.errors), ()):
+        table.add_row(site, *(_cell(one, site) for one in found))
     return table
 
 

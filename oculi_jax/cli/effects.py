@@ -68,14 +68,24 @@ def twin_of(adapter: LlamaAttentionAdapter, target: str) -> int | None:
     return None if twin == adapter.to_single_token(target) else twin
 
 
-def measure(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str, against: str | None) -> tuple[Metric, str]:
-    """The metric at the last token of a prompt, and what it is called."""
+def answer_ids(
+    adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str, against: str | None
+) -> tuple[int, int | None]:
+    """The ids of an answer after a prompt and, where there is one, of another that it is measured against."""
     token = answer(adapter, tokens, target)
     if against is None:
-        return oculi_jax.metrics.log_probability(token), f"log-probability of {shown(target)}"
+        return token, None
     other = answer(adapter, tokens, against)
     if token == other:
         raise ValueError(f"--target and --against are both {shown(target)}: there is no difference to measure.")
+    return token, other
+
+
+def measure(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str, against: str | None) -> tuple[Metric, str]:
+    """The metric at the last token of a prompt, and what it is called."""
+    token, other = answer_ids(adapter, tokens, target, against)
+    if other is None:
+        return oculi_jax.metrics.log_probability(token), f"log-probability of {shown(target)}"
     return oculi_jax.metrics.logit_difference(token, other), f"logit of {shown(target)} − logit of {shown(against)}"
 
 
@@ -86,9 +96,8 @@ MUCH_LIKELIER = 2.3
 def announce(todo: SweepPlan) -> None:
     """Says beforehand how long a sweep takes, where that is more than a moment."""
     if todo.seconds > 5:
-        console(error=True).print(
-            f"{math.prod(todo.axes)} runs: about {todo.seconds:.0f} s on this device, and compiling."
-        )
+        n_runs = math.prod(todo.axes) * todo.n_prompts
+        console(error=True).print(f"{n_runs} runs: about {todo.seconds:.0f} s on this device, and compiling.")
 
 
 @contextmanager

@@ -19,10 +19,11 @@ from .common import (
     Picture,
     Text,
     check_picture,
+    config_of,
     console,
-    heard,
     open_adapter,
     print_json,
+    prompt_label,
     save_picture,
     working,
 )
@@ -59,6 +60,7 @@ def generate(
     """Continues a text, plain and, with --intervene, under interventions, side by side."""
     picture = check_picture(output)
     interventions = chosen(model, intervene or [])
+    _check_draws(model, temperature, top_k, top_p)
     adapter = open_adapter(model, dtype, text, chat=chat)
     prompt = token_ids(adapter, text, allow_longer, chat)
     options: dict[str, Any] = dict(temperature=temperature, top_k=top_k, top_p=top_p, allow_longer=allow_longer)
@@ -77,7 +79,7 @@ def generate(
     table = Table(box=None, pad_edge=False, expand=True, padding=(0, 2))
     for name in found:
         table.add_column(TextCell(name), ratio=1, overflow="fold")
-    shown = f"{heard(text, chat)}\n" if chat else text
+    shown = f"{prompt_label(text, chat)}\n" if chat else text
     table.add_row(*(TextCell(shown).append(added, style="bold") for _, _, added in found.values()))
     out = console(quiet=as_json)
     out.print(table)
@@ -90,6 +92,14 @@ def generate(
             out.print("The interventions changed no token.")
     if picture:
         save_picture(_draw(found), picture, as_json)
+
+
+def _check_draws(model: str | None, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises for what tokens cannot be drawn by, before a model is loaded."""
+    from ..decoding.sampling import sampler
+
+    config = config_of(model)
+    sampler(temperature, top_k, top_p, min_p=None, vocab_size=2**31 - 1 if config is None else config.vocab_size)
 
 
 def _continue(

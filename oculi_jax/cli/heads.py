@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,13 +19,16 @@ from .common import (
     Picture,
     check_picture,
     console,
-    heard,
     open_adapter,
     print_json,
+    prompt_label,
     save_picture,
     working,
 )
 from .prompts import token_ids
+
+if TYPE_CHECKING:
+    from ..models.llama import LlamaAttentionAdapter
 
 
 def heads(
@@ -54,43 +57,45 @@ def heads(
     config = adapter.model.config
     with working("Running the model"):
         if text is None:
-            scores = oculi_jax.diagnostics.head_scores(
-                adapter.model, seed, length=min(50, (config.max_position_embeddings - 1) // 2)
-            )
-            summary = scores.summarize()
-            raw = {name: getattr(scores, name) for name in summary if name != "unknown"}
-            found = {
-                name: [f"L{layer}H{head} {score:.2f} ± {error:.2f}" for layer, head, score, error in heads]
-                for name, heads in summary.items()
-            }
+            raw, errors, found = _on_random_tokens(adapter, seed)
         else:
             kept = oculi_jax.CaptureConfig(capture_queries=False, capture_keys=False, capture_values=False)
             tokens = token_ids(adapter, text, allow_longer, chat)
             capture = adapter.capture(tokens, kept, allow_longer=allow_longer)
             detection = oculi_jax.analysis.CircuitDetection
-            raw, summary = detection.scores(capture), detection.summarize(capture)
-            found = {
-                name: [f"L{layer}H{head} {score:.2f}" for layer, head, score in heads]
-                for name, heads in summary.items()
-            }
+            raw, errors, found = detection.scores(capture), None, detection.summarize(capture)
 
     if as_json:
-        print_json({"prompt": text, "chat": chat, "scores": raw})
+        places = sorted((layer, head, name) for name, heads in found.items() for layer, head, *_ in heads)
+        classes = [[name for n, _, name in places if n == layer] for layer in range(config.num_hidden_layers)]
+        given = {"prompt": text, "chat": chat}
+        print_json({**given, "scores": raw, "standard_errors": errors, "classes": classes})
     table = Table(box=None, pad_edge=False)
     table.add_column("pattern")
     table.add_column("heads", justify="right")
     table.add_column("strongest")
-    for name, named in found.items():
-        table.add_row(name, str(len(named)), ", ".join(named[:top]) if name != "unknown" else "")
+    for name, heads in found.items():
+        strongest = [f"L{n}H{h} {' ± '.join(f'{x:.2f}' for x in numbers)}" for n, h, *numbers in heads[:top]]
+        table.add_row(name, str(len(heads)), ", ".join(strongest) if name != "unknown" else "")
     out = console(quiet=as_json)
     out.print(table)
-    where = "random tokens, repeated once" if text is None else repr(heard(text, chat))
+    where = "random tokens, repeated once" if text is None else repr(prompt_label(text, chat))
     total = config.num_hidden_layers * config.num_attention_heads
     out.print(
         f"{total} heads ({config.num_hidden_layers} layers × {config.num_attention_heads}) on {where}.", markup=False
     )
     if picture:
         save_picture(_draw(raw, config.num_hidden_layers), picture, as_json)
+
+
+def _on_random_tokens(
+    adapter: LlamaAttentionAdapter, seed: int
+) -> tuple[dict[str, Any], dict[str, Any], Mapping[str, Sequence[tuple]]]:
+    """Scores and their standard errors, name → `[L, H]`, and every head under its pattern."""
+    length = min(50, (adapter.model.config.max_position_embeddings - 1) // 2)
+    scores = oculi_jax.diagnostics.head_scores(adapter.model, seed, length=length)
+    names = list(scores.standard_error)
+    return {name: getattr(scores, name) for name in names}, dict(scores.standard_error), scores.summarize()
 
 
 def _draw(raw: Mapping[str, Any], n_layers: int) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.table import Table
@@ -15,6 +14,7 @@ import oculi_jax
 
 from ..sites import SITES, Site, unknown_site
 from .common import (
+    Asked,
     Chat,
     Dtype,
     Json,
@@ -23,21 +23,22 @@ from .common import (
     Picture,
     check_picture,
     console,
-    heard,
     open_adapter,
     print_json,
+    prompt_label,
     save_picture,
     shown,
 )
-from .effects import Against, Target, bar, column, counting, heading, measure, strongest
-from .prompts import PromptFile, Row, check_one, check_target, read_rows, token_ids
-from .sets import encoded, measure_set, said, spread, told, with_interval
+from .effects import Against, Target, announce, bar, column, counting, heading, measure, strongest
+from .prompts import PairFile, Row, check_one, check_target, read_rows, token_ids
+from .sets import as_lists, encoded, interval_cells, mean_and_interval, measure_set, note_few, with_row
 
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
     from ..causal.patching import PatchingResult
+    from ..intervention import ActivationPatch
     from ..metrics import Metric
     from ..models.llama import LlamaAttentionAdapter
 
@@ -57,7 +58,7 @@ def patch(
         str | None,
         typer.Argument(help="The same prompt but for some tokens, which change the answer.", show_default=False),
     ] = None,
-    prompts: PromptFile = None,
+    prompts: PairFile = None,
     target: Target = None,
     against: Against = None,
     site: Annotated[str, typer.Option(help="What is patched; `oculi sites` lists them.")] = "resid_pre",
@@ -98,30 +99,25 @@ def patch(
         raise ValueError(
             "A picture has two axes, and --by layer,head,position makes three: leave out --output or one of them."
         )
+    asked = _Asked(top, picture, as_json, chat, allow_longer, SITES[site], axes, free=by is None, direction=direction)
     if prompts is not None:
         rows = read_rows(prompts, ("clean", "corrupted"), {"target": target, "against": against}, needed=("target",))
         texts = [row[field] for row in rows for field in ("clean", "corrupted")]
-        asked = _Asked(SITES[site], axes, by is None, direction, top, picture, as_json, chat)
-        _of_set(open_adapter(model, dtype, *texts, chat=chat), rows, asked, allow_longer)
+        _of_set(open_adapter(model, dtype, *texts, chat=chat), rows, asked)
     elif clean is not None and corrupted is not None:
-        target = check_target(target)
-        asked = _Asked(SITES[site], axes, by is None, direction, top, picture, as_json, chat)
+        goal = check_target(target)
         adapter = open_adapter(model, dtype, clean, corrupted, chat=chat)
-        _of_one(adapter, clean, corrupted, target, against, asked, allow_longer)
+        _of_one(adapter, clean, corrupted, goal, against, asked)
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a line asks of one pair of prompts or of many; `free` says that the axes are ours to choose."""
+class _Asked(Asked):
+    """What a line asks of patching beside that; `free` says that the axes are ours to choose."""
 
     site: Site
     axes: tuple[str, ...]
     free: bool
     direction: str
-    top: int
-    picture: Path | None
-    as_json: bool
-    chat: bool
 
     @property
     def denoising(self) -> bool:
@@ -141,24 +137,38 @@ def _patched(
     adapter: LlamaAttentionAdapter, ids: Sequence[np.ndarray], mask: np.ndarray | None, metric: Metric, asked: _Asked
 ) -> PatchingResult:
     site, direction = asked.site.name, cast("Literal['denoising', 'noising']", asked.direction)
+    announce(oculi_jax.plan(adapter.model, ids[0], _zeros(adapter, asked, ids), metric, mask=mask))
     with counting(f"Patching {site}") as progress:
         return oculi_jax.causal.activation_patching(
             adapter.model, ids[0], ids[1], metric, site, asked.axes, direction=direction, mask=mask, progress=progress
         )
 
 
+def _zeros(adapter: LlamaAttentionAdapter, asked: _Asked, ids: Sequence[np.ndarray]) -> ActivationPatch:
+    """Zeros for every place that is patched, which take as long as another run's values; from the first other token on."""
+    import numpy as np
+
+    from ..causal.patching import check_grid
+
+    config, n_tokens = adapter.model.config, ids[0].shape[-1]
+    site = check_grid(asked.site.name, asked.axes, config)
+    sizes, letters = {**config.sizes, "T": n_tokens}, {"layer": "L", "head": site.head_axis or "", "position": "T"}
+    at: dict[str, Any] = dict(
+        zip(asked.axes, np.ix_(*(np.arange(sizes[letters[axis]]) for axis in asked.axes)), strict=True)
+    )
+    if "position" in at:
+        places = np.eye(n_tokens, dtype=bool) & (np.cumsum(ids[0] != ids[1], axis=-1) > 0)[..., None, :]
+        places = places.reshape(*places.shape[:-2], *at["position"].shape[:-1], n_tokens, n_tokens)
+        at["position"] = oculi_jax.intervention.PerPrompt(places) if ids[0].ndim > 1 else places
+    return oculi_jax.ActivationPatch(site.name, at.get("layer"), 0.0, at.get("head"), at.get("position"))
+
+
 def _of_one(
-    adapter: LlamaAttentionAdapter,
-    clean: str,
-    corrupted: str,
-    target: str,
-    against: str | None,
-    asked: _Asked,
-    longer: bool,
+    adapter: LlamaAttentionAdapter, clean: str, corrupted: str, target: str, against: str | None, asked: _Asked
 ) -> None:
     import numpy as np
 
-    ids = [token_ids(adapter, text, longer, asked.chat) for text in (clean, corrupted)]
+    ids = [token_ids(adapter, text, asked.longer, asked.chat) for text in (clean, corrupted)]
     metric, name = measure(adapter, ids[0], target, against)
     texts = [adapter.str_tokens(tokens) for tokens in ids]
     _check_aligned(adapter, *ids)
@@ -178,7 +188,7 @@ def _of_one(
     run, source = texts[::-1] if asked.denoising else texts
     out = console(quiet=asked.as_json)
     for text, kind, value in ((clean, "clean", found.clean), (corrupted, "corrupted", found.corrupted)):
-        out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(heard(text, asked.chat))}"))
+        out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(prompt_label(text, asked.chat))}"))
     columns = {"metric": lambda place: f"{float(patched[place]):+.3f}"}
     _print(out, name, effects, asked, (run, source), columns)
     if asked.picture:
@@ -186,25 +196,24 @@ def _of_one(
         _draw(effects, asked, (run, source), ends)
 
 
-def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked, longer: bool) -> None:
-    (clean, mask), (corrupted, other) = (
-        encoded(adapter, rows, field, asked.chat, longer) for field in ("clean", "corrupted")
-    )
+def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> None:
+    (clean, mask), (corrupted, other) = (encoded(adapter, rows, field, asked) for field in ("clean", "corrupted"))
     pairs = [(a[m], b[n]) for a, m, b, n in zip(clean, mask, corrupted, other, strict=True)]
     for row, pair in zip(rows, pairs, strict=True):
-        told(row, lambda row, pair=pair: _check_aligned(adapter, *pair))
+        with_row(row, lambda row, pair=pair: _check_aligned(adapter, *pair))
     asked = replace(asked, axes=_axes_of_set(asked, mask, rows))
     metric, name = measure_set(adapter, clean, mask, rows)
     found = _patched(adapter, (clean, corrupted), mask, metric, asked)
-    runs = {kind: spread(getattr(found, kind)) for kind in ("clean", "corrupted", "patched")}
+    runs = {kind: mean_and_interval(getattr(found, kind)) for kind in ("clean", "corrupted", "patched")}
     start, patched = runs[asked.ends[1]]["by_prompt"], runs["patched"]["by_prompt"]
-    change = spread(patched - start.reshape(-1, *[1] * (patched.ndim - 1)))
+    change = mean_and_interval(patched - start.reshape(-1, *[1] * (patched.ndim - 1)))
     recovery = _of_means({kind: run["mean"] for kind, run in runs.items()}, name)
+    note_few(rows)
     if asked.as_json:
         print_json(
             {
                 "clean_prompt": [row["clean"] for row in rows], "corrupted_prompt": [row["corrupted"] for row in rows],
-                **said(rows, "target", "against"), "chat": asked.chat, "metric": name, "site": asked.site.name,
+                **as_lists(rows, "target", "against"), "chat": asked.chat, "metric": name, "site": asked.site.name,
                 "by": asked.axes, "direction": asked.direction, **runs, "change": change, "recovery": recovery,
             }
         )  # fmt: skip
@@ -216,11 +225,11 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked, long
     out = console(quiet=asked.as_json)
     out.print(f"Means over {len(rows)} pairs of prompts, with 95 % intervals:")
     for kind in ("clean", "corrupted"):
-        mean, interval = with_interval(runs[kind])
+        mean, interval = interval_cells(runs[kind])
         out.print(f"{kind:9} {mean} ({interval})", markup=False)
     columns = {
-        "mean change": lambda at: with_interval(change, at)[0],
-        "95 % interval": lambda at: with_interval(change, at)[1],
+        "mean change": lambda at: interval_cells(change, at)[0],
+        "95 % interval": lambda at: interval_cells(change, at)[1],
     }
     _print(out, name, effects, asked, (run, source), columns)
     if asked.picture:

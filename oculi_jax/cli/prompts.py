@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +20,30 @@ if TYPE_CHECKING:
 OneText = Annotated[
     str | None, typer.Argument(help="The prompt; or give a file of them with --prompts.", show_default=False)
 ]
+
+
+def _file(lines: str) -> Any:
+    help = f"A file of {lines} Numbers are then means over prompts with 95 % intervals."
+    return typer.Option("--prompts", help=help, show_default=False)
+
+
+OF_A_ROW = "target and against; for a row without them, --target and --against are taken."
 PromptFile = Annotated[
     Path | None,
-    typer.Option(
-        "--prompts",
-        help="A file of prompts, one a line; or a .jsonl of objects with a prompt and, where the options say less, its target and "
-        "against (for patch: clean and corrupted). Numbers are then means over prompts with 95 % intervals.",
-        show_default=False,
+    _file(f"prompts, one a line; or a .jsonl of objects, each with a prompt and, if you like, its {OF_A_ROW}"),
+]
+PairFile = Annotated[
+    Path | None,
+    _file(
+        "pairs of prompts, one a line, with a tab between clean and corrupted; or a .jsonl of objects, each with clean, corrupted "
+        f"and, if you like, its {OF_A_ROW}"
+    ),
+]
+LensFile = Annotated[
+    Path | None,
+    _file(
+        "prompts, one a line; or a .jsonl of objects, each with a prompt and, if you like, a target, which is then followed and "
+        "not the final answer."
     ),
 ]
 # What a row may call a field besides its own name.
@@ -102,7 +120,8 @@ def _lines(path: Path) -> list[str]:
         what = "it is a directory" if path.is_dir() else "there is no such file"
         raise FileNotFoundError(f"--prompts is {str(path)!r}, and {what}.")
     try:
-        return path.read_text("utf-8-sig").split("\n")  # what else ends lines may stand in a text
+        # Not as text: other line breaks, which Python would take for ends of lines, may stand in a prompt.
+        return re.split("\r?\n", path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not text in UTF-8: byte {error.start} is {error.object[error.start]:#04x}."

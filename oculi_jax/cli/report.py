@@ -10,7 +10,7 @@ import typer
 
 import oculi_jax
 
-from .common import Chat, Dtype, Longer, Model, Text, check_output, console, open_adapter
+from .common import Chat, Dtype, Longer, Model, Text, check_output, config_of, console, open_adapter
 from .effects import announce, answer, counting
 from .prompts import said_by_user, token_ids
 
@@ -42,6 +42,11 @@ def report(
     """
     path = check_output(output, ".html", ".htm")
     chosen = pairs(heads)
+    if chosen is not None and (config := config_of(model)) is not None:
+        from ..pages import measured
+
+        # The prompt's length, which bounds how many heads a page can hold, is known when its tokens are.
+        measured.check_heads(chosen, config.num_hidden_layers, config.num_attention_heads, n_tokens=1)
     adapter = open_adapter(model, dtype, text, target, chat=chat)
     tokens = token_ids(adapter, text, allow_longer, chat)
     if target is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import oculi_jax
 
-from .common import console, shown
+from .common import Asked, console, shown
 from .effects import MUCH_LIKELIER, spelling, twin_of
 from .prompts import Row, token_ids
 
@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 # How many prompts are captured at once: their activations are held together.
 AT_ONCE = 32
+# So many prompts give an interval that is about as wide as it should be.
+ENOUGH = 10
 
 
 def encoded(
-    adapter: LlamaAttentionAdapter, rows: Sequence[Row], field: str, chat: bool, allow_longer: bool
+    adapter: LlamaAttentionAdapter, rows: Sequence[Row], field: str, asked: Asked
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ids `[B, T]` of a field of the rows, and their mask."""
-    ids = [told(row, lambda row: token_ids(adapter, str(row[field]), allow_longer, chat)) for row in rows]
+    ids = [with_row(row, lambda row: token_ids(adapter, str(row[field]), asked.longer, asked.chat)) for row in rows]
     return oculi_jax.padded(ids, adapter.tokenizer)
 
 
@@ -35,7 +37,7 @@ def answers(
     """The id `[B]` of each row's answer; says where the other spelling is much likelier, as `effects.answer` does of one."""
     import numpy as np
 
-    ids = np.array([told(row, lambda row: adapter.to_single_token(str(row[field]))) for row in rows])
+    ids = np.array([with_row(row, lambda row: adapter.to_single_token(str(row[field]))) for row in rows])
     found = {text: twin_of(adapter, text) for text in {str(row[field]) for row in rows}}
     twins = np.array(
         [i if (twin := found[str(row[field])]) is None else twin for i, row in zip(ids, rows, strict=True)]
@@ -70,7 +72,7 @@ def measure_set(
     """The metric at each prompt's last token, and what it is called."""
     ids = answers(adapter, tokens, mask, rows, "target")
     if rows[0]["against"] is None:
-        return oculi_jax.metrics.log_probability(ids), f"log-probability of {named(rows, 'target')}"
+        return oculi_jax.metrics.log_probability(ids), f"log-probability of {in_words(rows, 'target')}"
     return oculi_jax.metrics.logit_difference(ids, others(adapter, tokens, mask, rows, ids)), difference(rows)
 
 
@@ -91,10 +93,10 @@ def others(
 
 def difference(rows: Sequence[Row]) -> str:
     """The difference of two logits, in words."""
-    return f"logit of {named(rows, 'target')} − logit of {named(rows, 'against')}"
+    return f"logit of {in_words(rows, 'target')} − logit of {in_words(rows, 'against')}"
 
 
-def named(rows: Sequence[Row], field: str) -> str:
+def in_words(rows: Sequence[Row], field: str) -> str:
     """What all rows have in a field, or what that is of each."""
     found = {row[field] for row in rows}
     return shown(found.pop()) if len(found) == 1 else "the target" if field == "target" else "the other token"
@@ -108,7 +110,7 @@ def chunks(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
     return zip(*(np.array_split(x, parts) for x in arrays), strict=True)
 
 
-def spread(values: Any) -> dict[str, np.ndarray]:
+def mean_and_interval(values: Any) -> dict[str, np.ndarray]:
     """A mean over prompts with the ends of its 95 % interval, and each prompt's own values `[B, …]`."""
     import numpy as np
 
@@ -117,18 +119,27 @@ def spread(values: Any) -> dict[str, np.ndarray]:
     return {**ends, "by_prompt": np.asarray(values)}
 
 
-def with_interval(found: dict[str, np.ndarray], place: tuple[int, ...] = (), sign: str = "+") -> tuple[str, str]:
+def note_few(rows: Sequence[Row]) -> None:
+    """Says so where intervals are of few prompts."""
+    if len(rows) < ENOUGH:
+        console(error=True).print(
+            f"95 % intervals of {len(rows)} prompts are narrower than they should be: they are made of these values alone, and of "
+            f"two prompts are just the two. Give {ENOUGH} prompts or more."
+        )
+
+
+def interval_cells(found: dict[str, np.ndarray], place: tuple[int, ...] = (), sign: str = "+") -> tuple[str, str]:
     """A mean and its interval as two cells of a table."""
     mean, low, high = (format(float(found[name][place]), f"{sign}.3f") for name in ("mean", "low", "high"))
     return mean, f"{low} to {high}"
 
 
-def said(rows: Sequence[Row], *names: str) -> dict[str, Any]:
+def as_lists(rows: Sequence[Row], *names: str) -> dict[str, Any]:
     """The rows as JSON has them: each field as a list."""
     return {name: [row[name] for row in rows] for name in names}
 
 
-def told(row: Row, function: Callable[[Row], Any]) -> Any:
+def with_row(row: Row, function: Callable[[Row], Any]) -> Any:
     """What a function makes of a row; what is wrong is said of that row."""
     try:
         return function(row)

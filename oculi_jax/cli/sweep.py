@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import zip_longest
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +13,7 @@ from rich.text import Text as TextCell
 import oculi_jax
 
 from .common import (
+    Asked,
     Chat,
     Dtype,
     Json,
@@ -22,16 +22,16 @@ from .common import (
     Picture,
     check_picture,
     console,
-    heard,
     open_adapter,
     print_json,
+    prompt_label,
     save_picture,
     shown,
     working,
 )
 from .effects import Against, Target, announce, bar, counting, heading, legible, measure, strongest
 from .prompts import OneText, PromptFile, Row, check_one, check_target, read_rows, token_ids
-from .sets import encoded, measure_set, plain_values, said, spread, with_interval
+from .sets import as_lists, encoded, interval_cells, mean_and_interval, measure_set, note_few, plain_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,17 +58,15 @@ def sweep(
     The metric is the log-probability of the target after the prompt; with --against, the difference of two logits.
     """
     check_one(prompts, text=text)
-    picture = check_picture(output)
+    asked = Asked(top, check_picture(output), as_json, chat, longer=allow_longer)
     if prompts is not None:
         rows = read_rows(prompts, ("prompt",), {"target": target, "against": against}, needed=("target",))
         adapter = open_adapter(model, dtype, *(row["prompt"] for row in rows), chat=chat)
-        _of_set(adapter, rows, top, picture, as_json, chat, allow_longer)
+        _of_set(adapter, rows, asked)
     elif text is not None:
-        target = check_target(target)
+        goal = check_target(target)
         adapter = open_adapter(model, dtype, text, chat=chat)
-        tokens = token_ids(adapter, text, allow_longer, chat)
-        metric, name = measure(adapter, tokens, target, against)
-        _of_one(adapter, text, tokens, metric, name, top, picture, as_json, chat)
+        _of_one(adapter, text, goal, against, asked)
 
 
 def _without_each_head(
@@ -83,52 +81,44 @@ def _without_each_head(
         return np.asarray(oculi_jax.sweep(adapter.model, tokens, heads, metric, mask=mask, progress=progress))
 
 
-def _of_one(
-    adapter: LlamaAttentionAdapter, text: str, tokens: np.ndarray, metric: Metric, name: str, top: int,
-    picture: Path | None, as_json: bool, chat: bool,
-) -> None:  # fmt: skip
+def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str | None, asked: Asked) -> None:
+    tokens = token_ids(adapter, text, asked.longer, asked.chat)
+    metric, name = measure(adapter, tokens, target, against)
     with working("Running the model"):
         plain = float(metric(oculi_jax.forward(adapter.model, tokens, logits="last")))
     change = _without_each_head(adapter, tokens, None, metric) - plain
-    if as_json:
-        print_json({"prompt": text, "chat": chat, "metric": name, "plain": plain, "change": change})
-    out = console(quiet=as_json)
-    out.print(TextCell(f"{name} after {shown(heard(text, chat))}: {plain:+.3f}"))
+    if asked.as_json:
+        print_json({"prompt": text, "chat": asked.chat, "metric": name, "plain": plain, "change": change})
+    out = console(quiet=asked.as_json)
+    out.print(TextCell(f"{name} after {shown(prompt_label(text, asked.chat))}: {plain:+.3f}"))
     out.print(_caption(change), markup=False)
-    out.print(_table(change, top, lambda place: [f"{change[place]:+.3f}"], ["by"]))
-    if picture:
+    out.print(_table(change, asked.top, lambda place: [f"{change[place]:+.3f}"], ["by"]))
+    if asked.picture:
         figure = oculi_jax.visualize.sweep_heatmap(change, label=f"change of the {legible(name)}")
-        heading(figure, heard(text, chat), f"{name}: {plain:+.3f} without ablation")
-        save_picture(figure, picture, as_json)
+        heading(figure, prompt_label(text, asked.chat), f"{name}: {plain:+.3f} without ablation")
+        save_picture(figure, asked.picture, asked.as_json)
 
 
-def _of_set(
-    adapter: LlamaAttentionAdapter,
-    rows: list[Row],
-    top: int,
-    picture: Path | None,
-    as_json: bool,
-    chat: bool,
-    longer: bool,
-) -> None:
-    tokens, mask = encoded(adapter, rows, "prompt", chat, longer)
+def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: Asked) -> None:
+    tokens, mask = encoded(adapter, rows, "prompt", asked)
     metric, name = measure_set(adapter, tokens, mask, rows)
     with working("Running the model"):
         before = plain_values(adapter, tokens, mask, metric)
-    plain = spread(before)
-    change = spread(_without_each_head(adapter, tokens, mask, metric) - before[:, None, None])
-    if as_json:
-        given = {**said(rows, "prompt", "target", "against"), "chat": chat}
+    plain = mean_and_interval(before)
+    change = mean_and_interval(_without_each_head(adapter, tokens, mask, metric) - before[:, None, None])
+    note_few(rows)
+    if asked.as_json:
+        given = {**as_lists(rows, "prompt", "target", "against"), "chat": asked.chat}
         print_json({**given, "metric": name, "plain": plain, "change": change})
-    out = console(quiet=as_json)
-    mean, interval = with_interval(plain)
+    out = console(quiet=asked.as_json)
+    mean, interval = interval_cells(plain)
     out.print(TextCell(f"{name}, mean over {len(rows)} prompts: {mean} (95 % interval {interval})"))
     out.print(_caption(change["mean"]), markup=False)
-    out.print(_table(change["mean"], top, lambda place: with_interval(change, place), ["by", "95 % interval"]))
-    if picture:
+    out.print(_table(change["mean"], asked.top, lambda place: interval_cells(change, place), ["by", "95 % interval"]))
+    if asked.picture:
         figure = oculi_jax.visualize.sweep_heatmap(change["mean"], label="mean change")
         heading(figure, f"{len(rows)} prompts", f"{name}: {mean} without ablation")
-        save_picture(figure, picture, as_json)
+        save_picture(figure, asked.picture, asked.as_json)
 
 
 def _caption(change: np.ndarray) -> str:

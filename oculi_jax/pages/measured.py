@@ -124,7 +124,7 @@ def measure(
     prompt = prepare(text, adapter.tokenizer, config, attention_mask=None, allow_longer=allow_longer)
     tokens = prompt.tokens[0, : prompt.n_tokens]
     _check_sizes(len(tokens), n_layers)
-    heads = None if heads is None else _check_heads(heads, n_layers, n_heads, len(tokens))
+    heads = None if heads is None else check_heads(heads, n_layers, n_heads, len(tokens))
     wanted = None if target is None else adapter.to_single_token(target)
 
     out = forward(model, tokens, logits="last")
@@ -247,7 +247,7 @@ def _check_sizes(n_tokens: int, n_layers: int) -> None:
         )
 
 
-def _check_heads(heads: Sequence[tuple[int, int]], n_layers: int, n_heads: int, n_tokens: int) -> list[tuple[int, int]]:
+def check_heads(heads: Sequence[tuple[int, int]], n_layers: int, n_heads: int, n_tokens: int) -> list[tuple[int, int]]:
     pairs = [(integer(layer, "a layer of heads"), integer(head, "a head of heads")) for layer, head in heads]
     if not pairs:
         raise ValueError("heads is empty; leave it out, or name at least one head.")
