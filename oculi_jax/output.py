@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from . import cells
 from .arrays import listing
 from .pytrees import pytree
+from .sites import find_site
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -25,6 +27,10 @@ class Activations(Mapping[str, Array]):
     def __getitem__(self, site: str) -> Array:
         if site in self._values:
             return self._values[site]
+        with suppress(ValueError):
+            name = find_site(str(site))[0].name
+            if name in self._values:
+                raise NotCaptured(f"{site!r} is called {name!r} here, and was captured: [{name!r}].")
         near = difflib.get_close_matches(str(site), self._values, 1)
         known = f"captured are {', '.join(self)}" if self else "nothing was"
         hint = f"Did you mean {near[0]!r}?" if near else f"Ask for it: capture={site!r}."

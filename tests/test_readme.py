@@ -11,12 +11,6 @@ import jax
 import numpy as np
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-IMPORTS = """
-import numpy as np
-from oculi_jax import *
-from oculi_jax.causal import activation_patching, attribution_patching
-from oculi_jax.models.llama import LlamaAttentionAdapter
-"""
 
 
 def test_it_is_short() -> None:
@@ -37,7 +31,7 @@ def test_its_script_and_every_call_of_its_table_run() -> None:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(script, namespace)
-            exec(IMPORTS + names, namespace)
+            exec(names, namespace)
         found = {call: eval(call, namespace) for call in calls}
     assert "pattern [4, 6, 6, 6]" in printed.getvalue()
     plain = np.asarray(namespace["forward"](namespace["model"], namespace["tokens"]).logits)

@@ -71,7 +71,7 @@ ALLOWED = {
     "pytrees.py": set(),
     "sites.py": set(),
     "arrays.py": set(),
-    "output.py": {"arrays"},
+    "output.py": {"arrays", "sites"},
     "intervals.py": {"arrays"},
     "capture.py": {"sites"},
     "prompts.py": {"arrays"},

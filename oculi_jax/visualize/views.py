@@ -77,7 +77,7 @@ def attention_view(
         },
     }
     body = _HEADING.format("attention", "Attention") + part("attention", chooser="")
-    return page("Attention", "view", body, ("attention.js",), _OWN.read_text("utf-8"), data, 690)
+    return page("Attention", "view", body, ("attention.js",), _OWN.read_text("utf-8"), data, 720)
 
 
 def lens_view(
@@ -124,7 +124,7 @@ def lens_view(
         },
     }
     body = _HEADING.format("lens", "Logit lens") + part("lens")
-    return page("Logit lens", "view", body, ("lens.js",), "drawLens();", data, min(160 + 30 * len(layers), 720))
+    return page("Logit lens", "view", body, ("lens.js",), "drawLens();", data, min(240 + 30 * len(layers), 720))
 
 
 class Text(str):

@@ -39,7 +39,7 @@ class Page(str):
     def _repr_html_(self) -> str:
         return (
             f'<iframe srcdoc="{escape(self, quote=True)}" title="{escape(self.title, quote=True)}" sandbox="allow-scripts" '
-            f'width="100%" height="{self.height}" style="border:1px solid #8884"></iframe>'
+            f'width="100%" height="{self.height}" style="border:1px solid #8884;box-sizing:border-box"></iframe>'
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
