@@ -62,23 +62,23 @@ def mean_activations(
         >>> mean.shape, says(forward(model, ids, HeadAblation(2, 1, mean[2, 1])))
         ((4, 6, 32), 'Rome')
     """
-    model = find_model(model)
+    found = find_model(model)
     if under_trace(tokens):
         raise TypeError("mean_activations runs on the host and was called inside a trace (jit, vmap, grad).")
     by_position = _axes(by)
-    given, real, _ = check_prompts(model.config, tokens, mask)
+    given, real, _ = check_prompts(found.config, tokens, mask)
     real = np.ones(given.shape, bool) if real is None else np.asarray(real)
     # Real tokens first, so that a column is a position whatever side the padding is on.
     order = np.argsort(~real, axis=1, kind="stable")[:, : real.sum(axis=1).max()]
     ids, real = np.take_along_axis(np.asarray(given), order, axis=1), np.take_along_axis(real, order, axis=1)
     n_prompts, n_tokens = ids.shape
-    readings = readings_of(CaptureSpec(sites, layers), model.config, n_tokens)
+    readings = readings_of(CaptureSpec(sites, layers), found.config, n_tokens)
     if keyed := [r.site.name for r in readings if "S" in r.site.axes and not by_position]:
         raise ValueError(
             f"{', '.join(keyed)} has an axis of keys, which are others at each position: by=('layer', 'position')."
         )
 
-    size = sum(math.prod(r.shape(model.config, n_tokens)) for r in readings) * model.dtype.itemsize
+    size = sum(math.prod(r.shape(found.config, n_tokens)) for r in readings) * found.dtype.itemsize
     n_calls = -(-n_prompts // max(1, _AT_ONCE // size))
     at_once = -(-n_prompts // n_calls)
     sums: dict[str, Array] | None = None
@@ -87,8 +87,8 @@ def mean_activations(
             np.arange(begin, begin + at_once), n_prompts - 1
         )  # the last call repeats a prompt, and counts it once
         counts = real[rows] & (np.arange(begin, begin + at_once) < n_prompts)[:, None]
-        frames = [Frame(model.config, model.dtype, n_tokens, row, n_tokens) for row in real[rows]]
-        seen = programs_of(model).run_variants(model, ids[rows], real[rows], Rows.of((), frames)[0], readings=readings)
+        frames = [Frame(found.config, found.dtype, n_tokens, row, n_tokens) for row in real[rows]]
+        seen = programs_of(found).run_variants(found, ids[rows], real[rows], Rows.of((), frames)[0], readings=readings)
         part = _sums(dict(seen.activations), counts, readings, by_position)
         sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
     assert sums is not None

@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import integer, listing
+from ..arrays import AnyArray, integer, listing
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..backends.jax.programs import measure, run
@@ -163,9 +163,9 @@ def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
 @compiled("readings", "single", "at_once", "remat")
 def _attribute(
     model: Llama,
-    clean: Int[Array, "B T"],
-    corrupted: Int[Array, "B T"],
-    mask: Bool[Array, "B T"] | None,
+    clean: Int[AnyArray, "B T"],
+    corrupted: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"] | None,
     metric: Any,
     readings: tuple[Reading, ...],
     single: bool,
