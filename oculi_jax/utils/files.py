@@ -41,7 +41,6 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
         if (directory / name).exists() and not (directory / name).is_file():
             raise OSError(f"Cannot write {str(directory / name)!r}: it is no regular file.")
     aside: Path | None = None
-    left = len(names)
     try:
         _sweep(directory, first, "part")
         prefix = f".{first}.{_HOST}.{os.getpid()}."
@@ -58,7 +57,6 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
             aside = aside.rename(aside.with_suffix(".commit"))
         for name in names:
             os.replace(aside / name, directory / name)
-            left -= 1
             _sweep(directory, first, "commit", aside)
     except OSError as error:
         own = error.filename is None or aside is None or str(error.filename).startswith(str(aside))
@@ -68,20 +66,23 @@ def write_together(directory: Path, first: str, *others: str) -> Iterator[list[P
         where = f" in {str(directory)!r}" if others else ""
         raise type(error)(f"Cannot write {what!r}{where}: {os.strerror(error.errno)}.") from error
     finally:
-        if aside is not None and left in (0, len(names)):  # else it is what says that the directory is a mixture
+        if aside is not None and not _tells_of_a_mixture(aside):
             shutil.rmtree(aside, ignore_errors=True)
 
 
 def cut_off(directory: Path) -> bool:
     """Whether a process that writes several files of a directory was stopped, or is, between the first and the last of them."""
-    for folder in directory.glob(".*.commit"):
-        try:
-            left = [path.name for path in folder.iterdir()]
-        except (FileNotFoundError, NotADirectoryError):
-            continue  # its writer has just finished
-        if left and not any(folder.name.startswith(f".{name}.") for name in left):  # the first one went first
-            return True
-    return False
+    return any(map(_tells_of_a_mixture, directory.glob(".*.commit")))
+
+
+def _tells_of_a_mixture(folder: Path) -> bool:
+    """Whether some of a folder's files were renamed and some were not: the first one goes first."""
+    try:
+        left = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # its writer has just finished
+    renaming = folder.suffix == ".commit"
+    return renaming and bool(left) and not any(folder.name.startswith(f".{name}.") for name in left)
 
 
 def _sweep(directory: Path, name: str, kind: str, own: Path | None = None) -> None:
