@@ -21,6 +21,7 @@ from loading import in_a_fresh_process
 
 from oculi_jax import SITES, CaptureConfig, CaptureSpec, MLPConfig, ResidualConfig, forward
 from oculi_jax import intervention as iv
+from oculi_jax.models.decoder.model import Decoder
 from oculi_jax.models.llama import Llama
 
 N_TOKENS = 128
@@ -37,7 +38,7 @@ HARBOUR = (
 )
 
 
-def run(model: Llama, tokens: np.ndarray, **options: Any) -> Any:
+def run(model: Decoder, tokens: np.ndarray, **options: Any) -> Any:
     return jax.block_until_ready(forward(model, tokens, **options))
 
 
@@ -82,13 +83,13 @@ def parity_row(model: Llama, hf: Any, tokenizer: Any) -> Row:
     )  # fmt: skip
 
 
-def plain_row(model: Llama, hf: Any, tokens: np.ndarray) -> Row:
+def plain_row(model: Decoder, hf: Any, tokens: np.ndarray, bar: float = 0.65) -> Row:
     import torch
 
     hf.set_attn_implementation("sdpa")
     ids = torch.tensor(tokens)[None].long()
     theirs = torch.no_grad()(lambda: hf(ids, use_cache=False).logits)
-    row = side_by_side(lambda: run(model, tokens), theirs, 0.65)
+    row = side_by_side(lambda: run(model, tokens), theirs, bar)
     # Every parameter multiplies once a token but the embedding, which is looked up; tied, it multiplies as unembedding.
     used = model.n_params - (0 if model.unembed is None else model.embed[...].size)
     n = 2048

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama, LlamaConfig
-from oculi_jax.models.llama.parameters import parameter_table
 
 SHAPE_1B = """{"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
 "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "hidden_act": "silu",

@@ -26,6 +26,7 @@ from oculi_jax.backends import jax as programs
 from oculi_jax.causal import activation_patching, attribution_patching
 from oculi_jax.intervention import ActivationPatch, HeadAblation, PerLayer
 from oculi_jax.metrics import logit_difference
+from oculi_jax.models.decoder.model import Decoder
 from oculi_jax.models.llama import Llama
 from oculi_jax.utils.tokens import load_tokenizer, to_single_token
 
@@ -53,7 +54,7 @@ NAMES = {"torch": "Hugging Face", "transformer_lens": "TransformerLens", "nnsigh
 class Bench:
     """The model, and what the rows run it on."""
 
-    model: Llama
+    model: Decoder
     directory: Path
     tokenizer: Any
     device: str = "cpu"  # of torch

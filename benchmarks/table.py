@@ -76,16 +76,19 @@ def hugging_face(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """`--model` and `--json`, and a refusal of machines and places where nothing can be measured."""
+def arguments(description: str, name: str = HUB_ID.split("/")[1], script: str = "smollm2") -> argparse.Namespace:
+    """`--model` and `--json`, and a refusal of machines and places where nothing can be measured.
+
+    `name` is the directory under `weights/` of the model that is meant, and `script` what brings it there.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "weights" / HUB_ID.split("/")[1])
+    parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "weights" / name)
     parser.add_argument("--json", type=Path, help="a file to write the rows to as well")
     args = parser.parse_args()
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         sys.exit("XLA_FLAGS asks for virtual devices, which share the cores; benchmarks do not run on them.")
     if not (args.model / "config.json").exists():
-        sys.exit(f"There is no checkpoint in {args.model}: python weights/smollm2.py {args.model}")
+        sys.exit(f"There is no checkpoint in {args.model}: python weights/{script}.py {args.model}")
     jax.config.update("jax_enable_compilation_cache", False)
     return args
 

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from . import (
         analysis,
         causal,
+        circuits,
         diagnostics,
         intervention,
         metrics,
         models,
+        rules,
         training,
         utils,
         visualize,
@@ -54,13 +56,14 @@ if TYPE_CHECKING:
     )
     from .means import mean_activations
     from .models.llama.model import Llama
+    from .models.loading import from_pretrained
     from .output import Output
     from .pages import report
     from .prompts import padded
     from .reading import lens
     from .run import forward
     from .sites import SITES, Site, find_site
-    from .sweeps.planning import SweepPlan
+    from .sweeps.planning import Plan, SweepPlan
     from .sweeps.sweeping import plan, sweep
     from .utils.tokens import load_tokenizer
 
@@ -82,17 +85,30 @@ _CONTENTS = {
     ),
     "means": ("mean_activations",),
     "models.llama.model": ("Llama",),
+    "models.loading": ("from_pretrained",),
     "output": ("Output",),
     "pages": ("report",),
     "prompts": ("padded",),
     "reading": ("lens",),
     "run": ("forward",),
     "sites": ("SITES", "Site", "find_site"),
-    "sweeps.planning": ("SweepPlan",),
+    "sweeps.planning": ("Plan", "SweepPlan"),
     "sweeps.sweeping": ("plan", "sweep"),
     "utils.tokens": ("load_tokenizer",),
 }  # fmt: skip
-_MODULES = ("analysis", "causal", "diagnostics", "intervention", "metrics", "models", "training", "utils", "visualize")
+_MODULES = (
+    "analysis",
+    "causal",
+    "circuits",
+    "diagnostics",
+    "intervention",
+    "metrics",
+    "models",
+    "rules",
+    "training",
+    "utils",
+    "visualize",
+)
 _HOMES = {name: module for module, names in _CONTENTS.items() for name in names}
 
 __all__ = [
@@ -118,6 +134,7 @@ __all__ = [
     "Output",
     "PerLayer",
     "PerPrompt",
+    "Plan",
     "QScaler",
     "ResidualCapture",
     "ResidualConfig",
@@ -129,10 +146,12 @@ __all__ = [
     "bootstrap",
     "capture_bytes",
     "causal",
+    "circuits",
     "diagnostics",
     "embedded_model",
     "find_site",
     "forward",
+    "from_pretrained",
     "generate",
     "intervention",
     "lens",
@@ -144,6 +163,7 @@ __all__ = [
     "padded",
     "plan",
     "report",
+    "rules",
     "save",
     "sweep",
     "training",

@@ -32,6 +32,11 @@ def full_name(dtype: object) -> Any:
     return SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype
 
 
+def wide(dtype: object) -> np.dtype:
+    """What is computed in where rounding adds up: float32, or float64 for values of that."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
 def on_device(value: object) -> bool:
     """Whether a value is a JAX array or tracer, which is checked by shape and dtype alone."""
     return isinstance(value, jax.Array)

@@ -17,7 +17,7 @@ from .arrays import AnyArray, full_name, integers
 from .sites import Site, site_of
 
 if TYPE_CHECKING:
-    from .models.llama.config import LlamaConfig
+    from .models.decoder.config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Reading:
         lettered = enumerate(self.site.axes, start=int(self.site.layered))
         return tuple(i for i, letter in lettered if letter == "S" or (letter == "T" and self.positions is None))
 
-    def shape(self, config: LlamaConfig, n_tokens: int, n_keys: int | None = None) -> tuple[int, ...]:
+    def shape(self, config: DecoderConfig, n_tokens: int, n_keys: int | None = None) -> tuple[int, ...]:
         """The shape of the capture of a run of `n_tokens` that look at `n_keys`; None for as many."""
         sizes = {**config.sizes, "T": n_tokens, "S": n_tokens if n_keys is None else n_keys}
         inner = [sizes[letter] for letter in self.site.axes]
@@ -92,14 +92,26 @@ def at_positions(value: Array, axis: int, positions: tuple[int, ...], mask: AnyA
 
 @partial(jax.jit, static_argnums=1, inline=True)
 def _at_ranks(value: Array, axis: int, wanted: Array, mask: AnyArray) -> Array:
+    slots, found = _slots_of(wanted, mask)
+    found = found.reshape(-1, *(1,) * (value.ndim - axis - 1))
+    integers = jnp.issubdtype(value.dtype, jnp.integer)
+    missing = False if value.dtype == bool else -1 if integers else jnp.nan
+    taken = jnp.take(value, slots, axis=axis)
+    return jnp.where(jnp.broadcast_to(jnp.expand_dims(found, tuple(range(axis))), taken.shape), taken, missing)
+
+
+def slots_at(positions: tuple[int, ...], mask: AnyArray | None, n_tokens: int) -> tuple[Array, Array]:
+    """Where the tokens of some ranks among the real ones lie, `[P]`, and whether there is such a token, bool `[P]`."""
+    if mask is None:
+        return jnp.asarray(np.array(positions) % n_tokens), jnp.ones(len(positions), bool)
+    return _slots_of(jnp.asarray(positions), mask)
+
+
+def _slots_of(wanted: Array, mask: AnyArray) -> tuple[Array, Array]:
     rank = jnp.cumsum(mask) - 1
     wanted = jnp.where(wanted < 0, wanted + rank[-1] + 1, wanted)
     match = (rank[None, :] == wanted[:, None]) & mask[None, :]
-    found = match.any(axis=1).reshape(-1, *(1,) * (value.ndim - axis - 1))
-    integers = jnp.issubdtype(value.dtype, jnp.integer)
-    missing = False if value.dtype == bool else -1 if integers else jnp.nan
-    taken = jnp.take(value, match.argmax(axis=1), axis=axis)
-    return jnp.where(jnp.broadcast_to(jnp.expand_dims(found, tuple(range(axis))), taken.shape), taken, missing)
+    return match.argmax(axis=1), match.any(axis=1)
 
 
 def float_dtype(dtype: DTypeLike, what: str) -> str:
@@ -113,7 +125,7 @@ def float_dtype(dtype: DTypeLike, what: str) -> str:
     return name
 
 
-def check_layers(layers: Sequence[int] | None, config: LlamaConfig, what: str = "layers") -> tuple[int, ...]:
+def check_layers(layers: Sequence[int] | None, config: DecoderConfig, what: str = "layers") -> tuple[int, ...]:
     """The layers asked for as a tuple, all of them for None; ValueError for ones the model does not have."""
     n_layers = config.num_hidden_layers
     if layers is None:
@@ -129,7 +141,7 @@ def check_layers(layers: Sequence[int] | None, config: LlamaConfig, what: str = 
     return chosen
 
 
-def readings_of(capture: CaptureLike, config: LlamaConfig, n_real: int) -> tuple[Reading, ...]:
+def readings_of(capture: CaptureLike, config: DecoderConfig, n_real: int) -> tuple[Reading, ...]:
     """What `forward`'s `capture` argument asks for, checked and in canonical form.
 
     Args:

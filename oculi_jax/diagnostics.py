@@ -14,8 +14,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from .analysis.circuits import PATTERNS, decide, even_scores, pattern_scores
-from .arrays import integer
+from .arrays import AnyArray, integer
 from .backends import find_model, programs_of
+from .backends.jax.compiled import compiled
 from .intervention.canonical import canonical
 from .intervention.frame import Frame
 from .pytrees import pytree
@@ -23,8 +24,8 @@ from .run import forward
 
 if TYPE_CHECKING:
     from .intervention.protocol import Interventions
-    from .models.llama.config import LlamaConfig
-    from .models.llama.model import Llama
+    from .models.decoder.config import DecoderConfig
+    from .models.decoder.model import Decoder
 
 _SCORES = ("induction", "previous_token", "duplicate_token", "bos", "recent", "local", "uniform")
 
@@ -104,7 +105,7 @@ class HeadScores:
 
 
 def head_scores(
-    model: Llama, seed: int = 0, n_sequences: int = 8, length: int = 50, *, interventions: Interventions = ()
+    model: Decoder, seed: int = 0, n_sequences: int = 8, length: int = 50, *, interventions: Interventions = ()
 ) -> HeadScores:
     """What each head does on random tokens repeated once: the standard test for induction.
 
@@ -113,7 +114,7 @@ def head_scores(
     so what a head does there is not a matter of the prompt.
 
     Args:
-        model: a `Llama`.
+        model: a model of any family, or a Hugging Face one.
         seed: of the sequences; the same seed gives the same scores. Another one runs the same program.
         n_sequences: how many, at least 2. Patterns are held for one of them at a time.
         length: tokens that are repeated.
@@ -135,11 +136,13 @@ def head_scores(
     interventions = canonical(interventions, Frame(model.config, model.dtype, tokens.shape[1], None))
     if programs_of(model).traceable:
         return _run(model, tokens, interventions)
-    rows = [_scores(model, row, interventions, jax.jit(pattern_scores)) for row in tokens]  # torch runs this one
-    return _summary({name: jnp.stack([row[name] for row in rows]) for name in rows[0]}, tokens)
+    windows = model.config.windows
+    scores = jax.jit(partial(pattern_scores, windows=windows))
+    rows = [_scores(model, row, interventions, scores) for row in tokens]  # torch runs this one
+    return _summary({name: jnp.stack([row[name] for row in rows]) for name in rows[0]}, tokens, windows)
 
 
-def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
+def repeated_tokens(config: DecoderConfig, seed: int, n_sequences: int, length: int) -> Int[np.ndarray, "N T"]:
     """The sequences of `head_scores`: int32 `[n_sequences, T]`, with T = 2 · length, plus 1 where there is a BOS.
 
     Raises:
@@ -170,9 +173,11 @@ def repeated_tokens(config: LlamaConfig, seed: int, n_sequences: int, length: in
     return np.concatenate([first, once, once], axis=1).astype(np.int32)
 
 
-@jax.jit
-def _run(model: Llama, tokens: Int[Array, "N T"], interventions: tuple[Any, ...]) -> HeadScores:
-    return _summary(jax.lax.map(lambda row: _scores(model, row, interventions, pattern_scores), tokens), tokens)
+@compiled()
+def _run(model: Decoder, tokens: Int[AnyArray, "N T"], interventions: tuple[Any, ...]) -> HeadScores:
+    windows = model.config.windows
+    scores = partial(pattern_scores, windows=windows)
+    return _summary(jax.lax.map(lambda row: _scores(model, row, interventions, scores), tokens), tokens, windows)
 
 
 def _scores(model: Any, row: Int[Array, "T"], interventions: tuple[Any, ...], scores: Any) -> dict[str, Array]:
@@ -180,10 +185,11 @@ def _scores(model: Any, row: Int[Array, "T"], interventions: tuple[Any, ...], sc
     return scores(forward(model, row, interventions, capture="pattern", logits="none").activations["pattern"], row)
 
 
-@partial(jax.jit, inline=True)
-def _summary(each: dict[str, Array], tokens: Int[Array, "N T"]) -> HeadScores:
+@partial(jax.jit, static_argnums=2, inline=True)
+def _summary(each: dict[str, Array], tokens: Int[AnyArray, "N T"], windows: tuple[int | None, ...]) -> HeadScores:
     mean = {name: jnp.mean(value, axis=0) for name, value in each.items()}
-    chance = {name: jnp.mean(value) for name, value in jax.lax.map(even_scores, tokens).items()}
+    even = jax.lax.map(partial(even_scores, windows=windows), tokens)
+    chance = {name: jnp.mean(value, axis=0) for name, value in even.items()}
     root = tokens.shape[0] ** 0.5
     errors = {name: jnp.std(value, axis=0, ddof=1) / root for name, value in each.items()}
     return HeadScores(**mean, standard_error=errors, codes=decide(mean, chance)[0])

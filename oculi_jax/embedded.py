@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .models.llama import Llama
+    from .models.llama.model import Llama
 
 
 def embedded_directory() -> Path:

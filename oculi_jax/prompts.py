@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from .arrays import AnyArray, as_array, integer, listing, on_device
 
 if TYPE_CHECKING:
-    from .models.llama.config import LlamaConfig
+    from .models.decoder.config import DecoderConfig
     from .utils.tokens import Tokenizer
 
 
@@ -130,7 +130,7 @@ def check_mask(mask: ArrayLike | None, n_tokens: int) -> AnyArray | None:
 
 
 def check_prompts(
-    config: LlamaConfig, tokens: ArrayLike, mask: ArrayLike | None
+    config: DecoderConfig, tokens: ArrayLike, mask: ArrayLike | None
 ) -> tuple[AnyArray, AnyArray | None, bool]:
     """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
     given = tokens if isinstance(tokens, str) else ids_of(tokens)
@@ -186,7 +186,7 @@ def bucket(n_tokens: int) -> int:
 def prepare(
     prompt: PromptLike,
     tokenizer: Tokenizer | None,
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     attention_mask: ArrayLike | None,
     allow_longer: bool,

@@ -17,14 +17,16 @@ from .prompts import check_tokens
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from .models.llama.model import Llama
+    from .models.decoder.model import Decoder
 
 
-def lens(model: Llama, resid: Float[Array, "... E"], top_k: int | None = None, tokens: ArrayLike | None = None) -> Any:
+def lens(
+    model: Decoder, resid: Float[Array, "... E"], top_k: int | None = None, tokens: ArrayLike | None = None
+) -> Any:
     """What the model would say if it stopped at `resid` (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
     Args:
-        model: a `Llama`.
+        model: a model of any family, or a Hugging Face one.
         resid: `[..., E]`.
         top_k: return only the k largest logits and their token ids; the logits of the whole vocabulary are never held for
             more than one `[T, E]` at a time.

@@ -5,25 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from .arrays import on_device
-from .backends import find_model, programs_of
+from .backends import EXIST, find_model, programs_of
 from .capture import readings_of
 from .intervention.canonical import canonical
 from .intervention.frame import Frame
 from .output import Output
 from .prompts import check_mask, check_tokens
+from .rules import check_rules
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from .capture import CaptureLike
     from .intervention.protocol import Interventions
-    from .models.llama.model import Llama
+    from .models.decoder.model import Decoder
+    from .rules import Rules
 
 LOGITS = ("all", "last", "none")
 
 
 def forward(
-    model: Llama,
+    model: Decoder,
     tokens: ArrayLike,
     interventions: Interventions = (),
     *,
@@ -31,14 +33,16 @@ def forward(
     logits: Literal["all", "last", "none"] = "all",
     mask: ArrayLike | None = None,
     remat: bool = False,
+    attention: Literal["auto", "explicit"] = "auto",
+    rules: Rules | None = None,
 ) -> Output:
     """Runs a model on one sequence, with edits, and returns whatever is asked for. Pure; compiled once a kind of call.
 
-    `capture`, `logits` and `remat` are static, as are the kinds of the interventions and the length; all else is data,
+    `capture`, `logits`, `remat` and `attention` are static, as are the kinds of the interventions and the length; all else is data,
     so other layers, heads, positions and strengths run the same program. For a batch, `vmap` it over `tokens`.
 
     Args:
-        model: a `Llama`, or a Hugging Face `LlamaForCausalLM`, which torch runs where it lies.
+        model: a model of any family, or Hugging Face's own, which torch runs where it lies.
         tokens: ids `[T]`, integers.
         interventions: one intervention or a list of them, applied in order (see `oculi_jax.intervention`).
         capture: site names, a `CaptureSpec`, or a tuple of those.
@@ -46,6 +50,11 @@ def forward(
             not run.
         mask: bool `[T]`, True at real tokens. Padding on either side changes nothing at the real ones.
         remat: recompute each layer in the backward pass instead of keeping its intermediates.
+        attention: `"auto"` fuses it, in half precision on an accelerator, where nobody reads or edits `scores`, `allowed` or
+            `pattern`: no scores are kept, and values differ by the dtype's rounding. Derivatives of any order remain those of
+            the steps. (A model that torch runs has torch's own, in any dtype.) `"explicit"` never fuses: for exporting to other
+            platforms, and for comparing.
+        rules: other derivatives, of `oculi_jax.rules`, for whoever differentiates this: data; no value changes by them.
 
     Returns:
         An `Output`.
@@ -60,6 +69,10 @@ def forward(
     """
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
+    if attention not in tuple(EXIST):
+        raise ValueError(
+            f"attention is {attention!r}, and must be 'auto' (fused where nobody looks inside) or 'explicit' (never)."
+        )
     model = find_model(model)
     config = model.config
     tokens = check_tokens(tokens, config.vocab_size)
@@ -68,4 +81,7 @@ def forward(
     edits = canonical(interventions, frame)
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
     readings = readings_of(capture, config, n_real)
-    return programs_of(model).run(model, tokens, mask, edits, readings, logits=logits, remat=bool(remat))
+    rules = None if rules is None else check_rules(rules, config)
+    return programs_of(model).run(
+        model, tokens, mask, edits, readings, logits=logits, remat=bool(remat), attention=attention, rules=rules
+    )

@@ -65,7 +65,12 @@ SITES: dict[str, Site] = {
             guide="residual.pre_attn", aliases="blocks.{}.hook_resid_pre",
         ),
         _site("attn_scale", "T", "reciprocal root mean square of the first norm"),
-        _site("attn_in", "T E", "normalised, weighted input of attention", aliases="model.layers.{}.input_layernorm"),
+        _site("attn_in", "T E", "input of attention: normalised and weighted, or in some families the stream itself",
+              aliases="model.layers.{}.input_layernorm"),
+        _site("q_proj", "H T D", "queries before their norm"),
+        _site("k_proj", "K T D", "keys before their norm"),
+        _site("q_scale", "H T", "reciprocal root mean square of the queries' norm"),
+        _site("k_scale", "K T", "reciprocal root mean square of the keys' norm"),
         _site(
             "q_pre_rope", "H T D", "queries before rotation",
             aliases="blocks.{}.attn.hook_q model.layers.{}.self_attn.q_proj",
@@ -80,26 +85,31 @@ SITES: dict[str, Site] = {
               aliases="blocks.{}.attn.hook_rot_k"),
         _site("v", "K T D", "values", guide="values",
               aliases="blocks.{}.attn.hook_v model.layers.{}.self_attn.v_proj"),
-        _site("scores", "H T S", "q·k/√D, before mask and softmax"),
-        _site("allowed", "H T S", "which keys a query may look at (bool): causal, and neither side padding"),
+        _site("scores", "H T S", "q·k/√D, or as a family scales and caps it; before mask and softmax"),
+        _site("allowed", "H T S", "which keys a query may look at (bool): causal, in the layer's window, and neither side padding"),
         _site("pattern", "H T S", "softmax over the allowed keys; rows sum to 1", guide="patterns",
               aliases="blocks.{}.attn.hook_pattern"),
         _site("z", "H T D", "pattern · values, per head", aliases="blocks.{}.attn.hook_z"),
-        _site("attn_out", "T E", "z through the output projection",
+        _site("attn_proj", "T E", "z through the output projection, before the norm of what attention adds"),
+        _site("attn_post_scale", "T", "reciprocal root mean square of the norm of what attention adds"),
+        _site("attn_out", "T E", "what attention adds to the stream: z through the output projection, and its norm if there is one",
               aliases="blocks.{}.hook_attn_out model.layers.{}.self_attn.o_proj model.layers.{}.self_attn"),
         _site("resid_mid", "T E", "resid_pre + attn_out", guide="residual.post_attn = residual.pre_mlp",
               aliases="blocks.{}.hook_resid_mid"),
         _site("mlp_scale", "T", "reciprocal root mean square of the second norm"),
-        _site("mlp_in", "T E", "normalised, weighted input of the MLP",
+        _site("mlp_in", "T E", "input of the MLP: normalised and weighted, or in some families the stream itself",
               aliases="model.layers.{}.post_attention_layernorm"),
         _site("gate", "T F", "gate projection", guide="mlp.gate",
               aliases="blocks.{}.mlp.hook_pre model.layers.{}.mlp.gate_proj"),
         _site("up", "T F", "up projection", guide="mlp.up",
               aliases="blocks.{}.mlp.hook_pre_linear model.layers.{}.mlp.up_proj"),
-        _site("gate_act", "T F", "silu(gate)", aliases="model.layers.{}.mlp.act_fn"),
-        _site("act", "T F", "silu(gate) · up: the neurons", guide="mlp.post_activation",
+        _site("gate_act", "T F", "the activation of gate, silu in a Llama", aliases="model.layers.{}.mlp.act_fn"),
+        _site("act", "T F", "gate_act · up: the neurons", guide="mlp.post_activation",
               aliases="blocks.{}.mlp.hook_post"),
-        _site("mlp_out", "T E", "down projection of act", guide="mlp.output",
+        _site("mlp_proj", "T E", "down projection of act, before the norm of what the MLP adds"),
+        _site("mlp_post_scale", "T", "reciprocal root mean square of the norm of what the MLP adds"),
+        _site("mlp_out", "T E", "what the MLP adds to the stream: down projection of act, and its norm if there is one",
+              guide="mlp.output",
               aliases="blocks.{}.hook_mlp_out model.layers.{}.mlp.down_proj model.layers.{}.mlp"),
         _site("resid_post", "T E", "resid_mid + mlp_out", guide="residual.post_mlp",
               aliases="blocks.{}.hook_resid_post model.layers.{}"),
@@ -110,12 +120,14 @@ SITES: dict[str, Site] = {
 }  # fmt: skip
 
 
-def find_site(name: str) -> tuple[Site, int | None]:
+def find_site(name: str, sites: Mapping[str, Site] | None = None) -> tuple[Site, int | None]:
     """The site that a name means, ours or another tool's, and the layer where the name tells one.
 
     Args:
         name: a site's own name (`"z"`), the guide's (`"residual.pre_attn"`), TransformerLens's
             (`"blocks.3.attn.hook_z"`) or the path of a Hugging Face module (`"model.layers.3.mlp.gate_proj"`).
+        sites: a model's own, `config.sites`: in a family with other norms a module may give another site than in a Llama,
+            whose paths these are for None.
 
     Returns:
         The row of the table, and the layer in the name or None.
@@ -128,9 +140,10 @@ def find_site(name: str) -> tuple[Site, int | None]:
         >>> site.name, layer
         ('z', 3)
     """
+    sites = SITES if sites is None else sites
     if name in SITES:
         return SITES[name], None
-    for site in SITES.values():
+    for site in sites.values():
         if name and name in site.guide.split(" = "):
             return site, None
         for alias in site.aliases:

@@ -1,6 +1,6 @@
 """Whether a device computes what the CPU does: one prompt, every site, both in float32 and in the model's dtype, in plain words.
 
-The reference is JAX on the CPU in float32, which the tests compare with Hugging Face's own Llama at every site.
+The reference is JAX on the CPU in float32, which the tests compare with Hugging Face's own at every site.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .embedded import embedded_directory
-from .models.llama import Llama
+from .models.loading import from_pretrained
 from .run import forward
 from .sites import SITES
 from .utils.devices import find_device, has_torch
@@ -81,8 +81,8 @@ def examine(
     """Runs one prompt of 24 random tokens on a device and on the CPU, and compares every site.
 
     Args:
-        source: a checkpoint, as `Llama.from_pretrained` takes; the embedded model for None.
-        backend, device: as `Llama.from_pretrained` takes.
+        source: a checkpoint, as `from_pretrained` takes; the embedded model for None.
+        backend, device: as `from_pretrained` takes.
         dtype: of the weights, `"auto"` for as they are stored; the reference's too, which are then widened to float32.
 
     Raises:
@@ -90,7 +90,7 @@ def examine(
     """
     source = embedded_directory() if source is None else source
     _check_device(backend, device)
-    cpu = Llama.from_pretrained(source, dtype=dtype, device="cpu")
+    cpu = from_pretrained(source, dtype=dtype, device="cpu")
     dtype = cpu.dtype.name
     length = min(_LENGTH, cpu.config.max_position_embeddings)
     tokens = np.random.default_rng(0).integers(0, cpu.config.vocab_size, length)
@@ -115,7 +115,7 @@ def examine(
     del cpu
     where = f"{device} ({'JAX' if backend == 'jax' else 'torch'}) in {dtype}"
     try:
-        got = _run(Llama.from_pretrained(source, dtype=dtype, device=device, backend=backend), tokens)
+        got = _run(from_pretrained(source, dtype=dtype, device=device, backend=backend), tokens)
     except (RuntimeError, TypeError) as error:  # torch's for what a device has no room or no kernel for
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         sentence = f"{where} did not run: {said} Use the CPU."
@@ -137,8 +137,9 @@ def _check_device(backend: str, device: str) -> None:
 
 
 def _run(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    out, alone = forward(model, tokens, capture=tuple(SITES)), forward(model, tokens).logits
-    values = [*((site, out.activations[site]) for site in SITES), ("logits", out.logits), (ALONE, alone)]
+    sites = tuple(model.config.sites)
+    out, alone = forward(model, tokens, capture=sites), forward(model, tokens).logits
+    values = [*((site, out.activations[site]) for site in sites), ("logits", out.logits), (ALONE, alone)]
     found = {site: np.asarray(value) for site, value in values}
     return {site: x if x.dtype == bool else x.astype(np.float64) for site, x in found.items()}
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from oculi_jax.models.llama.rope import rotate
+from oculi_jax.models.decoder.rope import rotate
 
 
 @pytest.mark.quick

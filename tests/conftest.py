@@ -1,6 +1,7 @@
 """The suite runs on eight virtual CPU devices with JAX's strictest promotion rules, and never on the network."""
 
 import difflib
+import gc
 import importlib
 import os
 import re
@@ -15,9 +16,11 @@ from typing import Any
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A tiny program runs for a millisecond and is compiled for a second, or, with little optimisation, for a quarter of one.
-# `.ci/everywhere` compiles as users do, and real models are optimised in any case.
+# Real models are optimised in any case, to the level at which they run as fast as ever and are compiled in two thirds of the time.
+# `.ci/everywhere` compiles as users do.
 if os.environ.get("OCULI_TESTS_COMPILE", "quickly") == "quickly":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"  # the other core has tests of its own
     if version("jaxlib").startswith("0.10."):  # later ones have no others
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
@@ -51,7 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
     The processor's features are part of JAX's key, so that what another one compiled is not taken for ours.
     """
     if cache := getattr(config, "cache", None):
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("xla")))
+        directory = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("xla"))
+        jax.config.update("jax_compilation_cache_dir", directory)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # of the children too
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
@@ -77,6 +82,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     assert jax.device_count() == 8
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Modules and tests stay to the end: tracing makes garbage all the time, and they need not be searched for it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama, LlamaConfig
-from oculi_jax.models.llama.parameters import parameter_table
 
 PREVIOUS_TOKEN_HEAD = (0, 2)
 INDUCTION_HEAD = (1, 1)

@@ -1,17 +1,17 @@
-"""Every site of a Llama computed by Hugging Face's own eager torch code: the independent side of the parity tests."""
+"""Every site of a model computed by Hugging Face's own eager torch code: the independent side of the parity tests."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
 
 from . import memory
 
@@ -19,11 +19,17 @@ NAME = "oculi_reference"
 
 
 def _recording_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Hugging Face's eager attention, with what goes in and comes out kept on the module."""
-    out, pattern = eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    scores = torch.matmul(query, repeat_kv(key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    """The family's own eager attention, with what goes in and comes out kept on the module."""
+    own = vars(sys.modules[type(module).__module__])
+    out, pattern = own["eager_attention_forward"](
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    scores = torch.matmul(query, own["repeat_kv"](key, module.num_key_value_groups).transpose(2, 3)) * scaling
+    if (cap := kwargs.get("softcap")) is not None:
+        scores = torch.tanh(scores / cap) * cap
     module.recorded = {
-        "q": query, "k": key, "v": value, "scores": scores, "pattern": pattern, "z": out.transpose(1, 2)
+        "q": query, "k": key, "v": value, "scores": scores, "pattern": pattern, "z": out.transpose(1, 2),
+        "allowed": (attention_mask == 0).expand(pattern.shape),
     }  # fmt: skip
     return out, pattern
 
@@ -33,7 +39,7 @@ def _scale(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(x.double().pow(2).mean(-1) + eps)
 
 
-def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict[str, np.ndarray]:
+def reference_sites(hf: PreTrainedModel, tokens: Any, mask: Any = None) -> dict[str, np.ndarray]:
     """Site → float32 array with the axes of the site table (layered ones stacked), and `logits` `[T, V]`.
 
     Args:
@@ -48,7 +54,7 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
     ids = torch.tensor(np.asarray(tokens))[None]
     real = torch.ones_like(ids) if mask is None else torch.tensor(np.asarray(mask)).long()[None]
     seen: dict[tuple[str, int], torch.Tensor] = {}
-    eps, head_dim = hf.config.rms_norm_eps, hf.config.head_dim
+    eps, config = hf.config.rms_norm_eps, hf.config
     handles = []
 
     def keep(module, name, layer, *, what="output"):
@@ -59,24 +65,46 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
 
         handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
+    def split(module, sizes, layer):
+        """What a projection writes that is several, one after the other, as each."""
+
+        def hook(_, args, output):
+            for (name, _), part in zip(sizes.items(), output.detach().split(tuple(sizes.values()), -1), strict=True):
+                seen[name, layer] = part
+
+        handles.append(module.register_forward_hook(hook))
+
     model = hf.model
     keep(model.embed_tokens, "embed", -1)
     keep(model.norm, "final_in", -1, what="input")
     keep(model.norm, "final_norm", -1)
     for i, layer in enumerate(model.layers):
         attn, mlp = layer.self_attn, layer.mlp
+        first, after = hasattr(layer, "input_layernorm"), hasattr(layer, "post_feedforward_layernorm")
         keep(layer, "resid_pre", i, what="input")
-        keep(layer.input_layernorm, "attn_in", i)
-        keep(attn.q_proj, "q_pre_rope", i)
-        keep(attn.k_proj, "k_pre_rope", i)
-        keep(attn.o_proj, "attn_out", i)
-        keep(layer.post_attention_layernorm, "resid_mid", i, what="input")
-        keep(layer.post_attention_layernorm, "mlp_in", i)
-        keep(mlp.gate_proj, "gate", i)
-        keep(mlp.up_proj, "up", i)
-        keep(mlp.act_fn, "gate_act", i)
+        keep(attn, "attn_in", i, what="input")
+        if fused := getattr(attn, "qkv_proj", None):
+            width, few = (n * attn.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+            split(fused, {"q_proj": width, "k_proj": few, "": few}, i)
+            split(fused, {"q_pre_rope": width, "k_pre_rope": few, "": few}, i)
+        else:
+            for name in ("q", "k"):
+                keep(getattr(attn, f"{name}_proj"), f"{name}_proj", i)
+                keep(getattr(attn, f"{name}_norm", getattr(attn, f"{name}_proj")), f"{name}_pre_rope", i)
+        keep(attn.o_proj, "attn_proj", i)
+        keep(layer.post_attention_layernorm if after else attn.o_proj, "attn_out", i)
+        entry = mlp if not first else layer.pre_feedforward_layernorm if after else layer.post_attention_layernorm
+        keep(entry, "resid_mid", i, what="input")
+        keep(mlp, "mlp_in", i, what="input")
+        if fused := getattr(mlp, "gate_up_proj", None):
+            split(fused, {"gate": config.intermediate_size, "up": config.intermediate_size}, i)
+        else:
+            keep(mlp.gate_proj, "gate", i)
+            keep(mlp.up_proj, "up", i)
+        keep(getattr(mlp, "act_fn", None) or mlp.activation_fn, "gate_act", i)
         keep(mlp.down_proj, "act", i, what="input")
-        keep(mlp.down_proj, "mlp_out", i)
+        keep(mlp.down_proj, "mlp_proj", i)
+        keep(layer.post_feedforward_layernorm if after else mlp.down_proj, "mlp_out", i)
         keep(layer, "resid_post", i)
     try:
         with torch.no_grad():
@@ -86,10 +114,24 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
             for name, value in layer.self_attn.recorded.items():
                 seen[name, i] = value
             del layer.self_attn.recorded
-            for name in ("q_pre_rope", "k_pre_rope"):
-                seen[name, i] = seen[name, i].unflatten(-1, (-1, head_dim)).transpose(1, 2)
+            head_dim = layer.self_attn.head_dim
+            for name in ("q", "k"):
+                all_heads = (
+                    getattr(getattr(layer.self_attn, f"{name}_norm", None), "weight", torch.empty(0)).numel() > head_dim
+                )
+                raw = seen[f"{name}_proj", i]
+                heads = seen[f"{name}_proj", i] = raw.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+                scale = _scale(raw, eps)[:, None] if all_heads else _scale(heads, eps)
+                seen[f"{name}_scale", i] = scale.expand(heads.shape[:-1])
+                own = seen[f"{name}_pre_rope", i]
+                own = own.unflatten(-1, (-1, head_dim)) if own.dim() == 3 else own
+                seen[f"{name}_pre_rope", i] = own if own.shape == heads.shape else own.transpose(1, 2)
             seen["attn_scale", i] = _scale(seen["resid_pre", i], eps)
             seen["mlp_scale", i] = _scale(seen["resid_mid", i], eps)
+            for name in ("attn", "mlp"):
+                seen[f"{name}_post_scale", i] = _scale(seen[f"{name}_proj", i], eps)
+                seen[f"{name}_out", i] = seen[f"{name}_out", i] * getattr(config, "residual_multiplier", 1.0)
+        seen["embed", -1] = seen["embed", -1] * getattr(config, "embedding_multiplier", 1.0)
         seen["final_scale", -1] = _scale(seen.pop(("final_in", -1)), eps)
     finally:
         for handle in handles:
@@ -100,20 +142,17 @@ def reference_sites(hf: LlamaForCausalLM, tokens: Any, mask: Any = None) -> dict
         return x[0].float().numpy()
 
     n = len(model.layers)
-    names = {name for name, _ in seen}
+    names = {name for name, _ in seen if name}
     sites = {
         name: array(seen[name, -1]) if (name, -1) in seen else np.stack([array(seen[name, i]) for i in range(n)])
         for name in names
     }
-    causal = torch.tril(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool)) & real[0].bool()[None, :]
-    sites["allowed"] = (
-        (causal & real[0].bool()[:, None]).numpy()[None, None].repeat(n, 0).repeat(hf.config.num_attention_heads, 1)
-    )
+    sites["allowed"] = sites["allowed"].astype(bool) & real[0].bool().numpy()[:, None]
     return {**sites, "logits": logits.float().numpy()}
 
 
 @contextmanager
-def in_float64(hf: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
+def in_float64(hf: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The float32 model computing in float64: each part goes there for its own turn, and back bit for bit.
 
     Either a copy or the whole model at once would be the most that a test process holds.

@@ -215,7 +215,7 @@ def test_configs_that_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="give a Llama, as Llama.from_pretrained"):
+    with pytest.raises(TypeError, match="give one as from_pretrained"):
         LlamaAttentionAdapter(object())
 
 

@@ -15,16 +15,16 @@ import scipy.stats
 
 from oculi_jax import CaptureSpec, forward
 from oculi_jax.causal import attribution, verify
-from oculi_jax.causal.attribution import AttributionResult, attribution_patching
+from oculi_jax.causal.attributed import AttributionResult
+from oculi_jax.causal.attribution import attribution_patching
 from oculi_jax.causal.verification import Verification
 from oculi_jax.intervention import ActivationPatch, Edit
 from oculi_jax.metrics import log_probability, logit_difference, rank
 from oculi_jax.models.llama import Llama
-from oculi_jax.sites import SITES
 
 from .compilations import compilations
 from .margins import assert_clear, assert_leads
-from .tiny import prompt, tiny_llama
+from .tiny import SITES, prompt, tiny_llama
 from .tolerances import GRADIENT, ROUNDING, ROUTES
 
 T = 9

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-CHECKED = ("backends.jax", "models.llama.rope", "models.llama.model", "intervention.edit")
+CHECKED = ("backends.jax", "models.decoder.rope", "models.decoder.model", "intervention.edit")
 FILES = ("axes.py", "test_forward_laws.py", "test_generate.py", "test_language.py", "test_sweep.py")
 
 

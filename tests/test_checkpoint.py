@@ -15,8 +15,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama
-from oculi_jax.models.llama.parameters import parameter_table
 
 from .tiny import tiny_llama
 

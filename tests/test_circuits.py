@@ -311,7 +311,7 @@ def test_sequences_are_repeated_once_and_hold_no_special_token() -> None:
         head_scores(MODEL, length=24)
     with pytest.raises(ValueError, match="at least 2"):
         head_scores(MODEL, n_sequences=1, length=20)
-    with pytest.raises(TypeError, match="give a Llama"):
+    with pytest.raises(TypeError, match="give one as from_pretrained"):
         head_scores("SmolLM2")
 
 

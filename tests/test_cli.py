@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .margins import assert_leads
 from .prompts import FRANCE, IOI
+from .tiny import BASE
 from .tolerances import ROUTES
 
 
@@ -115,7 +117,7 @@ def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_he
     ids = trained.tokenizer.encode(FRANCE)
     texts = []
     for items in ((), [Ablation("mlp_out", 0), HeadAblation(1, 3)]):
-        new = np.asarray(generate(trained.model, ids, 8, items))
+        new = np.asarray(generate(trained.model, ids, 8, items, capture="final_norm")[0])  # as the command reads it
         # That the best token leads at every step, so that every way to decode takes the same ones.
         assert_leads(forward(trained.model, [*ids, *new.tolist()], items).logits[len(ids) - 1 : -1])
         texts.append(trained.tokenizer.decode(new))
@@ -124,6 +126,10 @@ def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_he
     assert re.search(r"^The capital of France is Paris\. \w+ \w+ .*\s{2,}The capital of France is", out, re.M)
     assert "part at new token 0: ' Paris'" in out
     assert png(tmp_path / "texts.png").std() > 0.05
+    runs = strict(oculi_here("generate", FRANCE, *given, "-n", "8", "--json")[1])["runs"]
+    assert [run["interventions"] for run in runs] == ["plain", ", ".join(given[1::2])]
+    assert runs[0]["tokens"][0] == " Paris" and len(runs[0]["probabilities"]) == len(runs[0]["tokens"]) == 8
+    assert [run["text"] for run in runs] == [" " + text for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +182,42 @@ def test_oculi_sites_prints_the_table(oculi_here) -> None:
     assert code == 0 and all(f"\n{name} " in f"\n{out}" for name in SITES)
 
 
+def test_oculi_sites_of_a_model(oculi_here, tmp_path: Path) -> None:
+    """Gemma 3 normalises queries, keys and what sublayers add; OLMo 2 what they add, and nothing that they read."""
+    sizes = {**BASE, "head_dim": 6}
+    for kind, has, lacks in (
+        ("gemma3_text", {"q_proj", "k_scale", "attn_post_scale", "attn_scale"}, set()),
+        ("olmo2", {"q_proj", "attn_post_scale"}, {"attn_scale", "mlp_scale"}),
+        ("qwen2", {"attn_scale"}, {"q_proj", "mlp_proj"}),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**sizes, "model_type": kind}))
+        code, out, _ = oculi_here("sites", "--model", str(tmp_path), "--json")
+        assert code == 0 and has <= set(strict(out)) and not lacks & set(strict(out))
+        code, out, _ = oculi_here("sites", "--model", str(tmp_path))
+        assert code == 0 and "E = 24, " in out and {line.split()[0] for line in out.splitlines()} >= has
+    code, _, err = oculi_here("sites", "--model", "nobody/nothing")
+    assert code == 2 and "'nobody/nothing' is not on this disk" in err
+
+
+@pytest.mark.torch
+def test_a_model_of_another_family_is_taken(oculi_here, tmp_path: Path) -> None:
+    from .test_families import make
+
+    hf = make("gemma2, no caps")
+    hf.resize_token_embeddings(576)
+    hf.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_directory() / file, tmp_path)
+    code, out, err = oculi_here("lens", FRANCE, "--model", str(tmp_path), "--json")
+    assert code == 0, err
+    import torch
+
+    with torch.no_grad():
+        logits = hf(torch.tensor([oculi_jax.load_tokenizer(tmp_path).encode(FRANCE)])).logits[0, -1]
+    found = strict(out)
+    assert len(found["layers"]) == 4 and found["answer_id"] == int(logits.argmax())
+
+
 def strict(text: str) -> dict:
     """JSON as the standard has it: one object, and no NaN."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -223,10 +265,6 @@ def test_numbers_as_json(oculi_here, trained: LlamaAttentionAdapter) -> None:
     found = strict(oculi_here("patch", *words, "--target", "Paris", "--against", "Rome", "--json")[1])
     assert np.shape(found["recovery"]) == (4, 6) and found["clean"] > 0 > found["corrupted"]
 
-    found = strict(oculi_here("generate", FRANCE, "-n", "3", "--json", "--intervene", "head:layer=1,head=3")[1])
-    assert [run["interventions"] for run in found["runs"]] == ["plain", "head:layer=1,head=3"]
-    assert found["runs"][0]["tokens"][0] == " Paris" and len(found["runs"][0]["probabilities"]) == 3
-
     assert strict(oculi_here("sites", "--json")[1])["z"]["axes"] == ["H", "T", "D"]
 
 
@@ -234,3 +272,14 @@ def test_a_doctor_with_nothing_to_compare_prints_an_object(oculi_here, monkeypat
     monkeypatch.setattr("oculi_jax.trust.devices", lambda: [])
     code, out, err = oculi_here("doctor", "--json")
     assert code == 0 and strict(out) == {}, err
+
+
+def test_a_doctor_says_what_a_jit_of_ones_own_wants_on_a_gpu(oculi_here, monkeypatch: pytest.MonkeyPatch) -> None:
+    from oculi_jax.utils import devices
+
+    line = 'export XLA_FLAGS="$XLA_FLAGS --xla_gpu_enable_triton_gemm=false"'
+    monkeypatch.setattr("oculi_jax.trust.devices", lambda: [])
+    assert line not in oculi_here("doctor")[1]
+    info = devices.get_device_info() | {"platform": "gpu"}
+    monkeypatch.setattr(devices, "get_device_info", lambda: info)
+    assert line in oculi_here("doctor")[1].splitlines()

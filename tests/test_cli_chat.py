@@ -114,7 +114,7 @@ def test_what_each_command_runs_is_the_template(run, ids, plain, trained: LlamaA
 
 
 def test_prompts_of_a_file_are_messages_too(run, plain, tmp_path: Path) -> None:
-    texts = [SAID, "of Italy", "of France. The capital of Italy"]
+    texts = [SAID, "of Italy", "of Spain"]
     (tmp_path / "x.txt").write_text("\n".join(texts))
     found = run("lens", "--prompts", str(tmp_path / "x.txt"))
     want = [np.exp(log_softmax(plain(text)[0])).max() for text in texts]

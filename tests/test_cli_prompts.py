@@ -13,13 +13,15 @@ import jax
 import numpy as np
 import pytest
 
-from oculi_jax import Output, forward, plan
-from oculi_jax.causal import patching
-from oculi_jax.cli import attribute, lens, patch, sweep
+from oculi_jax import Output, forward, padded
+from oculi_jax.circuits import path_patching
+from oculi_jax.cli import attribute, lens, patch, paths, sweep
 from oculi_jax.cli.effects import announce
 from oculi_jax.cli.prompts import read_rows
 from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.metrics import logit_difference
 from oculi_jax.models.llama import LlamaAttentionAdapter
+from oculi_jax.sweeps import sweeping
 
 from .margins import assert_leads
 from .prompts import IOI
@@ -51,7 +53,7 @@ PAIRS = [
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, oculi_here, trained: LlamaAttentionAdapter) -> Callable[..., dict[str, Any]]:
     """Runs a command on the embedded model: its arguments → the JSON that it prints."""
-    for module in (attribute, lens, patch, sweep):
+    for module in (attribute, lens, patch, paths, sweep):
         monkeypatch.setattr(module, "open_adapter", lambda *given, chat: trained)
 
     def run(*arguments: str) -> dict[str, Any]:
@@ -84,8 +86,9 @@ def assert_over_prompts(found: dict[str, Any], each: Any, tolerance: float = ROU
     assert (np.asarray(found["high"]) > np.asarray(found["low"])).any()
 
 
-# What each test reads of plain runs, so that they share a program.
+# What each test reads of plain runs, so that they share a program; and the columns of every run, for the same reason.
 READ = ("embed", "z", "mlp_out", "resid_pre", "resid_post")
+WIDTH = 16
 
 
 class Runs:
@@ -97,41 +100,52 @@ class Runs:
         self.plain, self.without = cache(self._plain), cache(self._without)
         self.ablated, self.edited = jax.jit(self._ablated), jax.jit(self._patched, static_argnums=0)
 
+    def padded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.encode(text)
+        return np.pad(ids, (0, WIDTH - len(ids))).astype(np.int32), np.arange(WIDTH) < len(ids)
+
     def _plain(self, text: str) -> Output:
-        return forward(self.model, self.encode(text), capture=READ)
+        ids, mask = self.padded(text)
+        return forward(self.model, ids, capture=READ, mask=mask)
 
     def _without(self, text: str) -> np.ndarray:
         """The logits `[L, H, V]` at the last token without each head."""
-        return np.asarray(self.ablated(np.array(self.encode(text)), np.arange(4), np.arange(6)))
+        layers, heads = (x.ravel() for x in np.indices((4, 6)))
+        return np.asarray(self.ablated(*self.padded(text), layers, heads)).reshape(4, 6, -1)
 
-    def _ablated(self, ids: Any, layers: Any, heads: Any) -> Any:
+    def _ablated(self, ids: Any, mask: Any, layers: Any, heads: Any) -> Any:
         def one(layer: Any, head: Any) -> Any:
-            return forward(self.model, ids, HeadAblation(layer, head), logits="last").logits
+            return forward(self.model, ids, HeadAblation(layer, head), logits="last", mask=mask).logits
 
-        return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(layers, heads)
+        return jax.vmap(one)(layers, heads)
 
-    def _patched(self, site: str, ids: Any, *places: Any) -> Any:
+    def _patched(self, site: str, ids: Any, mask: Any, *places: Any) -> Any:
         """The logits `[N, V]` at the last token, with one layer, head, value and mask of tokens at a time."""
 
         def one(layer: Any, head: Any, value: Any, tokens: Any) -> Any:
-            return forward(self.model, ids, ActivationPatch(site, layer, value, head, tokens), logits="last").logits
+            patch = ActivationPatch(site, layer, value, head, tokens)
+            return forward(self.model, ids, patch, logits="last", mask=mask).logits
 
         return jax.vmap(one)(*places)
 
     def patched(self, text: str, source: str, site: str, by: Sequence[str]) -> np.ndarray:
         """The logits `[*by, V]` of a text with another one's values at one place at a time."""
-        ids, values = np.array(self.encode(text)), np.asarray(self.plain(source).activations[site])
-        shape = [{"layer": 4, "head": 6, "position": len(ids)}[axis] for axis in by]
+        ids, mask = self.padded(text)
+        values = np.asarray(self.plain(source).activations[site])
+        shape = [{"layer": 4, "head": 6, "position": int(mask.sum())}[axis] for axis in by]
         at = dict(zip(by, np.indices(shape).reshape(len(by), -1), strict=True))
         value = values[at["layer"], at["head"]] if "head" in at else values[at["layer"]]
-        tokens = np.eye(len(ids), dtype=bool)[at["position"]] if "position" in at else None
-        return np.asarray(self.edited(site, ids, at["layer"], at.get("head"), value, tokens)).reshape(*shape, -1)
+        tokens = np.eye(WIDTH, dtype=bool)[at["position"]] if "position" in at else None
+        found = self.edited(site, ids, mask, at["layer"], at.get("head"), value, tokens)
+        return np.asarray(found).reshape(*shape, -1)
 
     def site(self, text: str, name: str) -> np.ndarray:
-        return np.asarray(self.plain(text).activations[name], np.float64)
+        """At the text's own tokens."""
+        values = np.asarray(self.plain(text).activations[name], np.float64)
+        return np.compress(self.padded(text)[1], values, axis=-2)
 
     def logits(self, text: str) -> np.ndarray:
-        return np.asarray(self.plain(text).logits)[-1]
+        return np.asarray(self.plain(text).logits)[len(self.encode(text)) - 1]
 
     def scale(self, resid: np.ndarray) -> np.ndarray:
         """What the final norm multiplies a stream `[…, E]` with."""
@@ -188,8 +202,9 @@ def test_oculi_lens_of_a_set(run, runs: Runs, tmp_path: Path, monkeypatch: pytes
 
 
 def rows_of(against: bool) -> list[dict[str, str]]:
+    """All rows, with a difference; the first two, which are of one length, with one answer each."""
     names = ("prompt", "target", "against") if against else ("prompt", "target")
-    return [{name: row[name] for name in names} for row in ROWS]
+    return [{name: row[name] for name in names} for row in (ROWS if against else ROWS[:2])]
 
 
 @pytest.mark.parametrize("against", [True, False])
@@ -233,18 +248,18 @@ def test_oculi_sweep_of_a_set(run, runs: Runs, tmp_path: Path, against: bool) ->
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
-    """What is announced of a patching, and the plan of the sweep that it makes."""
+    """What is announced of a patching, and the plan of the sweep that is run."""
     announced: list[Any] = []
-    made: list[Any] = []
-    own = patching.sweep_prompts
+    ran: list[Any] = []
+    own = sweeping.execute
 
-    def sweep_prompts(model: Any, tokens: Any, mask: Any, patches: Any, metric: Any, **given: Any) -> Any:
-        made.append(plan(model, tokens, patches, metric, mask=mask))
-        return own(model, tokens, mask, patches, metric, **given)
+    def execute(prepared: Any, planned: Any, progress: Any) -> Any:
+        ran.append(planned)
+        return own(prepared, planned, progress)
 
     monkeypatch.setattr(patch, "announce", announced.append)
-    monkeypatch.setattr(patching, "sweep_prompts", sweep_prompts)
-    return announced, made
+    monkeypatch.setattr(sweeping, "execute", execute)
+    return announced, ran
 
 
 @pytest.mark.parametrize(
@@ -262,7 +277,8 @@ def test_oculi_patch_of_a_set(
     kinds = ("corrupted", "clean") if direction == "denoising" else ("clean", "corrupted")
     asked = ("--site", site, "--direction", direction, "-o", str(tmp_path / "x.png"))
     found = run("patch", "--prompts", written(tmp_path / "x.jsonl", rows), *asked)
-    assert (planned[0].axes, planned[0].n_prompts, planned[0].flops) == (ran[0].axes, 3, ran[0].flops)
+    assert (planned[0].axes, planned[0].n_prompts, len(planned)) == (ran[0].axes, 3, 1)
+    assert planned[0].n_runs == ran[0].n_runs + 6 and planned[0].flops > ran[0].flops
     assert found["by"] == by and (tmp_path / "x.png").stat().st_size > 5_000
     clean, corrupted = (
         np.array([runs.measure(runs.logits(row[kind]), row) for row in rows]) for kind in ("clean", "corrupted")
@@ -279,6 +295,21 @@ def test_oculi_patch_of_a_set(
     np.testing.assert_allclose(found["recovery"], means, atol=ROUTES)
     ratios = (patched.T - corrupted) / (clean - corrupted)
     assert np.abs(means.T - ratios.mean(axis=-1)).max() > 10 * ROUTES  # no mean of ratios
+
+
+def test_oculi_paths_of_a_set(run, trained: LlamaAttentionAdapter, tmp_path: Path) -> None:
+    """Pairs of several lengths, against the function that it calls; named senders are one effect."""
+    rows = written(tmp_path / "x.jsonl", PAIRS)
+    (clean, mask), (corrupted, _) = (
+        padded([trained.tokenizer.encode(row[kind]) for row in PAIRS]) for kind in ("clean", "corrupted")
+    )
+    ids = ([trained.to_single_token(row[name]) for row in PAIRS] for name in ("target", "against"))
+    metric = logit_difference(*map(np.array, ids))
+    for senders in (None, ["a0.h1", "m0"]):
+        found = run("paths", "--prompts", rows, *(("--senders", ", ".join(senders)) if senders else ()))
+        wanted = path_patching(trained.model, clean, corrupted, metric, senders, mask=mask)
+        assert_over_prompts(found["change"], wanted.values, 10 * ROUTES)
+        assert found["receivers"] == ["logits"] and found["senders"] == list(wanted.senders)
 
 
 def test_pairs_in_a_text_file(run, oculi_here, tmp_path: Path) -> None:
@@ -346,7 +377,7 @@ GOOD = '{"prompt": "a", "target": "b"}\n'
 def test_files_that_cannot_be_are_refused_before_a_model_loads(
     monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path, command: str, name: str, text: str, message: str
 ) -> None:
-    for module in (attribute, lens, patch, sweep):
+    for module in (attribute, lens, patch, paths, sweep):
         monkeypatch.setattr(module, "open_adapter", lambda *given, chat: pytest.fail("a model was loaded"))
     (tmp_path / name).write_text(text, encoding="utf-8")
     given = ("--target", "b") if name == "x.txt" and command == "patch" else ()
@@ -403,5 +434,5 @@ def test_what_else_breaks_lines_stands_in_a_text(tmp_path: Path) -> None:
 def test_a_long_sweep_of_a_set_says_how_many_runs(capsys: pytest.CaptureFixture) -> None:
     from types import SimpleNamespace
 
-    announce(SimpleNamespace(axes=(4, 6), n_prompts=50, seconds=61.2))  # type: ignore[arg-type]
+    announce(SimpleNamespace(n_runs=1200, seconds=61.2))  # type: ignore[arg-type]
     assert capsys.readouterr().err == "1200 runs: about 61 s on this device, and compiling.\n"

@@ -115,6 +115,7 @@ def library() -> float:
 )
 def test_what_a_model_cannot_have_is_told_before_it_is_loaded(arguments, message, tmp_path: Path, library) -> None:
     """Which takes the library, and neither weights nor a tokenizer."""
-    seconds, done = ran(HEAVY, *(part.replace("{tmp}", str(tmp_path)) for part in arguments), within=library, times=2)
+    seconds, done = ran(HEAVY, *(part.replace("{tmp}", str(tmp_path)) for part in arguments), within=library, times=4)
     assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert done.stdout == "imported: flax jax numpy\n" and seconds <= library, (done.stdout, seconds, library)
+    imported = done.stdout.removeprefix("imported:").split()
+    assert set(imported) <= {"flax", "jax", "numpy"} and seconds <= library, (done.stdout, seconds, library)

@@ -1,4 +1,4 @@
-"""`oculi sweep` and `oculi patch`: what they print and draw is what one run after another gives."""
+"""`oculi sweep`, `oculi patch` and `oculi paths`: what they print and draw is what one run after another gives."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import pytest
 
 from oculi_jax import forward
 from oculi_jax.cli import patch as patch_command
+from oculi_jax.cli import paths as paths_command
 from oculi_jax.cli import sweep as sweep_command
 from oculi_jax.cli.effects import column, strongest
-from oculi_jax.intervention import ActivationPatch, HeadAblation
+from oculi_jax.intervention import ActivationPatch, Freeze, HeadAblation, PerLayer
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.visualize import sweep_heatmap
 
@@ -50,7 +51,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, oculi_here, tmp_path: Path) -> Callabl
     """Runs a command on a tiny model: its arguments → its lines, and the figure that it drew."""
     adapter = LlamaAttentionAdapter(MODEL(), Words())
     figures: list[Any] = []
-    for module in (patch_command, sweep_command):
+    for module in (patch_command, paths_command, sweep_command):
         monkeypatch.setattr(module, "open_adapter", lambda *given, chat: adapter)
         monkeypatch.setattr(module, "save_picture", lambda figure, path, quiet: figures.append(figure))
 
@@ -98,6 +99,39 @@ def test_a_sweep_is_one_run_after_another(tiny, against: bool) -> None:
     assert low == -high and abs(high - np.abs(change).max()) < ROUTES  # centred on the plain run's metric
     assert figure.axes[0].child_axes[0].get_ylabel() == f"change of the {name}"
     assert CLEAN in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("options", [(), ("--receivers", "a2.h1<q>", "--mlps", "frozen", "--direction", "denoising")])
+def test_paths_are_two_runs_after_another(tiny, options: tuple[str, ...]) -> None:
+    to_queries = bool(options)
+    run, source = (CORRUPTED, CLEAN) if to_queries else (CLEAN, CORRUPTED)
+    lines, figure = tiny("paths", CLEAN, CORRUPTED, "--target", " cow", "--against", " dog", "--top", "99", *options)
+    sites = ("z", "mlp_out", "q")
+    base, other = (forward(MODEL(), Words().encode(text), capture=sites) for text in (run, source))
+    held = Freeze(base, ("z", "mlp_out") if to_queries else "z")
+    start = metric(run)
+    change = {}
+    for layer, head in product(range(3), (*range(4), None)):
+        site = "mlp_out" if head is None else "z"
+        edits = [held, ActivationPatch(site, layer, PerLayer(other[site]), head)]
+        if to_queries:
+            told = forward(MODEL(), Words().encode(run), edits, capture="q")["q"]
+            edits = [ActivationPatch("q", 2, PerLayer(told), 1)]
+        change[f"m{layer}" if head is None else f"a{layer}.h{head}"] = metric(run, edits) - start
+    assert f"the {'clean' if to_queries else 'corrupted'} prompt, in the" in lines[3] and "told to " in lines[3]
+    (image,) = figure.axes[0].images
+    wanted = np.array([[change[f"a{layer}.h{head}"] for head in range(4)] for layer in range(3)])
+    np.testing.assert_allclose(image.get_array(), wanted, atol=ROUTES)
+    rows = {}
+    for line in lines[5:]:
+        if found := re.match(r"(\S+) +([+-]\d+\.\d+) +([+-]\d+\.\d+)", line):
+            rows[found[1]] = float(found[2]), float(found[3])
+    assert len(rows) > 2 and set(rows) - {"input"} == {name for name, x in change.items() if abs(x) >= PRINTED}
+    for name in set(rows) - {"input"}:
+        assert abs(rows[name][0] - start - change[name]) < PRINTED + ROUTES
+        assert abs(rows[name][1] - change[name]) < PRINTED + ROUTES
+    sizes = [abs(x) for _, x in rows.values()]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +339,7 @@ def test_oculi_patch_is_hooks_on_hugging_face(embedded, hf_trained, tmp_path: Pa
 def test_mistakes_are_one_line_and_code_2(
     trained, monkeypatch, tmp_path: Path, oculi_here, arguments, message: str
 ) -> None:
-    for module in (patch_command, sweep_command):
+    for module in (patch_command, paths_command, sweep_command):
         monkeypatch.setattr(module, "open_adapter", lambda *given, chat: trained)
     code, out, err = oculi_here(*(a.replace("{tmp}", str(tmp_path)) for a in arguments))
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err

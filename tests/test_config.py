@@ -116,7 +116,7 @@ REFUSED = {
     "known, other value": ({"is_encoder_decoder": True}, r"is_encoder_decoder = True is implemented only as False"),
     "interleaved": ({"rope_interleaved": True}, "rope_interleaved"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
-    "other model": ({"model_type": "mistral"}, "'mistral', and models of type 'llama' are what can be loaded"),
+    "other model": ({"model_type": "gpt2"}, "'gpt2', and models of type 'llama', 'qwen2', .* load"),
     "activation": ({"hidden_act": "sillu"}, "did you mean 'silu'"),
     "rope type": ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "'su' is not one of"),
     "rope field": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, "rope_scaling.mscale"),

@@ -190,19 +190,19 @@ def test_what_overflows_is_not_called_good(tmp_path: Any) -> None:
 def test_fused_attention_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     from oculi_jax.backends.torch import layers as network
 
-    monkeypatch.setattr(network, "_fused", lambda q, k, v, layout, layer: q * 0)
+    monkeypatch.setattr(network, "_fused", lambda q, k, v, layout, layer, scale: q * 0)
     found = trust.examine()
     assert found.verdict == "wrong" and f"first at {trust.ALONE}" in found.sentence and found.errors["logits"][0] < 1e-4
 
 
 @pytest.mark.torch
 def test_what_cannot_be_loaded_there_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import TorchLlama
+    from oculi_jax.backends.torch import TorchDecoder
 
     def refuse(*_: Any) -> Any:
         raise TypeError("BFloat16 is not supported on MPS")
 
-    monkeypatch.setattr(TorchLlama, "from_arrays", refuse)
+    monkeypatch.setattr(TorchDecoder, "from_arrays", refuse)
     found = trust.examine()
     assert found.verdict == "failed" and "BFloat16 is not supported" in found.sentence
     monkeypatch.setattr("oculi_jax.backends.torch.devices.there", lambda: ["cpu"])  # wherever this runs
@@ -212,7 +212,7 @@ def test_what_cannot_be_loaded_there_is_a_finding(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.torch
 def test_the_adapter_warns_once_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from oculi_jax.backends.torch import TorchLlama
+    from oculi_jax.backends.torch import TorchDecoder
     from oculi_jax.backends.torch import layers as network
 
     model = Llama.from_pretrained(trust.embedded_directory(), backend="torch", device="cpu")
@@ -227,7 +227,7 @@ def test_the_adapter_warns_once_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch)
     LlamaAttentionAdapter(model)
     assert not asked
     with monkeypatch.context() as patch:
-        patch.setattr(TorchLlama, "device", SimpleNamespace(type="mps"))
+        patch.setattr(TorchDecoder, "device", SimpleNamespace(type="mps"))
         own = network._rotate
         patch.setattr(network, "_rotate", lambda x, layout: -own(x, layout) * 2)
         trust._short.cache_clear()

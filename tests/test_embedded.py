@@ -14,13 +14,14 @@ import jax
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, embedded_model, forward
+from oculi_jax import embedded_model, forward
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.embedded import embedded_directory
 
 from .margins import assert_clear, assert_leads
 from .prompts import FRANCE
 from .test_guide import difference
+from .tiny import SITES
 from .tolerances import assert_parity, parity
 
 ROOT = Path(__file__).parents[1]

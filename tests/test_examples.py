@@ -20,8 +20,9 @@ from .test_guide import DOCS, blocks, difference, run
 ROOT = Path(__file__).parents[1]
 PAGE = "reference/index.md"  # whose block is what examples begin from
 MODULES = (
-    "oculi_jax", "oculi_jax.intervention", "oculi_jax.metrics", "oculi_jax.causal", "oculi_jax.analysis", "oculi_jax.visualize",
-    "oculi_jax.training", "oculi_jax.models.llama", "oculi_jax.diagnostics", "oculi_jax.utils",
+    "oculi_jax", "oculi_jax.intervention", "oculi_jax.metrics", "oculi_jax.causal", "oculi_jax.circuits", "oculi_jax.analysis",
+    "oculi_jax.visualize", "oculi_jax.training", "oculi_jax.rules", "oculi_jax.models.llama", "oculi_jax.diagnostics",
+    "oculi_jax.utils",
 )  # fmt: skip
 # A method that takes one of these is called inside a run, and `check` before one: users call neither.
 INSIDE = {"frame", "n_prompts", "owner", "sizes", "tap"}
@@ -82,6 +83,15 @@ def prepared() -> dict[str, Any]:
     return namespace
 
 
+@pytest.fixture
+def programs_stay() -> Iterator[None]:
+    """Where the suite keeps them, whatever an example says."""
+    kept = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
+@pytest.mark.usefixtures("programs_stay")
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_print_what_they_say(
     module: str, prepared: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

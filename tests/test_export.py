@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from jax import export
 
-from oculi_jax import SITES, CaptureSpec, forward, generate
+from oculi_jax import CaptureSpec, forward, generate
 from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler, Steer
+from oculi_jax.models.decoder import attention
 
 from .margins import assert_leads
 from .test_forward_laws import near
-from .tiny import prompt, tiny_llama
+from .tiny import SITES, prompt, tiny_llama
 from .tolerances import ROUNDING
 
 
@@ -48,3 +49,20 @@ def test_programs_export_for_every_platform_and_run(name: str) -> None:
         strict=True,
     ):
         near(got, want, ROUNDING)
+
+
+def test_half_precision_exports_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a CPU; and from a machine with a GPU, of a short prompt, fused in part of the platforms, and step by step."""
+    leaves, structure = jax.tree.flatten(tiny_llama(dtype=jax.numpy.bfloat16, head_dim=8, max_position_embeddings=2048))
+
+    def is_fused(how: str, n_tokens: int) -> bool:
+        program = jax.jit(
+            lambda leaves, tokens: forward(jax.tree.unflatten(structure, leaves), tokens, attention=how).logits
+        )
+        exported = export.export(program, platforms=("cpu", "cuda", "tpu"))(leaves, prompt(n_tokens))
+        assert {"cpu", "cuda", "tpu"} == set(exported.platforms)
+        return "accumulation_type" in exported.mlir_module()  # which a product has that says how it adds: the library's
+
+    assert not is_fused("auto", 1024)
+    monkeypatch.setattr(attention, "accelerator", lambda: "cuda")
+    assert is_fused("auto", 64) and not is_fused("explicit", 1024)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, CaptureSpec, forward, lens
+from oculi_jax import CaptureSpec, forward, lens
+from oculi_jax.models.decoder.attention import masked_softmax
 from oculi_jax.models.llama import Llama, expand_kv
-from oculi_jax.models.llama.model import masked_softmax
 
-from .tiny import prompt, tiny_llama
+from .tiny import SITES, prompt, tiny_llama
 from .tolerances import ROUNDING, ROUTES
 
 ALL = tuple(SITES)

@@ -21,7 +21,7 @@ from oculi_jax.models.llama import LlamaAttentionAdapter
 
 from .test_adapter import Letters
 from .test_forward_laws import near
-from .test_generate import CASES, IDS, MODEL, PLAIN, VECTOR, E, N, T, assert_drawn, slow
+from .test_generate import IDS, MODEL, PLAIN, VECTOR, E, N, T, assert_drawn, slow
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING, ROUTES
 
@@ -40,8 +40,33 @@ def test_ids_come_back_as_hugging_face_gives_them() -> None:
     np.testing.assert_array_equal(adapter.generate(padded, N, attention_mask=mask), rows)
     np.testing.assert_array_equal(MODEL.generate(padded, N, attention_mask=mask), rows)
     np.testing.assert_array_equal(
-        MODEL.generate(IDS, N, SpectraScaler(2, 0, np.array([1.0, 5.0])))[1], [*IDS, *slow(CASES["spectra"][0])]
+        MODEL.generate(IDS, N, SpectraScaler(2, 0, np.array([1.0, 5.0])))[1], [*IDS, *slow(SpectraScaler(2, 0, 5.0))]
     )
+
+
+def test_prompts_and_variants_lead_in_this_order() -> None:
+    adapter, family = LlamaAttentionAdapter(MODEL, _Letters()), Steer(1, VECTOR, np.array([0.0, 3.0]))
+    texts = ["hello", "you"]
+    rows, found = adapter.generate(texts, 6, family, capture="embed")
+    ids = [adapter.tokenizer.encode(text) for text in texts]
+    want = [[slow(Steer(1, VECTOR, scale), ids=row, n=6) for scale in family.scale] for row in ids]
+    assert want[0][0] != want[0][1]
+    assert rows == [
+        [text + adapter.tokenizer.decode(new) for new in each] for text, each in zip(texts, want, strict=True)
+    ]
+    width, shift = len(ids[0]), len(ids[0]) - len(ids[1])
+    assert found["embed"].shape == (2, 2, width + 6, E)
+    whole = adapter.generate(ids, 6, family)
+    padded = np.stack([ids[0], np.pad(ids[1], (shift, 0), constant_values=9)])
+    mask = np.arange(width) >= np.array([[0], [shift]])
+    again = MODEL.generate(padded, 6, family, attention_mask=mask)
+    np.testing.assert_array_equal(again[:, 1, :width], padded)
+    np.testing.assert_array_equal(whole[:, 1, :width], np.where(mask, padded, 0))
+    for new in (whole[:, :, width:], again[:, :, width:], generate(MODEL, padded, 6, family, mask=mask)):
+        np.testing.assert_array_equal(new, want)
+    np.testing.assert_array_equal(MODEL.generate(np.array(ids[:1]), 6, family), whole[:1])
+    np.testing.assert_array_equal(MODEL.generate(ids[0], 6, family), whole[0])
+    assert adapter.generate(texts[:1], 6, family) == rows[:1]
 
 
 def test_captures_of_a_ragged_batch_lie_along_its_ids_and_nothing_follows_a_stop() -> None:
@@ -80,22 +105,22 @@ def test_rows_of_a_batch_draw_apart_and_each_as_alone() -> None:
 
 
 def test_text_in_text_out() -> None:
+    """Of as many tokens as the ids above, so that the programs are theirs."""
     adapter = LlamaAttentionAdapter(MODEL, _Letters())
-    text = adapter.generate("hello", 6)
-    new = generate(MODEL, adapter.tokenizer.encode("hello"), 6)
-    for given in ("hello", "you"):  # the runs that are compared here round differently
-        ids = adapter.tokenizer.encode(given)
-        np.testing.assert_array_equal(generate(MODEL, ids, 6), slow((), ids=ids, n=6))
-    assert text == "hello" + adapter.tokenizer.decode(list(map(int, new)))
-    assert adapter.generate(["hello", "you"], 6) == [text, adapter.generate("you", 6)]
-    variants = adapter.generate("hello", 6, SpectraScaler(2, 0, np.array([1.0, 5.0])))
-    assert variants[0] == text and len(variants) == 2
-    assert adapter.generate("hello", 6, SpectraScaler(2, 0, np.ones(1))) == [text]
-    stop = int(new[2])
-    cut = list(map(int, new)).index(stop) + 1
-    assert adapter.generate("hello", 6, stop_tokens=stop) == "hello" + adapter.tokenizer.decode(
-        list(map(int, new[:cut]))
-    )
+    texts = [LONG, "you"]
+    new = [slow((), ids=adapter.tokenizer.encode(text)) for text in texts]
+    assert len(adapter.tokenizer.encode(LONG)) == T
+    whole = [text + adapter.tokenizer.decode(ids) for text, ids in zip(texts, new, strict=True)]
+    assert adapter.generate(LONG, N) == whole[0]
+    assert adapter.generate(texts, N) == whole
+    variants = adapter.generate(LONG, N, SpectraScaler(2, 0, np.array([1.0, 5.0])))
+    assert variants[0] == whole[0] and len(variants) == 2
+    assert adapter.generate(LONG, N, SpectraScaler(2, 0, np.ones(1))) == whole[:1]
+    cut = new[0].index(new[0][2]) + 1
+    assert adapter.generate(LONG, N, stop_tokens=new[0][2]) == LONG + adapter.tokenizer.decode(new[0][:cut])
+
+
+LONG = "planet"
 
 
 class _Letters(Letters):
@@ -180,8 +205,6 @@ def test_a_context_of_something_else_is_refused() -> None:
         adapter.capture(IDS)
     with InterventionContext(adapter, SpectraScaler(0, 0, np.ones(3))), pytest.raises(ValueError, match=r"axes \[3\]"):
         adapter.capture(IDS)
-    with pytest.raises(ValueError, match="2 prompts and 3 variants"):
-        adapter.generate([[1, 2], [3, 4]], 2, SpectraScaler(0, 0, np.ones(3)))
     with pytest.raises(TypeError, match="no option do_sample; there are temperature, .* above 0"):
         adapter.generate(IDS, 2, do_sample=True)
     with pytest.raises(TypeError, match="inside a trace"):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, CaptureSpec, forward
+from oculi_jax import CaptureSpec, forward
 from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
@@ -28,7 +28,7 @@ from oculi_jax.models.llama import Llama
 
 from .compilations import compilations
 from .test_forward_laws import near
-from .tiny import prompt, tiny_llama
+from .tiny import SITES, prompt, tiny_llama
 from .tolerances import ROUNDING
 
 ALL = tuple(SITES)
@@ -68,78 +68,111 @@ OFF = {
 }
 
 
-@pytest.mark.parametrize("name", OFF)
-def test_an_intervention_that_is_off_changes_no_bit_on_one_program_path(model: Llama, name: str) -> None:
+NEVER = 99  # a layer that does not exist: in a trace, an intervention that acts nowhere
+
+
+def only(number: int, count: int, *layers: int) -> np.ndarray:
+    """For each of so many interventions its layers: all of one number's, of the others none."""
+    here = (np.arange(count) == number)[:, None]
+    return np.where(here, layers, NEVER).astype(np.int32)
+
+
+def test_an_intervention_that_is_off_changes_no_bit_on_one_program_path(model: Llama) -> None:
     """The same program with the index traced to a layer that does not exist is the run without it."""
-    off = OFF[name]
-    out = run(model, off, capture=())
-    assert out.applied.tolist() == [0]
-    near(out.logits, run(model, capture=()).logits, ROUNDING)
-    if hasattr(off, "layer"):
-        program = jax.jit(lambda layer: run(model, dataclasses.replace(off, layer=layer), capture=()))
-        never, here = program(jnp.int32(99)), program(jnp.int32(1))
-        assert never.applied.tolist() == [0]
-        np.testing.assert_array_equal(never.logits, here.logits)
+    out, plain = run(model, *OFF.values()), run(model)
+    assert out.applied.tolist() == [0] * len(OFF)
+    near(out.logits, plain.logits, ROUNDING)
+    for name in ALL:
+        near(out.activations[name], plain.activations[name], ROUNDING)
+    layered = {name: off for name, off in OFF.items() if hasattr(off, "layer")}
+    assert set(OFF) - set(layered) == {"Blend"}
+
+    @jax.jit
+    def program(layers):
+        given = [dataclasses.replace(off, layer=layer[0]) for off, layer in zip(layered.values(), layers, strict=True)]
+        return run(model, *given, capture=())
+
+    never = program(only(-1, len(layered), 1))
+    assert never.applied.tolist() == [0] * len(layered)
+    for i, name in enumerate(layered):
+        np.testing.assert_array_equal(never.logits, program(only(i, len(layered), 1)).logits, err_msg=name)
 
 
-@pytest.mark.parametrize("site", [name for name in SITES if name != "allowed"])
-def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: dict, site: str) -> None:
+def test_setting_a_site_to_its_own_capture_changes_nothing(model: Llama, clean: dict) -> None:
     """In every form that a value has, each at a layer of its own where the site has layers."""
     base = run(model, capture=())
-    patches = [Edit(site, "set", None, value=clean[site])]  # the dense form holds every layer
-    if SITES[site].layered:
-        patches.append(ActivationPatch(site, 1, clean[site][1]))
-        patches.append(
-            ActivationPatch(site, 2, PerLayer(clean[site]))
-        )  # a whole run's capture: the layer's row is taken
-    else:
-        patches.append(ActivationPatch(site, None, clean[site]))
-    out = run(model, *patches, capture=site)
-    near(out.logits, base.logits, ROUNDING)
-    near(out.activations[site], clean[site], ROUNDING)
+    sites = [name for name in SITES if name != "allowed"]
+
+    @jax.jit
+    def program(on, layers):
+        patches = []
+        for site, yes, (one, whole) in zip(sites, on, layers, strict=True):
+            row = clean[site]
+            everywhere = jnp.broadcast_to(yes, row.shape)  # the dense form holds every layer
+            patches.append(Edit(site, "set", None, mask=everywhere, value=row))
+            if SITES[site].layered:
+                patches.append(ActivationPatch(site, one, row[1]))
+                patches.append(ActivationPatch(site, whole, PerLayer(row)))  # a run's capture: the layer's row is taken
+            else:
+                patches.append(ActivationPatch(site, None, row))
+        return run(model, *patches)
+
+    for i, site in enumerate(sites):
+        out = program(np.arange(len(sites)) == i, only(i, len(sites), 1, 2))
+        near(out.logits, base.logits, ROUNDING)
+        for name in (site, "resid_post"):
+            np.testing.assert_allclose(out.activations[name], clean[name], ROUNDING, ROUNDING, err_msg=site)
 
 
-@pytest.mark.parametrize("site", LAYERED)
-def test_an_edit_at_a_layer_leaves_everything_before_it_alone(model: Llama, site: str) -> None:
+def test_an_edit_at_a_layer_leaves_everything_before_it_alone(model: Llama) -> None:
     """Bit for bit, within one program: a layer that does not exist is the run without the edit."""
 
     @jax.jit
-    def edited(layer):
-        if site == "allowed":
-            return run(model, AttentionKnockout(layer, 2, query=-1, key=2))
-        mask = np.eye(T, dtype=bool)[None] if site in ("scores", "pattern") else True
-        return run(model, Edit(site, "scale", layer, mask=mask, value=1.7))
+    def edited(layers):
+        edits = []
+        for site, (layer,) in zip(LAYERED, layers, strict=True):
+            if site == "allowed":
+                edits.append(AttentionKnockout(layer, 2, query=-1, key=2))
+            else:
+                mask = np.eye(T, dtype=bool)[None] if site in ("scores", "pattern") else True
+                edits.append(Edit(site, "scale", layer, mask=mask, value=1.7))
+        return run(model, *edits)
 
-    out, clean = edited(1), edited(99)
-    assert out.applied.tolist() == [1] and clean.applied.tolist() == [0]
-    names = list(SITES)
-    changed = np.asarray(out.activations[site][1], float) - np.asarray(clean.activations[site][1], float)
-    assert np.abs(changed).max() > 1e-3
-    for name in LAYERED:
-        before = 2 if names.index(name) < names.index(site) else 1
-        np.testing.assert_array_equal(out.activations[name][:before], clean.activations[name][:before], err_msg=name)
-    assert np.abs(np.asarray(out.logits) - np.asarray(clean.logits)).max() > 1e-4
+    names, n = list(SITES), len(LAYERED)
+    clean = edited(only(-1, n, 1))
+    assert clean.applied.tolist() == [0] * n
+    for i, site in enumerate(LAYERED):
+        out = edited(only(i, n, 1))
+        assert out.applied.tolist() == np.eye(n, dtype=int)[i].tolist(), site
+        changed = np.asarray(out.activations[site][1], float) - np.asarray(clean.activations[site][1], float)
+        assert np.abs(changed).max() > 1e-3, site
+        for name in LAYERED:
+            before = 2 if names.index(name) < names.index(site) else 1
+            found, want = out.activations[name][:before], clean.activations[name][:before]
+            np.testing.assert_array_equal(found, want, err_msg=f"{name} before {site}")
+        assert np.abs(np.asarray(out.logits) - np.asarray(clean.logits)).max() > 1e-4, site
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize(
-    ("op", "want"), [("set", lambda x: 0 * x + 0.5), ("add", lambda x: x + 0.5), ("scale", lambda x: x * 0.5)]
-)
-def test_edit_ops_masks_and_positions(model: Llama, clean: dict, op: str, want) -> None:
-    mask = np.zeros((H, T, 1), bool)
-    mask[2, 4] = True
-    got = run(model, Edit("z", op, 1, mask, 0.5)).activations["z"][1]
+def test_edit_ops_masks_and_positions(model: Llama, clean: dict) -> None:
+    ops = {"set": lambda x: 0 * x + 0.5, "add": lambda x: x + 0.5, "scale": lambda x: x * 0.5}
+    masks = np.zeros((len(ops), H, T, 1), bool)
     expected = clean["z"][1].copy()
-    expected[2, 4] = want(expected[2, 4])
-    near(got, expected, ROUNDING)
+    for head, want in enumerate(ops.values(), 1):
+        masks[head - 1, head, 4 + head] = True
+        expected[head, 4 + head] = want(expected[head, 4 + head])
+    got = run(model, *(Edit("z", op, 1, mask, 0.5) for op, mask in zip(ops, masks, strict=True)))
+    near(got.activations["z"][1], expected, ROUNDING)
 
 
 @pytest.mark.quick
 def test_edits_apply_in_the_order_given(model: Llama, clean: dict) -> None:
-    a, b = Edit("resid_mid", "add", 1, value=1.0), Edit("resid_mid", "scale", 1, value=3.0)
-    near(run(model, a, b).activations["resid_mid"][1], (clean["resid_mid"][1] + 1) * 3, ROUNDING)
-    near(run(model, b, a).activations["resid_mid"][1], clean["resid_mid"][1] * 3 + 1, ROUNDING)
-    assert run(model, a, b).applied.tolist() == [1, 1]
+    early = (np.arange(T) < 5)[:, None]
+    first, last = (Edit("resid_mid", "add", 1, mask, 1.0) for mask in (early, ~early))
+    out = run(model, first, Edit("resid_mid", "scale", 1, value=3.0), last)
+    x = clean["resid_mid"][1]
+    near(out.activations["resid_mid"][1], np.where(early, (x + 1) * 3, x * 3 + 1), ROUNDING)
+    assert out.applied.tolist() == [1, 1, 1]
 
 
 def test_head_ablation_is_zeroing_its_rows_of_the_output_projection(model: Llama) -> None:
@@ -149,19 +182,17 @@ def test_head_ablation_is_zeroing_its_rows_of_the_output_projection(model: Llama
         other = jax.tree.map(lambda x: x, model)
         other.layers.attn.o.weight = type(model.layers.attn.o.weight)(jnp.asarray(weights))
         near(run(model, HeadAblation(layer, head)).logits, run(other).logits)
-    mean = np.arange(D) / D
-    out = run(model, HeadAblation(1, 2, replacement=mean))
-    near(out.activations["z"][1, 2], np.broadcast_to(mean, (T, D)), ROUNDING)
-    rows = np.arange(L * H * D).reshape(L, H, D) / 100
-    for given, want in ((rows, rows[1, 2]), (rows[:, 3], rows[1, 3])):
-        got = run(model, HeadAblation(1, 2, replacement=PerLayer(given))).activations["z"][1, 2]
+    mean, rows = np.arange(D) / D, np.arange(L * H * D).reshape(L, H, D) / 100
+    given = [HeadAblation(0, 1, mean), HeadAblation(1, 2, PerLayer(rows)), HeadAblation(2, 0, PerLayer(rows[:, 3]))]
+    z = run(model, *given).activations["z"]
+    for got, want in ((z[0, 1], mean), (z[1, 2], rows[1, 2]), (z[2, 0], rows[2, 3])):
         near(got, np.broadcast_to(want, (T, D)), ROUNDING)
 
 
 def test_a_blend_is_many_ablations(model: Llama, clean: dict) -> None:
     keep = np.ones((L, H), bool)
     keep[0, 1] = keep[2, 3] = False
-    ablated = run(model, HeadAblation(0, 1), HeadAblation(2, 3))
+    ablated = run(model, HeadAblation(0, 1, np.zeros(D)), HeadAblation(2, 3, np.zeros(D)))
     near(run(model, Blend("z", keep)).logits, ablated.logits, ROUNDING)
     means = np.random.default_rng(0).normal(size=(L, H, 1, D)).astype(np.float32)
     both = run(model, HeadAblation(0, 1, means[0, 1, 0]), HeadAblation(2, 3, means[2, 3, 0]))
@@ -172,20 +203,15 @@ def test_a_blend_is_many_ablations(model: Llama, clean: dict) -> None:
 
 @pytest.mark.quick
 def test_scalers_scale_scores_and_spectra_leaves_its_siblings_alone(model: Llama, clean: dict) -> None:
-    scores, layer = clean["scores"][1], 1
-    q = run(model, QScaler(layer, 2, 1.5)).activations["scores"][1]
-    s = run(model, SpectraScaler(layer, 2, 1.5))
-    k = run(model, KScaler(layer, 1, 1.5)).activations["scores"][1]
-    scaled = lambda heads: scores * np.where(np.isin(np.arange(H), heads), 1.5, 1.0)[:, None, None]  # noqa: E731
-    near(q, scaled([2]), ROUNDING)
-    near(s.activations["scores"][1], scaled([2]), ROUNDING)
-    near(k, scaled([2, 3]), ROUNDING)  # key/value head 1 serves query heads 2 and 3
-    causal = np.where(np.tril(np.ones((T, T), bool)), scores[2] * 1.5, -np.inf)
-    near(s.activations["pattern"][1, 2], softmax(causal), ROUNDING)
-    for name in ("q", "k", "v"):
-        near(s.activations[name][1], clean[name][1], ROUNDING)
-    for head in (0, 1, 3):
-        near(s.activations["pattern"][1, head], clean["pattern"][1, head], ROUNDING)
+    """Heads 0 and 1 share keys, as do 2 and 3."""
+    found = run(model, QScaler(1, 0, 1.5), SpectraScaler(1, 1, 2.0), KScaler(1, 1, -0.5)).activations
+    factors = np.array([1.5, 2.0, -0.5, -0.5])[:, None, None]
+    near(found["scores"][1], clean["scores"][1] * factors, ROUNDING)
+    near(found["q"][1], clean["q"][1] * [[[1.5]], [[1.0]], [[1.0]], [[1.0]]], ROUNDING)
+    near(found["k"][1], clean["k"][1] * [[[1.0]], [[-0.5]]], ROUNDING)
+    near(found["v"][1], clean["v"][1], ROUNDING)
+    causal = np.where(np.tril(np.ones((T, T), bool)), clean["scores"][1] * factors, -np.inf)
+    near(found["pattern"][1], softmax(causal), ROUNDING)
 
 
 @pytest.mark.quick
@@ -211,12 +237,14 @@ def test_patching_the_whole_last_residual_gives_the_other_runs_logits(model: Lla
 @pytest.mark.quick
 def test_patch_at_a_head_and_positions(model: Llama, clean: dict) -> None:
     value = np.random.default_rng(0).normal(size=(L, K, T, D)).astype(np.float32)
-    for given, head in ((value[1], None), (PerLayer(value), None), (PerLayer(value), 1), (value[1, 1], 1)):
-        got = np.asarray(run(model, ActivationPatch("v", 1, given, head=head, positions=[2, -1])).activations["v"][1])
-        want = clean["v"][1].copy()
-        for h in range(K) if head is None else [head]:
-            want[h, [2, -1]] = value[1, h, [2, -1]]
-        near(got, want, ROUNDING)
+    for v, k in (((value[1], None), (PerLayer(value), None)), ((PerLayer(value), 1), (value[1, 1], 1))):
+        patches = [ActivationPatch(site, 1, x, head=h, positions=[2, -1]) for site, (x, h) in (("v", v), ("k", k))]
+        got = run(model, *patches).activations
+        for site in ("v", "k"):
+            want = clean[site][1].copy()
+            for h in range(K) if v[1] is None else [v[1]]:
+                want[h, [2, -1]] = value[1, h, [2, -1]]
+            near(got[site][1], want, ROUNDING)
     bools = np.arange(T) == 4
     a, b = (run(model, ActivationPatch("resid_pre", 1, 0.0, positions=p)).logits for p in (bools, 4))
     np.testing.assert_array_equal(a, b)
@@ -225,34 +253,35 @@ def test_patch_at_a_head_and_positions(model: Llama, clean: dict) -> None:
 def test_positions_count_real_tokens_under_padding(model: Llama) -> None:
     n = 3
     padded, real = np.concatenate([np.zeros(n, np.int32), prompt()]), np.arange(T + n) >= n
-    for positions in (0, [2, -1], -3):
-        patch = Steer(1, np.ones(E), positions=positions)
-        out = forward(model, padded, patch, mask=real)
-        near(out.logits[n:], run(model, patch).logits)
-        traced = jax.jit(lambda mask, patch=patch: forward(model, padded, patch, mask=mask))(real)
-        near(traced.logits, out.logits, ROUNDING)
-    knock = AttentionKnockout(1, 2, query=-1, key=0)
-    near(forward(model, padded, knock, mask=real).logits[n:], run(model, knock).logits)
+    given = [Steer(1, np.full(E, size), positions=where) for size, where in ((1, 0), (2.0, [2, -1]), (4, -3))]
+    given.append(AttentionKnockout(1, 2, query=-1, key=0))
+    sites = ("resid_pre", "allowed")
+    want = run(model, *given, capture=sites)
+    traced = jax.jit(lambda mask: forward(model, padded, given, mask=mask, capture=sites))
+    for out in (forward(model, padded, given, mask=real, capture=sites), traced(real)):
+        near(out.logits[n:], want.logits)
+        near(out.activations["resid_pre"][:, n:], want.activations["resid_pre"])
+        np.testing.assert_array_equal(out.activations["allowed"][:, :, n:, n:], want.activations["allowed"])
 
 
 @pytest.mark.quick
 def test_steer_and_direction_ablation(model: Llama, clean: dict) -> None:
     d = np.random.default_rng(0).normal(size=E).astype(np.float32)
-    out = run(model, Steer(1, d, 2.5, positions=[3]))
-    want = clean["resid_pre"][1].copy()
+    given = [Steer(None, d, site="embed"), Steer(1, d, 2.5, positions=[3]), DirectionAblation("resid_mid", 2, 3.0 * d)]
+    found = {name: np.asarray(x) for name, x in run(model, *given).activations.items()}
+    near(found["embed"], clean["embed"] + d, ROUNDING)
+    want = found["resid_post"][0].copy()
     want[3] += 2.5 * d
-    near(out.activations["resid_pre"][1], want, ROUNDING)
-    unit = d / np.linalg.norm(d)
-    gone = run(model, DirectionAblation("resid_mid", 1, 3.0 * d)).activations["resid_mid"][1]
-    near(gone, clean["resid_mid"][1] - (clean["resid_mid"][1] @ unit)[:, None] * unit, ROUNDING)
-    start = run(model, Steer(None, d, site="embed")).activations
-    near(start["embed"], clean["embed"] + d, ROUNDING)
+    near(found["resid_pre"][1], want, ROUNDING)
+    unit, before = d / np.linalg.norm(d), found["resid_pre"][2] + found["attn_out"][2]
+    near(found["resid_mid"][2], before - (before @ unit)[:, None] * unit, ROUNDING)
 
 
 @pytest.mark.quick
 def test_ablation_of_a_component_and_of_a_neuron(model: Llama, clean: dict) -> None:
-    assert not np.asarray(run(model, Ablation("mlp_out", 1)).activations["mlp_out"][1]).any()
-    act = np.asarray(run(model, Ablation("act", 1, 7)).activations["act"][1])
+    found = run(model, Ablation("mlp_out", 2), Ablation("act", 1, 7)).activations
+    assert not np.asarray(found["mlp_out"][2]).any()
+    act = np.asarray(found["act"][1])
     assert not act[:, 7].any()
     near(np.delete(act, 7, 1), np.delete(clean["act"][1], 7, 1), ROUNDING)
 
@@ -271,11 +300,14 @@ def test_vmap_over_the_leaves_is_the_single_runs(model: Llama) -> None:
     assert sweep.applied.tolist() == [[1]] * (L * H)
     for n in (0, 5, 11):
         near(sweep.logits[n], run(model, HeadAblation(int(layers[n]), int(heads[n]))).logits)
-    alphas = jnp.array([0.5, 2.0])
-    rows = jax.vmap(lambda a: forward(model, prompt(), SpectraScaler(1, 2, a)).logits)(alphas)
-    near(rows[1], run(model, SpectraScaler(1, 2, 2.0)).logits)
-    where = jax.vmap(lambda p: forward(model, prompt(), Steer(1, np.ones(E), positions=p)).logits)(jnp.array([2, -1]))
-    near(where[1], run(model, Steer(1, np.ones(E), positions=10)).logits)
+
+    def both(alpha, position):
+        return [SpectraScaler(1, 2, alpha), Steer(1, np.ones(E), positions=position)]
+
+    alphas, places = jnp.array([0.5, 2.0]), jnp.array([2, -1])
+    rows = jax.vmap(lambda alpha, place: forward(model, prompt(), both(alpha, place)).logits)(alphas, places)
+    for row, alpha, place in zip(rows, (0.5, 2.0), (2, 10), strict=True):
+        near(row, run(model, *both(alpha, place)).logits)
 
 
 def test_nothing_of_padding_reaches_the_real_tokens(model: Llama) -> None:
@@ -296,9 +328,11 @@ def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Lla
         lambda n, f: HeadAblation(n(L), n(H), f()),
         lambda n, f: SpectraScaler(n(L), n(H), abs(f()) + 1),
         lambda n, f: KScaler(n(L), n(K), f()),
-        lambda n, f: Steer(n(L), np.full(E, float(f())), f(), positions=[None, n(T), [0, n(T)], [-1]][rng.integers(4)]),
-        lambda n, f: AttentionKnockout(n(L), n(H), n(T), [n(T)]),
-        lambda n, f: ActivationPatch("v", n(L), np.ones((T, D)) * f(), head=n(K), positions=[n(T), -1]),
+        lambda n, f: Steer(
+            n(L), np.full(E, float(f())), f(), positions=[None, n(T - 1), [0, n(T - 1)], [-1]][rng.integers(4)]
+        ),
+        lambda n, f: AttentionKnockout(n(L), n(H), n(T - 1), [n(T - 1)]),
+        lambda n, f: ActivationPatch("v", n(L), np.ones((T - 1, D)) * f(), head=n(K), positions=[n(T - 1), -1]),
         lambda n, f: Ablation("act", n(L), n(40)),
     ]
     integers = [int, np.int32, np.int64, np.uint8, np.asarray]
@@ -310,14 +344,14 @@ def test_other_numbers_and_other_types_of_number_run_the_same_program(model: Lla
     def strength():
         return floats[rng.integers(len(floats))](rng.integers(1, 9))
 
-    jax.clear_caches()  # what a test before this one compiled
+    ids = prompt(T - 1)  # a length that no other test has, so that nothing is compiled yet
     for make in families:
         with compilations() as compiled:
-            forward(model, prompt(), make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
+            forward(model, ids, make(lambda size: 0, lambda: 1.0)).logits.block_until_ready()
             assert compiled
     with compilations() as compiled:
         for i in range(105):
-            forward(model, prompt(), families[i % len(families)](integer, strength)).logits.block_until_ready()
+            forward(model, ids, families[i % len(families)](integer, strength)).logits.block_until_ready()
         assert compiled == []
 
 
@@ -343,13 +377,21 @@ def test_bfloat16_models_take_the_same_interventions() -> None:
     assert out.applied.tolist() == [1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("site", LAYERED)
-def test_ablation_of_any_site_and_of_its_last_index(model: Llama, site: str) -> None:
-    index = {"E": E, "F": 40, "D": D, "T": T, "S": T}[SITES[site].axes[-1]] - 1
-    both = (Ablation(site, 1, index), Ablation(site, 2))
-    one, whole = np.asarray(run(model, *both, capture=site, logits="none").activations[site])[1:]
-    assert not whole.any()
-    assert not one[..., index].any() and one[..., :index].any()
+def test_ablation_of_any_site_and_of_its_last_index(model: Llama) -> None:
+    sizes = {"E": E, "F": 40, "D": D, "T": T, "S": T}
+    index = {site: sizes[SITES[site].axes[-1]] - 1 for site in LAYERED}
+
+    @jax.jit
+    def program(layers):
+        both = [
+            (Ablation(site, a, index[site]), Ablation(site, b)) for site, (a, b) in zip(LAYERED, layers, strict=True)
+        ]
+        return run(model, *(one for pair in both for one in pair), logits="none").activations
+
+    for i, site in enumerate(LAYERED):
+        one, whole = np.asarray(program(only(i, len(LAYERED), 1, 2))[site])[1:]
+        assert not whole.any(), site
+        assert not one[..., index[site]].any() and one[..., : index[site]].any(), site
 
 
 AS_ARGUMENTS = {
@@ -365,13 +407,13 @@ AS_ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", AS_ARGUMENTS)
-def test_interventions_are_arguments_of_the_users_own_programs(model: Llama, name: str) -> None:
-    item = AS_ARGUMENTS[name]()
-    traced = jax.jit(lambda i: forward(model, prompt(), i))(item)
-    plain = forward(model, prompt(), item)
+def test_interventions_are_arguments_of_the_users_own_programs(model: Llama) -> None:
+    items = [make() for make in AS_ARGUMENTS.values()]
+    traced, plain = jax.jit(lambda given: run(model, *given))(items), run(model, *items)
     near(traced.logits, plain.logits)
-    assert traced.applied.tolist() == plain.applied.tolist() != [0]
+    for name in ALL:
+        near(traced.activations[name], plain.activations[name])
+    assert traced.applied.tolist() == plain.applied.tolist() and plain.applied.all()
 
 
 def test_other_positions_run_the_same_program_under_a_mask_on_the_device(model: Llama) -> None:
@@ -398,8 +440,18 @@ def test_a_score_of_minus_infinity_is_a_key_that_is_not_allowed(model: Llama) ->
     assert not np.asarray(out.activations["pattern"][1, 2, 5]).any() and np.isfinite(out.logits).all()
 
 
-@pytest.mark.parametrize("site", ["allowed", "pattern", "scores"])
-def test_an_edit_cannot_make_padding_visible(model: Llama, site: str) -> None:
-    edit = Edit(site, "set", 0, value=site == "allowed" or 0.1)
-    padded = forward(model, np.concatenate([prompt(), [7, 9]]), edit, mask=np.arange(T + 2) < T)
-    near(padded.logits[:T], forward(model, prompt(), edit).logits)
+def test_an_edit_cannot_make_padding_visible(model: Llama) -> None:
+    sites = ("allowed", "pattern", "scores")
+    mask, padded = np.arange(T + 2) < T, np.concatenate([prompt(), [7, 9]])
+
+    def edits(layers):
+        return [
+            Edit(site, "set", one[0], value=site == "allowed" or 0.1) for site, one in zip(sites, layers, strict=True)
+        ]
+
+    with_padding = jax.jit(lambda layers: forward(model, padded, edits(layers), mask=mask))
+    alone = jax.jit(lambda layers: forward(model, prompt(), edits(layers)))
+    for i, site in enumerate(sites):
+        got, want = with_padding(only(i, 3, 0)), alone(only(i, 3, 0))
+        assert got.applied.tolist() == want.applied.tolist() == np.eye(3, dtype=int)[i].tolist(), site
+        near(got.logits[:T], want.logits)

@@ -28,8 +28,8 @@ from oculi_jax.intervention import (
     Steer,
 )
 from oculi_jax.metrics import logit_difference
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import LlamaAttentionAdapter
-from oculi_jax.models.llama.parameters import parameter_table
 
 from .compilations import compilations
 from .tiny import prompt, tiny_llama
@@ -48,7 +48,7 @@ def twin() -> Any:
     """The same model on torch."""
     import torch
 
-    from oculi_jax.backends.torch import TorchLlama
+    from oculi_jax.backends.torch import TorchDecoder
 
     leaves = {"embed": MODEL.embed, "norm.weight": MODEL.norm.weight, "unembed": MODEL.unembed}
     layers = MODEL.layers
@@ -56,7 +56,7 @@ def twin() -> Any:
         leaves |= {f"layers.{part}.{name}.weight": getattr(getattr(layers, part), name).weight for name in names}
     leaves |= {f"layers.{name}.weight": getattr(layers, name).weight for name in ("attn_norm", "mlp_norm")}
     params = {row.name: np.array(leaves[row.name][...]) for row in parameter_table(MODEL.config)}
-    return TorchLlama.from_arrays(MODEL.config, params, torch.device("cpu"))
+    return TorchDecoder.from_arrays(MODEL.config, params, torch.device("cpu"))
 
 
 def near(a: Any, b: Any, tolerance: float = ROUNDING) -> None:
@@ -73,18 +73,26 @@ RANK_ONE: dict[str, tuple[Callable[[Any], Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RANK_ONE)
-def test_an_array_for_each_layer_is_refused_by_name_where_the_prompt_is_as_long_as_the_model(name: str) -> None:
+def test_an_array_for_each_layer_is_refused_by_name_where_the_prompt_is_as_long_as_the_model() -> None:
     """With T = L, `[L, E]` once broadcast along the tokens: it ran, and was wrong."""
-    make, array = RANK_ONE[name]
     tokens = IDS[:L]
-    with pytest.raises(
-        ValueError, match=r"makes it a sweep.*oculi_jax.sweep.*One entry for each layer is PerLayer\(x\)"
-    ):
-        forward(MODEL, tokens, make(array))
-    near(forward(MODEL, tokens, make(PerLayer(array))).logits, forward(MODEL, tokens, make(array[1])).logits)
-    found = sweep(MODEL, tokens, make(array), METRIC)
-    near(found, [METRIC(forward(MODEL, tokens, make(row))) for row in array], 1e-5)
+    for make, array in RANK_ONE.values():
+        with pytest.raises(
+            ValueError, match=r"makes it a sweep.*oculi_jax.sweep.*One entry for each layer is PerLayer\(x\)"
+        ):
+            forward(MODEL, tokens, make(array))
+
+    def rows(layer: int) -> list[Any]:
+        return [make(array[layer]) for make, array in RANK_ONE.values()]
+
+    sites = ("resid_pre", "pattern", "resid_mid", "z")  # where each of them acts
+    got = forward(MODEL, tokens, [make(PerLayer(array)) for make, array in RANK_ONE.values()], capture=sites)
+    want = [forward(MODEL, tokens, rows(layer), capture=sites) for layer in range(L)]
+    for site in sites:
+        near(got[site], want[1][site])
+    near(got.logits, want[1].logits)
+    found = sweep(MODEL, tokens, [make(array) for make, array in RANK_ONE.values()], lambda out: out.logits)
+    near(found, [out.logits for out in want], 1e-5)
 
 
 @pytest.mark.quick
@@ -136,11 +144,11 @@ SETS: dict[str, tuple[Callable[[], Any], Callable[[], Any], list[Any]]] = {
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_is_the_list_of_single_ones_and_another_set_is_no_other_program(name: str) -> None:
     make, other, each = SETS[name]
-    out, want = forward(MODEL, IDS, make()), forward(MODEL, IDS, each)
+    out, want = forward(MODEL, IDS, make(), capture="resid_post"), forward(MODEL, IDS, each)
     near(out.logits, want.logits, 1e-5)
     assert np.abs(np.asarray(out.logits) - np.asarray(forward(MODEL, IDS).logits)).max() > 1e-3
     with compilations() as compiled:
-        forward(MODEL, IDS, other())
+        forward(MODEL, IDS, other(), capture="resid_post")
     assert not compiled
 
 
@@ -199,23 +207,38 @@ def per_prompt(rng: np.random.Generator) -> dict[str, Callable[[int | None], Any
     }
 
 
-@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)])
-@pytest.mark.parametrize("name", per_prompt(RNG))
-def test_each_prompt_has_its_own(name: str, backend: str, request: pytest.FixtureRequest) -> None:
+# On JAX several share a program, each at a site of its own; torch, which compiles none, says which one is wrong.
+GROUPS = (
+    "indices, positions, mask, edge",
+    "strength, vector, value",
+    "table, neurons",
+    "vectors on the device, values on the device",
+)
+ALONE = [pytest.param("torch", name, marks=pytest.mark.torch) for name in per_prompt(RNG)]
+
+
+def test_each_kind_of_field_is_in_one_group() -> None:
+    assert sorted(", ".join(GROUPS).split(", ")) == sorted(per_prompt(RNG))
+
+
+@pytest.mark.parametrize(("backend", "names"), [*(("jax", names) for names in GROUPS), *ALONE])
+def test_each_prompt_has_its_own(names: str, backend: str, request: pytest.FixtureRequest) -> None:
     model = MODEL if backend == "jax" else request.getfixturevalue("twin")
-    make = per_prompt(np.random.default_rng(1))[name]
+
+    def given(seed: int, b: int | None) -> list[Any]:
+        made = per_prompt(np.random.default_rng(seed))
+        return [made[name](b) for name in names.split(", ")]
+
     metric = logit_difference(*TARGETS)
-    family = [make(None), HeadAblation(np.arange(L), 1)]
-    found = sweep(model, TOKENS, family, metric, mask=MASK)
+    found = sweep(model, TOKENS, [*given(1, None), HeadAblation(np.arange(L), 1)], metric, mask=MASK)
     assert found.shape == (B, L)
     for b in range(0, B, 3):
         for layer in (0, 2):
-            single = forward(model, TOKENS[b], [make(b), HeadAblation(layer, 1)], mask=MASK[b])
+            single = forward(model, TOKENS[b], [*given(1, b), HeadAblation(layer, 1)], mask=MASK[b])
             near(found[b, layer], logit_difference(*TARGETS[:, b])(single), 1e-4)
-    if backend == "jax" and "device" not in name:
-        again = per_prompt(np.random.default_rng(2))[name](None)
+    if backend == "jax" and "device" not in names:
         with compilations() as compiled:
-            sweep(model, TOKENS, [again, HeadAblation(np.arange(L), 1)], metric, mask=MASK)
+            sweep(model, TOKENS, [*given(2, None), HeadAblation(np.arange(L), 1)], metric, mask=MASK)
         assert not compiled
 
 
@@ -249,7 +272,8 @@ BLENDS = {"z": (L, H), "v": (L, K), "act": (L, F), "mlp_out": (L, 1), "pattern":
 @pytest.mark.parametrize("site", BLENDS)
 def test_a_blend_mixes_what_stands_there_with_another_value(site: str) -> None:
     keep = RNG.random(BLENDS[site]).astype(np.float32)
-    before, own = (forward(MODEL, IDS, x, capture=site)[site] for x in ((), Blend(site, keep, 2.0)))
+    before = forward(MODEL, IDS, capture=tuple(BLENDS))[site]
+    own = forward(MODEL, IDS, Blend(site, keep, 2.0), capture=tuple(BLENDS))[site]
     before, own = (np.asarray(x) if site != "embed" else np.asarray(x)[None] for x in (before, own))
     table = keep[:, :, None, None] if site in ("z", "v", "pattern") else keep[:, None, :]
     near(own[0], (keep_of := table[0]) * before[0] + (1 - keep_of) * 2.0, 1e-5)

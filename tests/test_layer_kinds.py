@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, Site, forward, generate, plan, sweep
+from oculi_jax import Site, forward, generate, plan, sweep
 from oculi_jax.intervention import Edit, HeadAblation, Intervention, Layer, Steer, field, pytree
 from oculi_jax.metrics import logit_difference
+from oculi_jax.models.decoder.checkpoint import named_parameters
+from oculi_jax.models.decoder.family import LayerKind
 from oculi_jax.models.llama import Llama, LlamaConfig
-from oculi_jax.models.llama.checkpoint import named_parameters
-from oculi_jax.models.llama.config import LayerKind
 
 from .margins import assert_leads
 from .test_parity_torch import make
-from .tiny import prompt, tiny_llama
+from .tiny import SITES, prompt, tiny_llama
 from .tolerances import LOGITS, ROUTES
 
 pytestmark = pytest.mark.quick
@@ -27,17 +27,12 @@ pytestmark = pytest.mark.quick
 T, WINDOW, THETA = 11, 4, 100.0
 
 
-class Mixed(LlamaConfig):
-    """Odd layers see a window, and turn by another base."""
-
-    @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
-        local = LayerKind(dataclasses.replace(self.rope, theta=THETA), WINDOW)
-        return tuple(local if layer % 2 else LayerKind(self.rope) for layer in range(self.num_hidden_layers))
-
-
 def mixed(model: Llama) -> Llama:
-    return Llama(Mixed(**vars(model.config)), named_parameters(model))
+    """Odd layers see a window, and turn by another base."""
+    rope = model.config.rope
+    local = LayerKind(dataclasses.replace(rope, theta=THETA), WINDOW)
+    kinds = tuple(local if layer % 2 else LayerKind(rope) for layer in range(model.config.num_hidden_layers))
+    return Llama(dataclasses.replace(model.config, layer_kinds=kinds), named_parameters(model))
 
 
 def their_logits(hf: Any, ids: np.ndarray) -> np.ndarray:
@@ -71,12 +66,12 @@ def their_logits(hf: Any, ids: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama, Any]:
     """Hugging Face's module, and the same weights on both backends with layers of two kinds."""
-    from oculi_jax.backends.torch import TorchLlama
+    from oculi_jax.backends.torch import TorchDecoder
 
     directory = tmp_path_factory.mktemp("mixed")
     hf = make(directory, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
     model = mixed(Llama.from_pretrained(directory))
-    torch_model = TorchLlama.from_pretrained(directory, device="cpu")
+    torch_model = TorchDecoder.from_pretrained(directory, device="cpu")
     torch_model.config = model.config
     return hf, model, torch_model
 
@@ -107,7 +102,7 @@ def test_padding_sweeps_and_decoding_know_the_kinds(pair: tuple[Any, Llama, Any]
         near = np.asarray(forward(model, padded, mask=mask).logits)[2:-3]
         assert np.abs(near - plain).max() <= LOGITS
         late = Steer(np.arange(3), np.ones(24), positions=T - 2)
-        assert any(group.n_rows < T for group in plan(model, ids, late, metric, batch_size=1).groups)
+        assert any(call.n_rows < T for call in plan(model, ids, late, metric, batch_size=1).calls)
         swept = sweep(model, ids, late, metric, batch_size=1)
         each = [metric(forward(model, ids, Steer(i, np.ones(24), positions=T - 2))) for i in range(3)]
         np.testing.assert_allclose(swept, each, rtol=ROUTES, atol=ROUTES)
@@ -152,10 +147,10 @@ def test_a_site_that_the_model_lacks_is_a_sentence() -> None:
 
 @pytest.mark.torch
 def test_a_site_that_the_model_lacks_is_a_sentence_on_torch(tmp_path: Path) -> None:
-    from oculi_jax.backends.torch import TorchLlama
+    from oculi_jax.backends.torch import TorchDecoder
 
     tiny_llama().save_pretrained(tmp_path)
-    model = TorchLlama.from_pretrained(tmp_path, device="cpu")
+    model = TorchDecoder.from_pretrained(tmp_path, device="cpu")
     forward(model, prompt(), Gate(0))
     model.config = Without(**vars(model.config))
     for call in (lambda: forward(model, prompt(), capture="gate"), lambda: forward(model, prompt(), Gate(0))):

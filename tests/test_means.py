@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oculi_jax import forward, mean_activations, means, padded
+from oculi_jax import buckets, forward, mean_activations, means, padded
+from oculi_jax.backends import jax as backend
 
 from .tiny import prompt, tiny_llama
 from .tolerances import ROUNDING
@@ -45,6 +46,26 @@ def test_it_is_the_mean_over_the_tokens_of_single_runs(
     for site in SITES:
         want = np.concatenate([np.moveaxis(x, token_axis(site), 0) for x in single(site)]).mean(axis=0)
         np.testing.assert_allclose(found[site], want, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize(("worth", "lengths"), [(0.0, [10, 6, 4]), (2e10, [10, 4])])
+def test_prompts_run_in_buckets_of_near_lengths(
+    batch: tuple[np.ndarray, np.ndarray], worth: float, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_variants(model: Any, tokens: np.ndarray, *given: Any, **named: Any) -> Any:
+        ran.append(tokens.shape[1])
+        return real(model, tokens, *given, **named)
+
+    ran: list[int] = []
+    real = backend.run_variants
+    monkeypatch.setattr(backend, "run_variants", run_variants)
+    monkeypatch.setattr(buckets, "FLOPS_OF_A_PROGRAM", {"cpu": worth})
+    found = mean_activations(MODEL, batch[0], "resid_post", mask=batch[1], by=("layer", "position"))["resid_post"]
+    assert ran == lengths and found.shape[1] == 9
+    runs = single("resid_post")
+    for t in range(9):
+        want = np.mean([x[:, t] for x in runs if x.shape[1] > t], axis=0)
+        np.testing.assert_allclose(found[:, t], want, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_by_position_it_is_of_the_prompts_that_reach_it(batch: tuple[np.ndarray, np.ndarray]) -> None:

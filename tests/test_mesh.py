@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from oculi_jax import SITES, forward, generate
+from oculi_jax import forward, generate
 from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler
+from oculi_jax.models.decoder import checkpoint as checkpoint_module
+from oculi_jax.models.decoder.checkpoint import named_parameters
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama
-from oculi_jax.models.llama import checkpoint as checkpoint_module
-from oculi_jax.models.llama.checkpoint import named_parameters
-from oculi_jax.models.llama.parameters import parameter_table
 
 from .margins import assert_leads
 from .test_forward_laws import near
-from .tiny import prompt, tiny_llama
+from .tiny import SITES, prompt, tiny_llama
 
 ALL = tuple(SITES)
 SHAPES = [(2, 1), (1, 2), (2, 4)]

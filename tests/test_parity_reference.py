@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from oculi_jax import SITES, forward
+from oculi_jax import forward
 from oculi_jax.models.llama import Llama
 
+from .tiny import SITES
 from .tolerances import assert_parity, parity
 
 pytestmark = pytest.mark.quick

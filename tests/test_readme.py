@@ -1,4 +1,4 @@
-"""The README: its first script runs, and so does every call of its table; and it stays short."""
+"""The README: its first script runs, so does every call of its table, and the tour; and it stays short."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_it_is_short() -> None:
@@ -41,3 +42,15 @@ def test_its_script_and_every_call_of_its_table_run() -> None:
     assert len(edited) >= 4
     for call in edited:
         assert np.abs(np.asarray(found[call].logits) - plain).max() > 1e-4, call
+
+
+def test_the_tours_script_runs() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "tour.md").read_text(encoding="utf-8"), re.S | re.M)
+    printed = io.StringIO()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), contextlib.redirect_stdout(printed):
+        exec(blocks[0], {})
+    said = printed.getvalue()
+    assert "Output(logits [6, 576], activations {pattern [4, 6, 6, 6], resid_post [4, 6, 192]})" in said
+    assert "[1 1]" in said and "(4, 6)" in said and "(8, 10)" in said and "FullCapture(" in said
+    assert "Result(head_attribution: values [4, 6]; completeness_error" in said
+    assert "The capital of France is Paris" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from jax.sharding import AxisType
 
 from oculi_jax import forward, plan, sweep
 from oculi_jax.backends import jax as programs
+from oculi_jax.buckets import whole as all_columns
 from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
@@ -29,7 +31,9 @@ from oculi_jax.intervention import (
     Steer,
 )
 from oculi_jax.metrics import kl_divergence, log_probability, logit_difference, probability
-from oculi_jax.sweeps.planning import Cost, make_plan
+from oculi_jax.sweeps.grouping import make_plan
+from oculi_jax.sweeps.planning import Cost, SweepPlan
+from oculi_jax.sweeps.reach import Reach
 
 from .compilations import compilations
 from .margins import assert_leads
@@ -46,7 +50,8 @@ OTHER = {
 }
 VECTOR = RNG.normal(size=E).astype(np.float32)
 VECTORS = RNG.normal(size=(5, E)).astype(np.float32)
-LAYERS, HEADS, PLACES = np.arange(L)[:, None], np.arange(H)[None, :], np.arange(T)[None, :]
+LAYERS, HEADS = np.arange(L)[:, None], np.arange(H)[None, :]
+PLACES = np.array([0, 4, 9])  # each is a program, where what precedes it is reused
 
 
 def near(a: Any, b: Any, tolerance: float = ROUTES) -> None:
@@ -65,12 +70,12 @@ FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
         lambda layer, h: HeadAblation(layer, h, OTHER["z"].mean(axis=2)[layer, h]),
     ),
     "layers and places": (
-        ActivationPatch("resid_pre", LAYERS, PerLayer(OTHER["resid_pre"]), positions=PLACES), (L, T),
-        lambda layer, t: ActivationPatch("resid_pre", layer, OTHER["resid_pre"][layer], positions=t),
+        ActivationPatch("resid_pre", LAYERS, PerLayer(OTHER["resid_pre"]), positions=PLACES[None]), (L, 3),
+        lambda layer, t: ActivationPatch("resid_pre", layer, OTHER["resid_pre"][layer], positions=PLACES[t]),
     ),
     "heads and places": (
-        ActivationPatch("z", LAYERS[..., None], PerLayer(OTHER["z"]), HEADS[..., None], np.eye(T, dtype=bool)[None, None]), (L, H, T),
-        lambda layer, h, t: ActivationPatch("z", layer, OTHER["z"][layer, h], head=h, positions=[t]),
+        ActivationPatch("z", LAYERS[..., None], PerLayer(OTHER["z"]), HEADS[:, ::3, None], np.eye(T, dtype=bool)[PLACES][None, None]), (L, 2, 3),
+        lambda layer, h, t: ActivationPatch("z", layer, OTHER["z"][layer, 3 * h], head=3 * h, positions=[PLACES[t]]),
     ),
     "vectors": (
         Steer(1, VECTORS, np.array([1.0, -2.0, 0.5, 4.0, 3.0])), (5,),
@@ -85,8 +90,8 @@ FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
         lambda layer: DirectionAblation("resid_mid", layer, OTHER["resid_pre"][layer, 5], positions=[4, -2]),
     ),
     "edges": (
-        AttentionKnockout(1, 2, np.arange(4, T)[:, None], np.arange(4)), (T - 4, 4),
-        lambda q, k: AttentionKnockout(1, 2, q + 4, k),
+        AttentionKnockout(1, 2, np.array([[4], [7], [10]]), np.arange(4)), (3, 4),
+        lambda q, k: AttentionKnockout(1, 2, 4 + 3 * q, k),
     ),
     "neurons": (Ablation("act", np.arange(L)[:, None], np.arange(0, 40, 8)), (L, 5), lambda i, j: Ablation("act", i, 8 * j)),
     "keys": (KScaler(np.arange(L), 1, np.full(L, 3.0)), (L,), lambda i: KScaler(i, 1, 3.0)),
@@ -123,11 +128,6 @@ FAMILIES: dict[str, tuple[Any, tuple[int, ...], Callable[..., Any]]] = {
 }  # fmt: skip
 
 
-@jax.jit
-def _measure(interventions: Any, mask: Any, tokens: Any) -> Any:
-    return METRIC(forward(MODEL, tokens, interventions, mask=mask))
-
-
 def singles(axes: tuple[int, ...], make: Callable[..., Any], tokens: Any = IDS, mask: Any = None) -> np.ndarray:
     """The metric of one `forward` for each variant: nothing shared, nothing reused."""
     found = np.empty(axes, np.float32)
@@ -136,15 +136,22 @@ def singles(axes: tuple[int, ...], make: Callable[..., Any], tokens: Any = IDS, 
     return found
 
 
+@functools.cache
+def single_runs(name: str) -> np.ndarray:
+    """`singles` of a family, once for all tests."""
+    return singles(*FAMILIES[name][1:])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_row_is_the_single_run(name: str) -> None:
-    family, axes, make = FAMILIES[name]
-    expected = singles(axes, make)
+    family, axes, _ = FAMILIES[name]
+    expected = single_runs(name)
     whole = sweep(MODEL, IDS, family, METRIC, reuse=False)
     assert whole.shape == axes and whole.dtype == np.float32
     near(whole, expected)
     # Small calls make it worth while to reuse layers and tokens, also for a model as small as this one.
-    near(sweep(MODEL, IDS, family, METRIC, batch_size=2), expected)
+    if plan(MODEL, IDS, family, METRIC, batch_size=2).reuse:
+        near(sweep(MODEL, IDS, family, METRIC, batch_size=2), expected)
 
 
 @pytest.mark.quick
@@ -161,39 +168,42 @@ def test_what_is_reused_is_what_nothing_before_it_changed() -> None:
         "two that vary",
     }  # the last: too few
     for name in ("what lets tokens look ahead", "a function of all tokens"):
-        assert reused[name].reuse and {group.n_rows for group in reused[name].groups} == {T}, name
+        assert reused[name].reuse and {call.n_rows for call in reused[name].calls} == {T}, name
     for name in ("layers and places", "heads and places", "edges"):
-        assert len({group.n_rows for group in reused[name].groups}) > 1, name
-    assert {(g.start, g.n_rows) for g in reused["last norm"].groups} == {(L, T)}
+        assert len({call.n_rows for call in reused[name].calls}) > 1, name
+    assert {(call.start, call.n_rows) for call in reused["last norm"].calls} == {(L, T)}
     # An edit of a token that is not there changes nothing, and needs no layer.
-    assert max(group.start for group in reused["masks"].groups) == L
+    assert max(call.start for call in reused["masks"].calls) == L
 
 
-@pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_changes_nothing(side: str) -> None:
-    before, after = {"left": (3, 0), "right": (0, 4), "both": (2, 1)}[side]
-    tokens = np.pad(IDS, (before, after), constant_values=60)
-    mask = np.pad(np.ones(T, bool), (before, after))
-    for name in ("heads", "strengths and places", "edges"):
-        family, axes, make = FAMILIES[name]
+@pytest.mark.parametrize("name", ["heads", "strengths and places", "edges"])
+def test_padding_changes_nothing(name: str) -> None:
+    """On any side, of one width, so that the sides share their programs."""
+    family, expected = FAMILIES[name][0], single_runs(name)
+    for side in ((3, 0), (0, 3), (2, 1)):
+        tokens = np.pad(IDS, side, constant_values=60)
+        mask = np.pad(np.ones(T, bool), side)
         for options in ({"batch_size": 2}, {"reuse": False}):
-            near(sweep(MODEL, tokens, family, METRIC, mask=mask, **options), singles(axes, make))
+            found = sweep(MODEL, tokens, family, METRIC, mask=mask, **options)
+            np.testing.assert_allclose(found, expected, ROUTES, ROUTES, err_msg=f"{side} {options}")
 
 
-def test_prompts_are_their_single_sweeps_each_with_its_own_targets() -> None:
+def test_prompts_are_their_single_runs_each_with_its_own_targets() -> None:
     lengths = (T, 7, 9)
     tokens, mask = np.zeros((3, T), np.int32), np.zeros((3, T), bool)
     for row, n in enumerate(lengths):
         where = slice(T - n, None) if row == 1 else slice(n)
         tokens[row, where], mask[row, where] = prompt(n, row), True
-    family = FAMILIES["strengths and places"][0]
-    metric = logit_difference(np.array([3, 9, 11]), np.array([5, 4, 60]))
-    for options in ({"batch_size": 2}, {"reuse": False}, {}):
-        found = sweep(MODEL, tokens, family, metric, mask=mask, **options)
-        assert found.shape == (3, 4, 2)
-        for row, n in enumerate(lengths):
-            own = logit_difference((3, 9, 11)[row], (5, 4, 60)[row])
-            near(found[row], sweep(MODEL, prompt(n, row), family, own, reuse=False))
+    family, axes, make = FAMILIES["strengths and places"]
+    targets = np.array([[3, 9, 11], [5, 4, 60]])
+    expected = np.empty((3, *axes), np.float32)
+    for row, n in enumerate(lengths):  # padded on the right, whatever side it is on above, so that all share a program
+        alone, real = np.pad(prompt(n, row), (0, T - n)), np.arange(T) < n
+        for place in np.ndindex(axes):
+            single = forward(MODEL, alone, make(*place), mask=real)
+            expected[row][place] = logit_difference(*map(int, targets[:, row]))(single)
+    for options in ({"batch_size": 2}, {}):
+        near(sweep(MODEL, tokens, family, logit_difference(*targets), mask=mask, **options), expected)
 
 
 def test_any_function_of_an_output_is_a_metric_and_a_result_may_be_a_tree() -> None:
@@ -216,11 +226,10 @@ def test_an_id_that_only_the_device_can_see_gives_nan_for_every_variant() -> Non
 
 
 def test_under_a_trace_it_is_the_same() -> None:
-    family, axes, make = FAMILIES["heads"]
-    expected = singles(axes, make)
-    near(jax.jit(lambda tokens: sweep(MODEL, tokens, family, METRIC))(IDS), expected)
+    family, expected = FAMILIES["heads"][0], single_runs("heads")
     near(jax.jit(lambda layers: sweep(MODEL, IDS, HeadAblation(layers, HEADS), METRIC))(LAYERS), expected)
-    near(jax.vmap(lambda tokens: sweep(MODEL, tokens, family, METRIC))(jnp.stack([IDS, prompt(T, 1)]))[0], expected)
+    both = jax.jit(jax.vmap(lambda tokens: sweep(MODEL, tokens, family, METRIC)))(jnp.stack([IDS, prompt(T, 1)]))
+    near(both[0], expected)
 
     near(jax.jit(lambda x: sweep(MODEL, IDS, family, METRIC) * x)(1.0), expected)  # nothing in it is traced
     scaled = lambda x: sweep(MODEL, IDS, family, lambda out: METRIC(out) * x).sum()  # noqa: E731
@@ -250,7 +259,7 @@ def test_progress_and_calls_keep_to_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     calls, real, seen = [], programs.run_variants, []
 
     def spy(*arguments: Any, **options: Any) -> Any:
-        calls.append((int(options["start"]), options["n_rows"], options["size"]))
+        calls.append((int(options["start"]), options["first"], options["size"]))
         return real(*arguments, **options)
 
     monkeypatch.setattr(programs, "run_variants", spy)
@@ -258,60 +267,76 @@ def test_progress_and_calls_keep_to_the_plan(monkeypatch: pytest.MonkeyPatch) ->
     family = FAMILIES["layers and places"][0]
     planned = plan(MODEL, tokens, family, METRIC, batch_size=4)
     sweep(MODEL, tokens, family, METRIC, batch_size=4, progress=lambda done, total: seen.append((done, total)))
-    each = [(g.start, g.n_rows, g.size) for g in planned.groups]
-    assert calls == each * -(-2 // planned.prompts)
-    assert seen[-1] == (2 * L * T, 2 * L * T) and len(seen) == len(calls) and sorted(seen) == seen
+    assert calls == [(call.start, T - call.n_rows, call.size) for call in planned.calls]
+    assert seen[-1] == (2 * L * 3, 2 * L * 3) and len(seen) == len(calls) and sorted(seen) == seen
 
 
 @pytest.mark.quick
 def test_a_plan_counts_what_a_hand_counts() -> None:
     planned = plan(MODEL, IDS, HeadAblation.grid(MODEL.config), METRIC, batch_size=H)
-    assert planned.reuse and [g.start for g in planned.groups] == [0, 1, 2]
+    assert planned.reuse and [call.start for call in planned.calls] == [0, 1, 2]
     assert planned.naive_layer_evaluations == L * H * L
     assert planned.layer_evaluations == L + H * (3 + 2 + 1)  # the base run, then each head from its layer
     per_layer = 2 * T * (2 * E * D * (4 + 2) + 3 * E * 40 + 2 * 4 * D * T)
-    assert planned.flops == L * per_layer + 24 * per_layer + L * H * 2 * 2 * E
+    # Of the last layer, keys and values of all tokens, and of the one that the metric reads all else.
+    last = per_layer / T + 2 * T * 2 * E * D * 2
+    assert planned.flops == L * per_layer + H * (2 + 1 + 0) * per_layer + L * H * (last + 2 * 2 * E)
     assert planned.naive_flops == L * H * (L * per_layer + 2 * 2 * E)
     assert planned.axes == (L, H) and planned.batch_size == H
     assert "12 variants" in repr(planned) and "75% of 36" in repr(planned)
     every = plan(MODEL, IDS, HeadAblation.grid(MODEL.config), kl_divergence(np.zeros(61, np.float32)), reuse=False)
-    assert not every.reuse and every.flops == every.naive_flops == L * H * (L * per_layer + 2 * 61 * E)
+    assert not every.reuse and every.naive_flops == L * H * (L * per_layer + 2 * 61 * E)
+    assert every.flops == L * H * ((L - 1) * per_layer + last + 2 * 61 * E)
+    function = plan(MODEL, IDS, HeadAblation.grid(MODEL.config), lambda out: out.logits[-1, 3], reuse=False)
+    assert function.flops == function.naive_flops == L * H * (L * per_layer + 2 * T * 61 * E)
+
+
+def planned_of(cost: Cost, n: int, reach: Reach | None, size: int | None, budget: int) -> SweepPlan:
+    return make_plan(cost, (n,), [all_columns(cost.n_prompts, cost.n_tokens)], [reach], size, budget)
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("seed", range(6))
-def test_every_variant_is_in_one_group_that_runs_all_it_may_change(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(12))
+def test_every_variant_of_every_prompt_is_in_one_call_that_runs_all_it_may_change(seed: int) -> None:
     rng = np.random.default_rng(seed)
     config = tiny_config(num_hidden_layers=int(rng.integers(1, 40)), hidden_size=int(rng.integers(1, 40)) * 8)
     n, n_tokens, devices = int(rng.integers(1, 400)), int(rng.integers(1, 40)), int(rng.choice([1, 4]))
     layers, tokens = rng.integers(0, config.num_hidden_layers + 1, n), rng.integers(0, n_tokens + 1, n)
-    cost = Cost(config, n_tokens, 2, 4, "cpu", devices)
+    cost = Cost(config, n_tokens, int(rng.integers(1, 20)), 1, 2, 4, "cpu", devices)
     size = None if seed % 2 else int(rng.integers(1, n + 1))
-    found = make_plan(cost, (n,), int(rng.integers(1, 6)), layers, tokens, size, 1 << 30)
-    members = np.concatenate([group.variants for group in found.groups])
-    assert sorted(members) == list(range(n))
-    for group in found.groups:
-        assert (group.start <= layers[group.variants]).all() or not found.reuse
-        assert (n_tokens - group.n_rows <= tokens[group.variants]).all() and 1 <= group.n_rows <= n_tokens
-        assert len(group.variants) <= group.size and group.size % devices == 0
-        assert size is None or group.size < size + devices
-    whole = make_plan(cost, (n,), found.n_prompts, None, None, size, 1 << 30)
+    common = int(rng.integers(0, n_tokens)) if seed % 3 else 0
+    found = planned_of(cost, n, Reach(layers, tokens, common), size, 1 << 30)
+    pairs: list[tuple[int, int]] = []
+    for part in found.parts:
+        for call in part.calls:
+            assert len(call.prompts) == len(call.variants) <= call.slots and call.size % devices == 0
+            assert (call.start <= layers[call.variants]).all() or not part.reuse
+            assert call.shared or (n_tokens - call.n_rows <= tokens[call.variants]).all()
+            assert not call.shared or (n_tokens - call.n_rows == common and call.is_grid)
+            assert 1 <= call.n_rows <= n_tokens and (size is None or call.size < size + devices)
+            each = {
+                (int(part.prompts[p]), int(v)) for p, row in zip(call.prompts, call.variants, strict=True) for v in row
+            }
+            pairs.extend(each)
+    assert sorted(pairs) == [(p, v) for p in range(cost.n_prompts) for v in range(n)]
+    whole = planned_of(cost, n, None, size, 1 << 30)
     assert found.reuse or found.flops == whole.flops
 
 
 @pytest.mark.quick
 def test_several_prompts_keep_to_the_budget_too() -> None:
-    cost = Cost(tiny_config(num_hidden_layers=12, hidden_size=256), 128, 2, 4, "cpu", 1)
-    one = make_plan(cost, (4,), 1, None, None, 1, 1).bytes
+    sizes = (tiny_config(num_hidden_layers=12, hidden_size=256), 128)
+    one = planned_of(Cost(*sizes, 1, 1, 2, 4, "cpu", 1), 4, None, 1, 1).bytes
     for size in (None, 1, 4):
-        found = make_plan(cost, (4,), 4096, np.zeros(4, int), np.zeros(4, int), size, 20 * one)
-        assert found.bytes <= 20 * one and found.prompts < 4096
+        reach = Reach(np.zeros(4, int), np.zeros(4, int))
+        found = planned_of(Cost(*sizes, 4096, 1, 2, 4, "cpu", 1), 4, reach, size, 20 * one)
+        assert found.bytes <= 20 * one and max(call.slots for call in found.calls) < 4096
 
 
 @pytest.mark.quick
 def test_a_small_budget_makes_small_calls() -> None:
-    cost = Cost(MODEL.config, T, 2, 4, "cpu", 1)
-    large, small = (make_plan(cost, (200,), 1, None, None, None, budget) for budget in (1 << 30, 100_000))
+    cost = Cost(MODEL.config, T, 1, 1, 2, 4, "cpu", 1)
+    large, small = (planned_of(cost, 200, None, None, budget) for budget in (1 << 30, 100_000))
     assert small.batch_size < large.batch_size and small.bytes <= 100_000 < large.bytes
 
 
@@ -326,13 +351,10 @@ def test_a_mesh_gives_what_one_device_gives(where: str) -> None:
             MODEL,
         )  # fmt: skip
         model, options = jax.device_put(MODEL, shardings), {}
-    for name in ("heads", "layers and places"):
-        family, axes, make = FAMILIES[name]
-        expected = singles(axes, make)
-        near(sweep(model, IDS, family, METRIC, **options), expected)
-        near(sweep(model, IDS, family, METRIC, batch_size=4, **options), expected)
+    for name, size in (("heads", {}), ("layers and places", {"batch_size": 4})):
+        near(sweep(model, IDS, FAMILIES[name][0], METRIC, **size, **options), single_runs(name))
     planned = plan(model, IDS, FAMILIES["heads"][0], METRIC, batch_size=3, **options)
-    assert {group.size for group in planned.groups} == {4}
+    assert {call.size for call in planned.calls} == {4}
 
 
 def test_variants_really_spread_over_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,8 +372,10 @@ def test_heads_of_a_real_model_against_hugging_face(adapter: Any, hf: Any) -> No
 
     tokens = adapter.tokenizer("When Mary and John went to the store, John gave a drink to").input_ids
     mary, john = (adapter.tokenizer(name).input_ids[0] for name in (" Mary", " John"))
-    found = sweep(adapter.model, tokens, HeadAblation.grid(adapter.model.config), logit_difference(mary, john))
-    for layer, head in ((0, 0), (7, 4), (18, 6), (20, 0), (23, 3), (24, 4), (29, 0), (29, 1)):
+    places = ((0, 0), (7, 4), (18, 6), (20, 0), (23, 3), (24, 4), (29, 0), (29, 1))
+    family = HeadAblation(*np.transpose(places))
+    found = sweep(adapter.model, tokens, family, logit_difference(mary, john))
+    for i, (layer, head) in enumerate(places):
 
         def zero(module: Any, inputs: Any, head: int = head) -> Any:
             z = inputs[0].clone()
@@ -362,7 +386,7 @@ def test_heads_of_a_real_model_against_hugging_face(adapter: Any, hf: Any) -> No
         with torch.no_grad():
             logits = hf(torch.tensor([tokens])).logits[0, -1]
         hook.remove()
-        near(found[layer, head], float(logits[mary] - logits[john]), LOGITS)
+        near(found[i], float(logits[mary] - logits[john]), LOGITS)
 
 
 class Changeable:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oculi_jax import CaptureConfig, LogitConfig, forward, generate
+from oculi_jax import CaptureConfig, LogitConfig, forward, generate, padded
 from oculi_jax.analysis import EntropyAnalysis
 from oculi_jax.decoding.sampling import sampler
 from oculi_jax.intervention import (
@@ -55,11 +55,16 @@ def logits_of(model: Llama, captured: Any, n_prompt: int) -> np.ndarray:
     return normalised @ np.asarray(model.lm_head.weight, np.float64).T
 
 
-def greedy(model: Llama, ids: Any, n_new: int, interventions: Any = (), **options: Any) -> np.ndarray:
-    """JAX's greedy text, in which the likeliest token of every step is in no doubt."""
-    found, captured = generate(model, ids, n_new, interventions, capture="final_norm", **options)
+def greedy_run(model: Llama, ids: Any, n_new: int, interventions: Any = (), **options: Any) -> tuple[Any, Any]:
+    """JAX's greedy text, in which the likeliest token of every step is in no doubt, and what all tests read of such runs."""
+    found, captured = generate(model, ids, n_new, interventions, capture=("z", "resid_post", "final_norm"), **options)
     assert_leads(logits_of(model, captured, len(ids)))
-    return np.asarray(found)
+    return found, captured
+
+
+def greedy(model: Llama, ids: Any, n_new: int, interventions: Any = (), **options: Any) -> np.ndarray:
+    """JAX's greedy text alone."""
+    return np.asarray(greedy_run(model, ids, n_new, interventions, **options)[0])
 
 
 def chance_is_clear(
@@ -170,16 +175,14 @@ CASES: dict[str, Any] = {
 @pytest.mark.numerical
 @pytest.mark.parametrize("name", CASES)
 def test_generation_is_that_of_jax(pair: tuple[Any, Llama], name: str) -> None:
-    ours, want = (generate(model, IDS, 8, CASES[name], capture=("z", "resid_post")) for model in pair)
-    greedy(pair[1], IDS, 8, CASES[name])
-    assert ours[0].tolist() == want[0].tolist() and ours[0].dtype == want[0].dtype
-    for site, value in want[1].items():
-        assert np.abs(np.asarray(ours[1][site]) - np.asarray(value)).max() <= ROUTES
-    mask = np.arange(9) >= 2
-    assert (
-        generate(pair[0], IDS, 6, CASES[name], mask=mask).tolist()
-        == greedy(pair[1], IDS, 6, CASES[name], mask=mask).tolist()
-    )
+    for mask in (None, np.arange(9) >= 2):
+        want, theirs = greedy_run(pair[1], IDS, 8, CASES[name], mask=mask)
+        ours, mine = generate(pair[0], IDS, 8, CASES[name], capture=("z", "resid_post"), mask=mask)
+        assert ours.tolist() == want.tolist() and ours.dtype == want.dtype
+        real = np.arange(17) >= (0 if mask is None else 2)
+        for site in ("z", "resid_post"):
+            error = np.abs(np.asarray(mine[site]) - np.asarray(theirs[site]))
+            assert np.compress(real, error, axis=-2).max() <= ROUTES, site
 
 
 def test_cached_decoding_is_running_anew_for_every_token(pair: tuple[Any, Llama]) -> None:
@@ -193,7 +196,7 @@ def test_cached_decoding_is_running_anew_for_every_token(pair: tuple[Any, Llama]
 
 def test_chance_is_the_keys_alone(pair: tuple[Any, Llama]) -> None:
     key = jax.random.key(4)
-    for options in ({}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1, "top_k": 20}):
+    for options in ({"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1, "top_k": 20}):  # and with none of them below
         ours = generate(pair[0], IDS, 8, temperature=1.3, key=key, **options)
         want = generate(pair[1], IDS, 8, temperature=1.3, key=key, capture="final_norm", **options)
         chance_is_clear(pair[1], want, 9, [key], **options)
@@ -207,17 +210,45 @@ def test_chance_is_the_keys_alone(pair: tuple[Any, Llama]) -> None:
 def test_variants_stops_and_batches(pair: tuple[Any, Llama]) -> None:
     family = SpectraScaler(1, np.arange(4), np.array([1.0, 5.0, 0.1, 3.0]))
     assert np.array_equal(generate(pair[0], IDS, 6, family), greedy(pair[1], IDS, 6, family))
-    plain = greedy(pair[1], IDS, 6).tolist()
-    assert np.array_equal(*(generate(model, IDS, 6, stop_tokens=plain[2]) for model in pair))
-    sure = LlamaAttentionAdapter(pair[1]).generate(ROWS, 5, STRONG[:1], capture="final_norm")
-    assert_leads(logits_of(pair[1], sure[1], 9))
-    for options in ({}, {"capture": "resid_post"}):
-        ours, want = (LlamaAttentionAdapter(model).generate(ROWS, 5, STRONG[:1], **options) for model in pair)
-        if options:
-            (ours, mine), (want, theirs) = ours, want
-            real = np.asarray(theirs["resid_post"]).shape == np.asarray(mine["resid_post"]).shape
-            assert real and np.abs(np.asarray(mine["resid_post"] - theirs["resid_post"])[0]).max() <= ROUTES
-        assert np.array_equal(ours, want)
+    plain = greedy(pair[1], IDS, 8)
+    cut = plain.tolist().index(plain[2]) + 1
+    stopped = generate(pair[0], IDS, 8, stop_tokens=int(plain[2]))
+    assert stopped.tolist() == [*plain[:cut].tolist(), *[0] * (8 - cut)]
+    want, theirs = LlamaAttentionAdapter(pair[1]).generate(ROWS, 5, STRONG[:1], capture=("final_norm", "resid_post"))
+    assert_leads(logits_of(pair[1], theirs, 9))
+    ours, mine = LlamaAttentionAdapter(pair[0]).generate(ROWS, 5, STRONG[:1], capture="resid_post")
+    assert np.array_equal(ours, want)
+    assert np.array_equal(LlamaAttentionAdapter(pair[0]).generate(ROWS, 5, STRONG[:1]), want)
+    assert mine["resid_post"].shape == theirs["resid_post"].shape
+    assert np.abs(np.asarray(mine["resid_post"] - theirs["resid_post"])[0]).max() <= ROUTES
+
+
+def test_prompts_under_strengths_are_hugging_faces_rows(pair: tuple[Any, Llama]) -> None:
+    """Its batch is padded on the left, each prompt once for each strength, and a hook adds to every row what is the row's."""
+    import torch
+
+    strengths, vector = np.array([0.0, 1.0, 2.0], np.float32), RNG.normal(size=24).astype(np.float32)
+    tokens, mask = padded(ROWS)
+    left, real = (
+        np.stack([np.roll(row, n) for row, n in zip(x, 9 - mask.sum(1), strict=True)]) for x in (tokens, mask)
+    )
+    ids, allowed = (torch.tensor(np.repeat(x, 3, axis=0).astype(np.int64)) for x in (left, real))
+    added = torch.tensor(np.tile(strengths, 2)[:, None, None] * vector)
+    hook = pair[0].model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] + added, *args[1:]))
+    try:
+        want = pair[0].generate(ids, attention_mask=allowed, max_new_tokens=6, do_sample=False, output_logits=True,
+                                return_dict_in_generate=True)  # fmt: skip
+    finally:
+        hook.remove()
+    assert_leads(torch.stack(want.logits).numpy())
+    new = want.sequences[:, 9:].numpy().reshape(2, 3, 6)
+    assert len(np.unique(new.reshape(6, 6), axis=0)) > 2
+    for model in pair:
+        for given in (dict(tokens=tokens, mask=mask), dict(tokens=left, mask=real)):
+            found = generate(model, max_new_tokens=6, interventions=Steer(1, vector, strengths), **given)
+            assert np.array_equal(found, new)
+        whole = LlamaAttentionAdapter(model).generate(ROWS, 6, Steer(1, vector, strengths))
+        assert np.array_equal(whole, want.sequences.numpy().reshape(2, 3, 15))
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope", "yarn"])
@@ -429,7 +460,7 @@ def test_a_checkpoint_is_loaded_for_torch_without_transformers(tmp_path: Path, d
         tmp_path, dtype, attention_bias=True, mlp_bias=True, hidden_act="xielu", tie_word_embeddings=dtype == "float32"
     )
     model = Llama.from_pretrained(tmp_path, backend="torch", device="cpu")
-    assert model.dtype == dtype and model.device == torch.device("cpu") and "TorchLlama(" in repr(model)
+    assert model.dtype == dtype and model.device == torch.device("cpu") and "TorchDecoder(" in repr(model)
     mine, theirs = (forward(m, IDS, HeadAblation(0, 1), capture="resid_post") for m in (model, hf))
     # Bit for bit: the same kernels on the same numbers, which may lie elsewhere in memory (at steps of 16 bytes).
     assert np.array_equal(mine.logits, theirs.logits)

@@ -74,7 +74,7 @@ def test_what_needs_derivatives_says_so(pair: Any) -> None:
     from oculi_jax.causal import attribution_patching
     from oculi_jax.metrics import logit_difference
 
-    with pytest.raises(TypeError, match="load it with Llama.from_pretrained"):
+    with pytest.raises(TypeError, match="load it with oculi_jax.from_pretrained"):
         attribution_patching(pair[0].model, IDS, IDS[::-1].copy(), logit_difference(3, 5))
-    with pytest.raises(TypeError, match="load it with Llama.from_pretrained"):
+    with pytest.raises(TypeError, match="load it with oculi_jax.from_pretrained"):
         attribution_patching(pair[0].model.hf, IDS, IDS[::-1].copy(), logit_difference(3, 5))

@@ -10,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, CaptureSpec, LogitConfig, forward, generate, lens, sweep
+from oculi_jax import CaptureSpec, LogitConfig, forward, generate, lens, sweep
 from oculi_jax.intervention import HeadAblation, InterventionContext, Steer
 from oculi_jax.metrics import log_probability, logit_difference
+from oculi_jax.models.decoder.activations import ACTIVATIONS
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
-from oculi_jax.models.llama.activations import ACTIVATIONS
 
 from .test_parity_torch import ROPES, make
 from .test_torch_forward import EACH, PADDED, TOKENS, T
 from .test_torch_sweep import FAMILIES, MASK
 from .test_torch_sweep import TOKENS as PROMPTS
+from .tiny import SITES
 
 pytestmark = pytest.mark.torch
 

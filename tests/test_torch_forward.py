@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oculi_jax import SITES, CaptureSpec, forward, lens
+from oculi_jax import CaptureSpec, forward, lens
 from oculi_jax.intervention import (
     Ablation,
     ActivationPatch,
@@ -26,11 +26,12 @@ from oculi_jax.intervention import (
     SpectraScaler,
     Steer,
 )
+from oculi_jax.models.decoder.activations import ACTIVATIONS
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
-from oculi_jax.models.llama.activations import ACTIVATIONS
 
 from .margins import assert_leads
 from .test_parity_torch import ROPES, assert_no_further, make
+from .tiny import SITES
 from .tolerances import LOGITS, ROW, assert_parity, parity, row_error
 
 pytestmark = pytest.mark.torch
@@ -142,16 +143,39 @@ EACH: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", EACH)
-def test_every_intervention_is_what_it_is_in_jax(pair: tuple[Any, Llama], name: str, padded: bool) -> None:
-    agree(pair, EACH[name], PADDED if padded else None)
+# Together where none hides another: each at a site or a layer of its own, so that captures and `applied` say which differs.
+TOGETHER = [
+    ("head", "queries", "patch of embeddings", "component", "no match"),
+    ("head by a vector", "keys", "patch", "scale outside"),
+    ("head by a run", "scores", "steering by layers"),
+    ("heads", "patch of a head", "neuron", "patch of the final norm"),
+    ("patch of scores", "steering", "patch of a scale", "edges"),
+    ("edit everywhere", "direction", "edge"),
+    ("frozen patterns", "directions", "in a row"),
+    ("future",),
+]
 
 
-@pytest.mark.parametrize("site", [name for name in SITES if name != "allowed"])
-@pytest.mark.parametrize("op", ["set", "add", "scale"])
-def test_every_site_can_be_edited(pair: tuple[Any, Llama], site: str, op: str) -> None:
-    agree(pair, Edit(site, op, 1 if SITES[site].layered else None, True, 1.5), PADDED)
+def test_every_intervention_is_compared_once() -> None:
+    assert sorted(name for names in TOGETHER for name in names) == sorted(EACH)
+
+
+@pytest.mark.parametrize("names", TOGETHER, ids=", ".join)
+def test_every_intervention_is_what_it_is_in_jax(pair: tuple[Any, Llama], names: tuple[str, ...]) -> None:
+    items = [one for name in names for one in (EACH[name] if isinstance(EACH[name], list) else [EACH[name]])]
+    for mask in (np.ones(T, bool), PADDED):
+        agree(pair, items, mask)
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_every_site_can_be_edited(pair: tuple[Any, Llama], shift: int) -> None:
+    """With each operation, over the three. Of three neighbouring sites a layer has one edited: the others show what it does."""
+    ops = ("set", "add", "scale")
+    edits = [
+        Edit(site, ops[(i // 3 + shift) % 3], i % 3 if SITES[site].layered else None, True, 1.5)
+        for i, site in enumerate(name for name in SITES if name != "allowed")
+    ]
+    agree(pair, edits, PADDED)
 
 
 def test_a_function_of_ones_own_is_given_tensors(pair: tuple[Any, Llama]) -> None:
@@ -294,7 +318,9 @@ def test_what_cannot_be_run_is_said(pair: tuple[Any, Llama], tmp_path: Path) -> 
     from transformers import LlamaModel
 
     hf = make(tmp_path)
-    with pytest.raises(TypeError, match="LlamaModel, and of transformers' classes LlamaForCausalLM"):
+    with pytest.raises(
+        TypeError, match="LlamaModel, and of transformers' classes those that are known are LlamaForCausalLM"
+    ):
         forward(LlamaModel(hf.config), TOKENS)
     with pytest.raises(TypeError, match="no jit, vmap or grad of JAX reaches into"):
         jax.jit(lambda ids: forward(hf, ids).logits)(jnp.asarray(TOKENS))
@@ -367,14 +393,14 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
         Ablation("mlp_out", 11),
         ActivationPatch("resid_pre", 14, rng.normal(size=(1, 576)), positions=[3, -1]),
     ]
-    for one in several:
-        ours, want = (forward(model, ids, one, capture=tuple(SITES)) for model in (hf, adapter.model))
+    for some in (several[::2], several[1::2]):
+        ours, want = (forward(model, ids, some, capture=tuple(SITES)) for model in (hf, adapter.model))
         real = np.ones(len(ids), bool)
         errors = {name: row_error(name, ours.activations[name], want.activations, real) for name in SITES}
         # Each of two backends may be as far from the exact value as the contract allows, so twice that from each other.
-        assert max(errors.values()) <= 2 * ROW, (one, errors)
+        assert max(errors.values()) <= 2 * ROW, (some, errors)
         assert np.abs(np.asarray(ours.logits) - np.asarray(want.logits)).max() <= 2 * LOGITS
-        assert ours.applied.tolist() == want.applied.tolist()
+        assert ours.applied.tolist() == want.applied.tolist() and ours.applied.all()
 
 
 @pytest.mark.numerical

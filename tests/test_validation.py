@@ -209,7 +209,7 @@ def test_a_class_of_the_users_own_is_refused_in_a_sentence() -> None:
 @pytest.mark.parametrize("model", [None, "weights/tiny-gqa", MODEL.config, type(MODEL)])
 def test_what_is_no_model(model) -> None:
     for call in (lambda: forward(model, [1]), lambda: lens(model, np.ones(24, np.float32))):
-        with pytest.raises(TypeError, match="give a Llama"):
+        with pytest.raises(TypeError, match="give one as from_pretrained"):
             call()
 
 

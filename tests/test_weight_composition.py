@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from oculi_jax.analysis.composition import CompositionAnalysis
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
-from oculi_jax.models.llama.parameters import parameter_table
 
 from .test_composition import MODEL
 from .tiny import tiny_config, tiny_llama

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama, LlamaConfig
-from oculi_jax.models.llama.parameters import parameter_table
 
 BASE: dict[str, Any] = dict(
     model_type="llama", vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
@@ -34,3 +34,7 @@ def tiny_llama(seed: int = 0, dtype: Any = np.float32, **changes: Any) -> Llama:
 
 def prompt(length: int = 11, seed: int = 0, vocab_size: int = 61) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, length).astype(np.int32)
+
+
+# The sites that a Llama has.
+SITES = tiny_config().sites

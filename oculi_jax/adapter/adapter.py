@@ -24,7 +24,7 @@ from ..intervention.canonical import canonical, sweep_axes
 from ..intervention.context import active
 from ..intervention.frame import Frame
 from ..intervention.rows import Rows
-from ..models.llama.model import Llama
+from ..models.decoder.model import Decoder
 from ..utils import tokens as token_utils
 from .configs import CaptureConfig, Config, LogitConfig, MLPConfig, ResidualConfig
 from .parts import merged, parts_of, trim
@@ -45,14 +45,14 @@ _CONFIGS: dict[str, type] = {
 
 
 class LlamaAttentionAdapter:
-    """Captures from a Llama, and continues its texts, in the guide's words. It holds a model and a tokenizer, and no state.
+    """Captures from a model, and continues its texts, in the guide's words. It holds a model and a tokenizer, and no state.
 
     Every method takes a text, a list of texts (padded for you), or ids `[T]` or `[B, T]` as a list or an array of NumPy,
     JAX or torch, with `attention_mask` where they are padded. One prompt gives the guide's shapes, several a leading `B`.
     Lengths are padded inside so that near ones share a compiled program; results never show it. Inside an
     `InterventionContext` of this adapter, every method is under its interventions.
 
-    The model is a `Llama`, or a Hugging Face `LlamaForCausalLM`, which stays where and as it is and is run by torch.
+    The model is one of any family, or Hugging Face's own, which stays where and as it is and is run by torch.
 
     Examples:
         >>> LlamaAttentionAdapter(model, tokenizer)
@@ -209,14 +209,14 @@ class LlamaAttentionAdapter:
             ids_or_text: as in `capture`.
             max_new_tokens: how many tokens at most.
             interventions: one or a list; with one leading axis on their index and strength fields, variants that are
-                decoded side by side in one program.
+                decoded side by side in one program, each prompt under all of them.
             options: `temperature`, `top_k`, `top_p`, `min_p`, `stop_tokens`, `key` and `capture` as in
                 `oculi_jax.generate`; `attention_mask`; `allow_longer`.
 
         Returns:
-            For a text, the text with its continuation; a list of texts for several, or for variants. For a chat, its messages
-            and the assistant's. For ids, the prompt's ids and the new ones, as `model.generate` returns them. With `capture`,
-            that and the captured values.
+            For a text, the text with its continuation; a list for several texts, or for variants, and for both a list for
+            each text. For a chat, its messages and the assistant's. For ids, the prompt's ids and the new ones, as
+            `model.generate` returns them. With `capture`, that and the captured values, which lead alike.
 
         Examples:
             >>> adapter.generate(text, 2)
@@ -280,7 +280,9 @@ class LlamaAttentionAdapter:
         )
         configs = {name: _checked(name, config, model) for name, config in configs.items()}
         shortest = int(batch.mask.sum(axis=1).min())
-        wanted = {name: readings_of(config.specs(), model.config, shortest) for name, config in configs.items()}
+        wanted = {
+            name: readings_of(config.specs(model.config), model.config, shortest) for name, config in configs.items()
+        }
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
         if tuned_lens is not None:
@@ -349,24 +351,28 @@ def _lens_of(
 
 
 def _structure(
-    model: Llama, config: Config, values: dict[str, Array], prompt: dict[str, Array], kind_of_lens: str
+    model: Decoder, config: Config, values: dict[str, Array], prompt: dict[str, Array], kind_of_lens: str
 ) -> Any:
     """The guide's structure from the values of its part."""
     layers = check_layers(config.layers, model.config)
     common = {**prompt, "captured_layers": layers}
     sizes = model.config.sizes
-    arrays = {} if isinstance(config, LogitConfig) else {name: values[site] for name, site in config.fields().items()}
+    arrays = {}
+    if not isinstance(config, LogitConfig):
+        arrays = {name: values[site] for name, site in config.fields(model.config).items()}
+    scale, cap = model.config.logit_scale, model.config.logit_cap
     match config:
         case CaptureConfig():
             return AttentionCapture(
                 **arrays, **common, qk_stage=config.qk_stage,
                 n_heads=sizes["H"], n_kv_heads=sizes["K"], head_dim=sizes["D"],
+                windows=tuple(model.config.windows[layer] for layer in layers if model.config.windows),
             )  # fmt: skip
         case ResidualConfig():
             weight = model.final_weight
             if prompt["tokens"].ndim == 2:  # one for each prompt, so that jax.vmap maps over all that a batch holds
                 weight = jnp.broadcast_to(weight, (len(prompt["tokens"]), *weight.shape))
-            return ResidualCapture(**arrays, **common, final_weight=weight, model_layers=sizes["L"])
+            return ResidualCapture(**arrays, **common, final_weight=weight, model_layers=sizes["L"], logit_scale=scale)
         case MLPConfig():
             return MLPCapture(**arrays, **common)
         case LogitConfig():
@@ -374,7 +380,7 @@ def _structure(
             ids = None if config.tokens is None else jax.device_put(np.array(config.tokens, np.int32))
             return LogitCapture(
                 **values, **common, probability_tokens=ids, positions=positions, unembedding=model.lm_head.weight,
-                lens=kind_of_lens,
+                lens=kind_of_lens, logit_scale=scale, logit_cap=cap,
             )  # fmt: skip
 
 

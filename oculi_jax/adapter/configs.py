@@ -14,7 +14,7 @@ from ..sites import SITES
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
-    from ..models.llama.config import LlamaConfig
+    from ..models.decoder.config import DecoderConfig
 
 QK_STAGES = ("post_rope", "pre_rope")
 
@@ -26,23 +26,29 @@ class _OfSites(ABC):
     dtype: DTypeLike | None
 
     @abstractmethod
-    def fields(self) -> dict[str, str]:
+    def fields(self, model: DecoderConfig | None = None) -> dict[str, str]:
         """Field of the capture → site."""
 
-    def specs(self) -> tuple[CaptureSpec, ...]:
-        """The sites as `forward` is asked for them.
+    def specs(self, model: DecoderConfig | None = None) -> tuple[CaptureSpec, ...]:
+        """The sites as `forward` is asked for them; with a model's config, those that its family has besides too.
 
         Examples:
             >>> CaptureConfig(layers=[1]).specs()[0].sites
             ('q', 'k', 'v', 'pattern', 'z')
         """
-        sites = tuple(dict.fromkeys(self.fields().values()))
-        layered = tuple(name for name in sites if SITES[name].layered)
+        sites = tuple(dict.fromkeys(self.fields(model).values()))
         # Norm scales stay float32: attribution multiplies everything by them.
+        layered, scales = (
+            tuple(name for name in sites if SITES[name].layered and name.endswith("_scale") == scale)
+            for scale in (False, True)
+        )
         outside = [
-            CaptureSpec(name, dtype=self.dtype if name == "embed" else None) for name in sites if name not in layered
+            CaptureSpec(name, dtype=self.dtype if name == "embed" else None)
+            for name in sites
+            if name not in layered + scales
         ]
-        return (*([CaptureSpec(layered, self.layers, dtype=self.dtype)] if layered else []), *outside)
+        inside = [CaptureSpec(layered, self.layers, dtype=self.dtype)] if layered else []
+        return (*inside, *([CaptureSpec(scales, self.layers)] if scales else []), *outside)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class CaptureConfig(_OfSites):
     qk_stage: str = "post_rope"
     dtype: DTypeLike | None = None
 
-    def fields(self) -> dict[str, str]:
+    def fields(self, model: DecoderConfig | None = None) -> dict[str, str]:
         """Field of the capture → site."""
         if self.qk_stage not in QK_STAGES:
             raise ValueError(f"qk_stage is {self.qk_stage!r}, and must be one of {', '.join(map(repr, QK_STAGES))}.")
@@ -87,6 +93,7 @@ class CaptureConfig(_OfSites):
             "patterns": (self.capture_patterns, "pattern"),
             "z": (True, "z"),
             "final_scale": (self.layers is None, "final_scale"),
+            "post_scale": (model is not None and model.post_norm, "attn_post_scale"),
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
@@ -119,7 +126,7 @@ class ResidualConfig(_OfSites):
     capture_post_mlp: bool = True
     dtype: DTypeLike | None = None
 
-    def fields(self) -> dict[str, str]:
+    def fields(self, model: DecoderConfig | None = None) -> dict[str, str]:
         """Field of the capture → site."""
         middle = self.capture_post_attn or self.capture_pre_mlp
         wanted = {
@@ -164,7 +171,7 @@ class MLPConfig(_OfSites):
     capture_output: bool = True
     dtype: DTypeLike | None = None
 
-    def fields(self) -> dict[str, str]:
+    def fields(self, model: DecoderConfig | None = None) -> dict[str, str]:
         """Field of the capture → site."""
         wanted = {
             "gate": (self.capture_gate, "gate"),
@@ -172,6 +179,7 @@ class MLPConfig(_OfSites):
             "post_activation": (self.capture_post_activation, "act"),
             "output": (self.capture_output, "mlp_out"),
             "final_scale": (self.layers is None, "final_scale"),
+            "post_scale": (model is not None and model.post_norm, "mlp_post_scale"),
         }
         return {field: site for field, (on, site) in wanted.items() if on}
 
@@ -204,7 +212,7 @@ class LogitConfig:
     tokens: Sequence[int] | None = None
     dtype: DTypeLike | None = None
 
-    def canonical(self, config: LlamaConfig) -> LogitConfig:
+    def canonical(self, config: DecoderConfig) -> LogitConfig:
         """The same with every field checked and of one type: tuples of ints, an int, a dtype's name."""
         size = config.vocab_size
         tokens = None if self.tokens is None else integers(self.tokens, "LogitConfig.tokens")
@@ -220,7 +228,7 @@ class LogitConfig:
             dtype=float_dtype(self.dtype or "float32", "LogitConfig.dtype"),
         )
 
-    def specs(self) -> tuple[CaptureSpec, ...]:
+    def specs(self, model: DecoderConfig | None = None) -> tuple[CaptureSpec, ...]:
         """The sites as `forward` is asked for them: the residual stream that the lens reads."""
         return (CaptureSpec("resid_post", self.layers, self.positions),)
 

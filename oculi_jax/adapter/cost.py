@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
     from ..capture import CaptureLike
-    from ..models.llama.config import LlamaConfig
+    from ..models.decoder.config import DecoderConfig
 
 
 def capture_bytes(
-    config: LlamaConfig, n_tokens: int, capture: CaptureLike | Config, *, dtype: DTypeLike | None = None
+    config: DecoderConfig, n_tokens: int, capture: CaptureLike | Config, *, dtype: DTypeLike | None = None
 ) -> int:
     """Bytes of the arrays that a capture of one prompt returns.
 
@@ -57,7 +57,7 @@ def capture_bytes(
         kept = capture.top_k * (stored + 4) if capture.top_k is not None else config.vocab_size * stored
         return rows * (kept + 4 + stored * len(capture.tokens or ()) + config.hidden_size * own.itemsize)
     if isinstance(capture, Config):
-        capture = capture.specs()
+        capture = capture.specs(config)
     total = 0
     for reading in readings_of(capture, config, n_tokens):
         dtype = reading.dtype or reading.site.dtype

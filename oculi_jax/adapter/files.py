@@ -161,7 +161,7 @@ _FIELD_AXES = {
     "queries": "L H T D", "keys": "L K T D", "values": "L K T D", "patterns": "L H T S", "z": "L H T D",
     "pre_attn": "L T E", "post_attn": "L T E", "pre_mlp": "L T E", "post_mlp": "L T E", "embedding": "T E",
     "attn_out": "L T E", "mlp_out": "L T E", "final_norm": "T E",
-    "final_scale": "T", "final_weight": "E", "gate": "L T F", "up": "L T F", "post_activation": "L T F",
+    "final_scale": "T", "post_scale": "L T", "final_weight": "E", "gate": "L T F", "up": "L T F", "post_activation": "L T F",
     "output": "L T E", "logits": "L T V", "top_k_logits": "L T k", "top_k_indices": "L T k", "log_normalizer": "L T",
     "probabilities": "L T N", "probability_tokens": "N", "normalized": "L T E", "tokens": "T", "mask": "T",
 }  # fmt: skip
@@ -217,6 +217,11 @@ def _is_static(name: str, value: object) -> bool:
     """Whether a static field of a capture is of its kind."""
     if name in ("qk_stage", "lens"):
         return value in {"qk_stage": ("post_rope", "pre_rope"), "lens": ("logit", "tuned")}[name]
+    if name in ("logit_scale", "logit_cap"):
+        none = name == "logit_cap" and value is None
+        return none or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < np.inf)
+    if name == "windows":
+        return isinstance(value, tuple) and all(x is None or (_is_integer(x) and x > 0) for x in value)
     if name not in ("captured_layers", "positions"):
         return _is_integer(value) and value > 0  # type: ignore[operator]
     if name == "positions" and value is None:

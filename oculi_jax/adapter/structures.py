@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from ..models.decoder.attention import said
 from ..pytrees import pytree, static
 
 
@@ -101,11 +102,13 @@ class AttentionCapture(_Capture):
         patterns: `[L, H, T, S]`; rows of real tokens sum to 1, rows of padding are zero.
         z: `[L, H, T, D]`, each head's output before the output projection.
         final_scale: `[T]`, what the final norm multiplied by, where every layer was captured.
+        post_scale: `[L, T]`, what the norm of what attention adds multiplied by; None where the family has no such norm.
         tokens: ids `[T]`.
         mask: bool `[T]`, True at real tokens.
         captured_layers: true layer numbers, in the order of the leading axis.
         qk_stage: `"post_rope"` or `"pre_rope"`.
         n_heads, n_kv_heads, head_dim: of the model.
+        windows: how many tokens each captured layer sees, its own included, None for all; empty where none has a window.
 
     Examples:
         >>> capture.attention.queries.shape, capture.attention.keys.shape
@@ -118,6 +121,7 @@ class AttentionCapture(_Capture):
     patterns: Float[Array, "L H T S"] | None = _array()
     z: Float[Array, "L H T D"] | None = _array()
     final_scale: Float[Array, "T"] | None = _array()
+    post_scale: Float[Array, "L T"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = static()
@@ -125,6 +129,7 @@ class AttentionCapture(_Capture):
     n_heads: int = static()
     n_kv_heads: int = static()
     head_dim: int = static()
+    windows: tuple[int | None, ...] = static(default=())
 
 
 @pytree(kw_only=True, repr=False)
@@ -140,9 +145,10 @@ class ResidualCapture(_Capture):
         embedding: `[T, E]`, where the stream begins.
         final_scale: `[T]`, what the final norm multiplied by: 1 / root mean square.
         final_norm: `[T, E]`, after the final norm: what is unembedded.
-        final_weight: `[E]`, the final norm's weight.
+        final_weight: `[E]`, what the final norm multiplies by besides: its weight, or 1 + weight.
         tokens, mask, captured_layers: as in `AttentionCapture`.
         model_layers: how many layers the model has, so that the first few are not taken for all.
+        logit_scale: what the model multiplies logits by.
 
     Examples:
         >>> np.allclose(capture.residual.post_attn - capture.residual.pre_attn, capture.residual.attn_out, atol=1e-4)
@@ -163,6 +169,7 @@ class ResidualCapture(_Capture):
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = static()
     model_layers: int = static()
+    logit_scale: float = static(default=1.0)
 
 
 @pytree(kw_only=True, repr=False)
@@ -173,7 +180,7 @@ class MLPCapture(_Capture):
         gate, up: `[L, T, F]`, the two projections.
         post_activation: `[L, T, F]`, silu(gate) · up: the neurons.
         output: `[L, T, E]`, what the MLP adds to the residual stream.
-        final_scale: `[T]`, what the final norm multiplied by, where every layer was captured.
+        final_scale, post_scale: as in `AttentionCapture`, of the norm of what the MLP adds.
         tokens, mask, captured_layers: as in `AttentionCapture`.
 
     Examples:
@@ -186,6 +193,7 @@ class MLPCapture(_Capture):
     post_activation: Float[Array, "L T F"] | None = _array()
     output: Float[Array, "L T E"] | None = _array()
     final_scale: Float[Array, "T"] | None = _array()
+    post_scale: Float[Array, "L T"] | None = _array()
     tokens: Int[Array, "T"] = _array()
     mask: Bool[Array, "T"] = _array()
     captured_layers: tuple[int, ...] = static()
@@ -208,6 +216,7 @@ class LogitCapture(_Capture):
         tokens, mask, captured_layers: as in `AttentionCapture`; of the whole prompt.
         positions: which positions were captured; None for all.
         lens: `"logit"`, or `"tuned"` where a tuned lens translated the stream first.
+        logit_scale, logit_cap: what the model does to logits, as `DecoderConfig` has them.
 
     Examples:
         >>> tokenizer.convert_ids_to_tokens(capture.logits.top_k_indices[:, -1, 0].tolist())  # layer by layer
@@ -227,6 +236,17 @@ class LogitCapture(_Capture):
     captured_layers: tuple[int, ...] = static()
     positions: tuple[int, ...] | None = static(default=None)
     lens: str = static(default="logit")
+    logit_scale: float = static(default=1.0)
+    logit_cap: float | None = static(default=None)
+
+    def said(self, products: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Logits, of products of `normalized` and the unembedding: multiplied and capped as the model does it.
+
+        Examples:
+            >>> capture.logits.said(np.array([1.0, 2.0]))  # a Llama has neither
+            array([1., 2.])
+        """
+        return said(products, self.logit_scale, self.logit_cap)
 
 
 @pytree(kw_only=True, repr=False)

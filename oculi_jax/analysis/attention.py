@@ -86,7 +86,7 @@ class AttentionAnalysis:
 
     @staticmethod
     def attention_entropy_ratio(capture: AttentionCapture) -> Float[Array, "L H T"]:
-        """Entropy over the largest that it could be: H / ln n, where n real tokens stand at or before the token.
+        """Entropy over the largest that it could be: H / ln n, where n real tokens stand at or before the token, or in its window.
 
         Returns:
             `[L, H, T]`, from 0 (one key) to 1 (all keys equally); 0 at the first token, which has one key only, and on
@@ -97,7 +97,11 @@ class AttentionAnalysis:
             0.61
         """
         entropy = EntropyAnalysis.token_entropy(capture)
-        n_keys = jnp.cumsum(real_tokens(capture))[None, None, :].astype(jnp.float32)
+        n_keys = jnp.cumsum(real_tokens(capture))[None, :]
+        if capture.windows:
+            sizes = [n_keys if window is None else jnp.minimum(n_keys, window) for window in capture.windows]
+            n_keys = jnp.concatenate(sizes)
+        n_keys = n_keys[:, None, :].astype(jnp.float32)
         ratio = entropy / jnp.log(jnp.maximum(n_keys, 2.0))
         return jnp.where(n_keys > 1, jnp.minimum(ratio, 1.0), 0.0)
 

@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from ..arrays import integer
 from . import flow
 from .inputs import at_position, check_capture, check_position, check_same_prompt, need
-from .residual import captured_rows, decompose_resid
+from .residual import decompose_resid, pulled_back, written
 from .result import Result
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..adapter.structures import AttentionCapture, MLPCapture, ResidualCapture
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
 
 COMPONENTS = ("attention", "mlp")
 # Method → what its second axis counts.
@@ -40,6 +40,10 @@ class AttributionMethods:
     position is taken as it was: `logit = Σ_parts (part · weight · scale) · unembed[token]`. So each part has its share, in
     logits. Direct effects only: what a part does through later layers is theirs.
 
+    In families beside Llama: the logit is the one before a final soft cap (`config.logit_cap`), and times
+    `config.logit_scale`. Where what a sublayer adds is normalised first, so is the part of each head, neuron and bias in it,
+    with the scale of that norm taken as it was too, and parts are times `config.residual_scale`.
+
     `token` is everywhere an id (an integer, or an array scalar that may be traced), or a pair `(a, b)` for the logit
     difference `logit(a) − logit(b)`. An id beyond the vocabulary is refused where the host can see it, and gives NaN where
     not. `position` is static and counts real tokens, negative from the last.
@@ -52,7 +56,7 @@ class AttributionMethods:
 
     @staticmethod
     def direct_logit_attribution(
-        residual: ResidualCapture, unembed: Array | Llama, token: ArrayLike, position: int = -1
+        residual: ResidualCapture, unembed: Array | Decoder, token: ArrayLike, position: int = -1
     ) -> Result:
         """What each layer adds to a logit directly: its attention's and its MLP's output through the final norm.
 
@@ -67,7 +71,8 @@ class AttributionMethods:
         Returns:
             `.values` `[L]`, float32, in logits. `.details`: `"embedding"`, what the embedding adds; `"edits"` `[L]`, what
             jumps of the stream add that no component explains (interventions on the stream itself, and in half precision
-            rounding); `"norm_edit"`, what an edit of the final norm's output added; `"logit"`, the logit itself.
+            rounding); `"norm_edit"`, what an edit of the final norm's output added; `"logit"`, the logit itself, before a
+            final soft cap.
             `.completeness_error` is always the sum of all these parts minus the logit. Of all layers it is rounding; of
             some, minus what the other layers add, and `norm_edit` is 0 unless the model's last layer is among them.
 
@@ -92,7 +97,11 @@ class AttributionMethods:
 
     @staticmethod
     def component_attribution(
-        residual: ResidualCapture, mlp: MLPCapture | None, unembed: Array | Llama, token: ArrayLike, position: int = -1
+        residual: ResidualCapture,
+        mlp: MLPCapture | None,
+        unembed: Array | Decoder,
+        token: ArrayLike,
+        position: int = -1,
     ) -> Result:
         """What each layer's attention and MLP add to a logit directly.
 
@@ -131,7 +140,7 @@ class AttributionMethods:
     @staticmethod
     def head_attribution(
         attention: AttentionCapture,
-        model: Llama,
+        model: Decoder,
         token: ArrayLike,
         position: int = -1,
         residual: ResidualCapture | None = None,
@@ -162,16 +171,15 @@ class AttributionMethods:
             ((4, 6), True)
         """
         z = need(attention, "AttentionCapture", "z")
-        weight = captured_rows(attention, model, "attn.o", z.shape[1], z.shape[3])
+        own = written(attention, model, "attn.o", z.shape[1], z.shape[3])
         gain, parts = _gain(attention, model, token, position, residual)
-        values = (_at(attention, z, 2, position).astype(jnp.float32) * _through(weight, gain)).sum(axis=-1)
-        return _of_units(
-            "head_attribution", attention, values, model.layers.attn.o, gain=gain, parts=parts, other="mlp"
-        )
+        through, bias = pulled_back(own, attention, gain, position)
+        values = (_at(attention, z, 2, position).astype(jnp.float32) * through).sum(axis=-1)
+        return _of_units("head_attribution", attention, values, bias, parts, other="mlp")
 
     @staticmethod
     def neuron_attribution(
-        mlp: MLPCapture, model: Llama, token: ArrayLike, position: int = -1, residual: ResidualCapture | None = None
+        mlp: MLPCapture, model: Decoder, token: ArrayLike, position: int = -1, residual: ResidualCapture | None = None
     ) -> Result:
         """What each neuron adds to a logit directly: its activation times its row of the down projection.
 
@@ -194,12 +202,11 @@ class AttributionMethods:
             (4, 512)
         """
         neurons = need(mlp, "MLPCapture", "post_activation")
-        weight = captured_rows(mlp, model, "mlp.down", neurons.shape[2])
+        own = written(mlp, model, "mlp.down", neurons.shape[2])
         gain, parts = _gain(mlp, model, token, position, residual)
-        values = _at(mlp, neurons, 1, position).astype(jnp.float32) * _through(weight, gain)
-        return _of_units(
-            "neuron_attribution", mlp, values, model.layers.mlp.down, gain=gain, parts=parts, other="attention"
-        )
+        through, bias = pulled_back(own, mlp, gain, position)
+        values = _at(mlp, neurons, 1, position).astype(jnp.float32) * through
+        return _of_units("neuron_attribution", mlp, values, bias, parts, other="attention")
 
     @staticmethod
     def top_attributions(result: Result, k: int = 10) -> list[dict[str, Any]]:
@@ -294,7 +301,8 @@ def _parts(residual: Any, unembed: Any, token: Any, position: int) -> _Parts:
     weight = need(residual, "ResidualCapture", "final_weight", "final_scale", "final_norm")[0]
     layers = residual.captured_layers
     last = layers.index(residual.model_layers - 1) if residual.model_layers - 1 in layers else None
-    return _shares(residual, _direction(unembed, token, weight.shape[-1]), check_position(residual, position), last)
+    direction = _direction(unembed, token, weight.shape[-1]) * residual.logit_scale
+    return _shares(residual, direction, check_position(residual, position), last)
 
 
 # One program, rather than one for each step of it whenever the length is new.
@@ -323,7 +331,7 @@ def _shares(residual: Any, direction: Float[Array, "E"], position: int, last: in
 
 
 def _gain(
-    capture: Any, model: Llama, token: Any, position: int, residual: Any
+    capture: Any, model: Decoder, token: Any, position: int, residual: Any
 ) -> tuple[Float[Array, "E"], _Parts | None]:
     """What turns a part of the stream into its share of the logit, and the other parts where a residual capture is given."""
     if residual is not None:
@@ -336,34 +344,19 @@ def _gain(
             f"This {type(capture).__name__} lacks the final norm's scale, which is kept where every layer is captured: "
             "capture with layers=None, or give residual=, a ResidualCapture of the same run."
         )
-    scale = _at(capture, capture.final_scale, 0, position).astype(jnp.float32)
-    weight = model.norm.weight[...]
-    return weight.astype(jnp.float32) * scale * _direction(model.lm_head.weight, token, weight.shape[-1]), None
+    scale = _at(capture, capture.final_scale, 0, position).astype(jnp.float32) * model.config.logit_scale
+    weight = model.final_weight.astype(jnp.float32)
+    return weight * scale * _direction(model.lm_head.weight, token, weight.shape[-1]), None
 
 
-def _of_units(
-    method: str, capture: Any, values: Array, linear: Any, gain: Array, parts: _Parts | None, other: str
-) -> Result:
+def _of_units(method: str, capture: Any, values: Array, bias: Array, parts: _Parts | None, other: str) -> Result:
     """The result for heads or neurons, whose sum with the projection's bias is one kind of component; `other` is the other."""
     layers = capture.captured_layers
-    bias = jnp.zeros(len(layers), jnp.float32)
-    if linear.bias is not None:
-        bias = _read(linear.bias[...][np.array(layers)], gain)
     if parts is None:
         return Result(values, method, None, layers, {"bias": bias})
     rest = getattr(parts, other)
     error = parts.beside() + rest.sum() + values.sum() + bias.sum() - parts.logit
     return Result(values, method, error, layers, {"bias": bias, other: rest, **parts.details()})
-
-
-@jax.jit
-def _through(weight: Float[Array, "L E ..."], gain: Float[Array, "E"]) -> Float[Array, "L ..."]:
-    """`gain` pulled back through a stacked output projection; a layer at a time, so that no wide copy of it is held."""
-
-    def layer(weight: Array) -> Array:
-        return jnp.tensordot(gain, weight.astype(jnp.float32), axes=1, precision=jax.lax.Precision.HIGHEST)
-
-    return jax.lax.map(layer, weight)
 
 
 def _at(capture: Any, value: Array, axis: int, position: int) -> Array:

@@ -38,6 +38,8 @@ class CircuitDetection:
     positions, and 0 where the prompt has no position that a score is about: a prompt without a repeated token says nothing
     of induction. For a test that does not hang on the prompt see `oculi_jax.diagnostics.head_scores`.
 
+    Attention spread evenly is spread over all tokens so far, in a layer with a window over those in it.
+
     Positions are ranks among the real tokens, so padding on either side changes nothing. All methods but those marked as
     host functions work under `jit`, `vmap` (over a batch of captures) and `grad`. All raise what `detect_induction_heads` does.
 
@@ -112,7 +114,8 @@ class CircuitDetection:
             - `bos`: attention to the first token, mean over t ≥ 1.
             - `recent`: attention to the 4 tokens before, t − 4 … t − 1, mean over t ≥ 7.
             - `local`: attention to these and to itself, t − 4 … t, mean over t ≥ 9.
-            - `uniform`: entropy of the row over log(t + 1), that of attention spread evenly; mean over t ≥ 1.
+            - `uniform`: entropy of the row over log(t + 1), that of attention spread evenly (of the window, where the layer
+              has a shorter one); mean over t ≥ 1.
 
             `recent` and `local` look only at rows in which the window is at most half of the keys: in a shorter row any
             head attends to something near.
@@ -121,7 +124,7 @@ class CircuitDetection:
             >>> round(float(CircuitDetection.detect_positional_heads(capture.attention)["bos"][2, 4]), 2)
             0.95
         """
-        return pattern_scores(*_inputs(capture), ("bos", "recent", "local", "uniform"))
+        return pattern_scores(*_inputs(capture), ("bos", "recent", "local", "uniform"), capture.windows)
 
     @staticmethod
     def scores(capture: AttentionCapture) -> dict[str, Float[Array, "L H"]]:
@@ -131,7 +134,7 @@ class CircuitDetection:
             >>> sorted(CircuitDetection.scores(capture.attention))[:3]
             ['bos', 'duplicate_token', 'induction']
         """
-        return pattern_scores(*_inputs(capture))
+        return pattern_scores(*_inputs(capture), windows=capture.windows)
 
     @staticmethod
     def classify(capture: AttentionCapture) -> tuple[Int[Array, "L H"], Float[Array, "L H"]]:
@@ -161,7 +164,7 @@ class CircuitDetection:
             >>> int(codes[2, 2]), round(float(scores[2, 2]), 2)  # PATTERNS[1] is induction
             (1, 0.99)
         """
-        return _classify(*_inputs(capture))
+        return _classify(*_inputs(capture), capture.windows)
 
     @staticmethod
     def classify_attention_head(capture: AttentionCapture, layer: int, head: int) -> dict[str, Any]:
@@ -184,7 +187,7 @@ class CircuitDetection:
         """
         found = _inputs(capture)
         row, head = row_of(capture, layer), check_head(capture, head)
-        codes, values = _classify(*found)
+        codes, values = _classify(*found, capture.windows)
         return {"pattern": PATTERNS[int(codes[row, head])], "score": float(values[row, head])}
 
     @staticmethod
@@ -199,7 +202,7 @@ class CircuitDetection:
             >>> [(layer, head) for layer, head, score in found["previous_token"]]
             [(1, 1), (1, 4), (1, 2)]
         """
-        codes, values = map(np.asarray, _classify(*_inputs(capture)))
+        codes, values = map(np.asarray, _classify(*_inputs(capture), capture.windows))
         found: dict[str, list[tuple[int, int, float]]] = {name: [] for name in PATTERNS}
         for row, layer in enumerate(capture.captured_layers):
             for head in range(codes.shape[1]):
@@ -207,20 +210,22 @@ class CircuitDetection:
         return {name: sorted(heads, key=lambda item: (-item[2], *item[:2])) for name, heads in found.items()}
 
 
-@partial(jax.jit, static_argnums=3, inline=True)
+@partial(jax.jit, static_argnames=("names", "windows"), inline=True)
 def pattern_scores(
     patterns: Float[Array, "L H T S"],
     tokens: Int[Array, "T"],
     mask: Bool[Array, "T"] | None = None,
     names: tuple[str, ...] = tuple(THRESHOLDS),
+    windows: tuple[int | None, ...] = (),
 ) -> dict[str, Float[Array, "L H"]]:
-    """The scores of `CircuitDetection`, without a capture; `names` is which, static.
+    """The scores of `CircuitDetection`, without a capture; `names` and `windows` are static.
 
     Args:
         patterns: `[L, H, T, S]`, zero on padding.
         tokens: ids `[T]`.
         mask: bool `[T]`, True at real tokens; None where all are.
         names: of the seven patterns.
+        windows: as `AttentionCapture.windows`.
     """
     patterns = patterns.astype(jnp.float32)
     weights = {name: weight for name, weight in _weights(tokens, mask).items() if name in names}
@@ -230,21 +235,41 @@ def pattern_scores(
         linear = jnp.einsum("lhts,nts->nlh", patterns, table, precision=jax.lax.Precision.HIGHEST)
         scores = dict(zip(weights, linear, strict=True))
     if "uniform" in names:
-        scores["uniform"] = _evenness(patterns, *_ranks(tokens, mask))
+        scores["uniform"] = _evenness(patterns, *_ranks(tokens, mask), windows)
     # Rows of a pattern sum to 1 up to rounding, in bfloat16 a percent. Unlike minimum, this keeps the gradient at 1.
     return {name: jnp.where(score > 1.0, 1.0, score) for name, score in scores.items()}
 
 
-@partial(jax.jit, inline=True)
-def _classify(patterns: Array, tokens: Array, mask: Array | None) -> tuple[Int[Array, "L H"], Float[Array, "L H"]]:
-    return decide(pattern_scores(patterns, tokens, mask), even_scores(tokens, mask))
+@partial(jax.jit, static_argnums=3, inline=True)
+def _classify(
+    patterns: Array, tokens: Array, mask: Array | None, windows: tuple[int | None, ...]
+) -> tuple[Int[Array, "L H"], Float[Array, "L H"]]:
+    return decide(pattern_scores(patterns, tokens, mask, windows=windows), even_scores(tokens, mask, windows))
 
 
-def even_scores(tokens: Int[Array, "T"], mask: Bool[Array, "T"] | None = None) -> dict[str, Float[Array, ""]]:
-    """What attention spread evenly scores on a prompt, for all patterns but `uniform`."""
+def even_scores(
+    tokens: Int[Array, "T"], mask: Bool[Array, "T"] | None = None, windows: tuple[int | None, ...] = ()
+) -> dict[str, Float[Array, "*L"]]:
+    """What attention spread evenly scores on a prompt, for all patterns but `uniform`; of each layer where there are windows."""
     rank, _ = _ranks(tokens, mask)
-    even = 1.0 / (rank + 1).astype(jnp.float32)  # what a key gets where it is allowed; elsewhere it weighs nothing
-    return {name: jnp.sum(weight * even[:, None]) for name, weight in _weights(tokens, mask).items()}
+    weights = _weights(tokens, mask)
+
+    def one(window: int | None) -> dict[str, Array]:
+        # What a key gets where it is allowed; elsewhere it weighs nothing.
+        even = 1.0 / _seen(rank, window).astype(jnp.float32)[:, None]
+        if window is not None:
+            even = jnp.where(rank[:, None] - rank[None, :] < window, even, 0.0)
+        return {name: jnp.sum(weight * even) for name, weight in weights.items()}
+
+    if not windows:
+        return one(None)
+    found = {window: one(window) for window in windows}
+    return {name: jnp.stack([found[window][name] for window in windows]) for name in weights}
+
+
+def _seen(rank: Int[Array, "T"], window: int | None) -> Int[Array, "T"]:
+    """How many keys each token may look at."""
+    return rank + 1 if window is None else jnp.minimum(rank + 1, window)
 
 
 def decide(
@@ -254,7 +279,8 @@ def decide(
     codes = jnp.full(scores["uniform"].shape, PATTERNS.index("unknown"), jnp.int32)
     values = jnp.zeros(codes.shape, jnp.float32)
     for code, (name, threshold) in reversed(list(enumerate(THRESHOLDS.items()))):
-        floor = chance.get(name, 0.0)
+        floor = jnp.asarray(chance.get(name, 0.0))
+        floor = floor[:, None] if floor.ndim else floor  # of each layer
         shown = scores[name] >= floor + threshold * (1.0 - floor)
         codes = jnp.where(shown, code, codes)
         values = jnp.where(shown, scores[name], values)
@@ -303,9 +329,15 @@ def _weights(tokens: Array, mask: Array | None) -> dict[str, Float[Array, "T S"]
     return {name: weigh(target) for name, target in targets.items()}
 
 
-def _evenness(patterns: Float[Array, "L H T S"], rank: Array, real: Array) -> Float[Array, "L H"]:
+def _evenness(
+    patterns: Float[Array, "L H T S"], rank: Array, real: Array, windows: tuple[int | None, ...]
+) -> Float[Array, "L H"]:
     rows = real & (rank >= 1)
     entropy = -jnp.sum(patterns * jnp.log(jnp.where(patterns > 0, patterns, 1.0)), axis=-1)
-    largest = jnp.log(jnp.where(rows, rank + 1, 2).astype(jnp.float32))
-    weight = jnp.where(rows, 1.0 / largest, 0.0) / jnp.maximum(jnp.sum(rows).astype(jnp.float32), 1.0)
-    return jnp.einsum("lht,t->lh", entropy, weight, precision=jax.lax.Precision.HIGHEST)
+
+    def weigh(window: int | None) -> Float[Array, "T"]:
+        largest = jnp.log(jnp.where(rows, jnp.maximum(_seen(rank, window), 2), 2).astype(jnp.float32))
+        return jnp.where(rows, 1.0 / largest, 0.0) / jnp.maximum(jnp.sum(rows).astype(jnp.float32), 1.0)
+
+    weight = jnp.stack([weigh(window) for window in windows or (None,) * len(patterns)])
+    return jnp.einsum("lht,lt->lh", entropy, weight, precision=jax.lax.Precision.HIGHEST)

@@ -21,7 +21,7 @@ from .statistics import count, norm, real_tokens
 
 if TYPE_CHECKING:
     from ..adapter.structures import AttentionCapture
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
 
 Head = tuple[int, int]
 METHODS = ("qk", "ov")
@@ -33,7 +33,7 @@ class CompositionAnalysis:
     From patterns: where information could flow on this prompt, not whether the weights read it. From the weights: whether
     they would read it, on any prompt. A head is `(layer, head)` with its true layer number; `source` comes before `target`.
     Methods work under `jit`, `vmap` (over a batch of captures) and `grad` unless they are marked as host functions. Those of
-    patterns raise what `qk_composition` does; those of weights a TypeError for what is no `Llama`.
+    patterns raise what `qk_composition` does; those of weights a TypeError for what is no model.
 
     Examples:
         >>> found = CompositionAnalysis.weight_composition(model)
@@ -174,7 +174,7 @@ class CompositionAnalysis:
         return Result(values, "path_score")
 
     @staticmethod
-    def weight_composition(model: Llama) -> Result:
+    def weight_composition(model: Decoder) -> Result:
         """Q-, K- and V-composition of every pair of heads. From the weights.
 
             Q: ‖W_QKᵀ W_OV‖ / (‖W_QK‖ ‖W_OV‖)    K: ‖W_QK W_OV‖ / (‖W_QK‖ ‖W_OV‖)    V: ‖W_OV W_OV'‖ / (‖W_OV‖ ‖W_OV'‖)
@@ -182,31 +182,32 @@ class CompositionAnalysis:
         Frobenius norms, column vectors, the right-hand W_OV being the source's: how much of what the source writes the
         target's queries, keys and values read. Norm weights are folded, the target's into its Q, K, V and the source's
         into its V; the norm's scale, rotary position, biases and the layers between are left out. Under GQA a query head
-        uses the keys and values of its group. A head whose circuit is zero scores 0.
+        uses the keys and values of its group. A head whose circuit is zero scores 0. The norm of what attention adds, where
+        the family has one, is folded into W_OV without its scale; where queries and keys are normalised there is no W_QK, and
+        of the three V alone.
 
         Args:
-            model: a `Llama`, of any float dtype; computed in float32.
+            model: a model of any family and float dtype; computed in float32.
 
         Returns:
-            `.values`: `"q"`, `"k"`, `"v"` → `[L, H, L, H]`, source, then target; 0 unless the source's layer is the lower
-            one. `.details["baseline"]`: 1/√E, what unrelated heads score: where the directions that a source writes are
-            rotated at random against the target, E‖A B‖² = ‖A‖² ‖B‖² / E, so this is the root mean square of the score
-            whatever the two matrices are (the mean is a little below).
+            `.values`: `"q"`, `"k"`, `"v"` (where `config.qk_norm` is not None, `"v"` alone) → `[L, H, L, H]`, source, then
+            target; 0 unless the source's layer is the lower one. `.details["baseline"]`: 1/√E, what unrelated heads score:
+            where the directions that a source writes are rotated at random against the target, E‖A B‖² = ‖A‖² ‖B‖² / E, so
+            this is the root mean square of the score whatever the two matrices are (the mean is a little below).
 
         Examples:
             >>> round(float(CompositionAnalysis.weight_composition(model).values["k"][1, 4, 2, 2]), 2)
             0.18
         """
-        found = weights.composition(weights.factors(model))
+        found = dict(zip("qkv", weights.composition(weights.factors(model)), strict=True))
+        found = {"v": found["v"]} if model.config.qk_norm is not None else found
         baseline = jnp.asarray(model.config.hidden_size**-0.5, jnp.float32)
         layers = tuple(range(model.config.num_hidden_layers))
-        return Result(
-            dict(zip("qkv", found, strict=True)), "weight_composition", layers=layers, details={"baseline": baseline}
-        )
+        return Result(found, "weight_composition", layers=layers, details={"baseline": baseline})
 
     @staticmethod
     def detect_induction_circuit(
-        capture: AttentionCapture, threshold: float = 0.3, model: Llama | None = None
+        capture: AttentionCapture, threshold: float = 0.3, model: Decoder | None = None
     ) -> Result:
         """Pairs of a previous-token head and an induction head in a later layer, and how they compose. Host function.
 
@@ -218,8 +219,8 @@ class CompositionAnalysis:
             capture: with `patterns`.
             threshold: what both heads' scores must reach: mean attention to the token before, and to what followed an
                 earlier occurrence. A score within rounding of it may reach it on one processor and not on another.
-            model: with it the score is K-composition from the weights; without it the mean of `qk_composition`, from
-                patterns.
+            model: with it the score is K-composition from the weights, a ValueError where queries and keys are normalised;
+                without it the mean of `qk_composition`, from patterns.
 
         Returns:
             `.metadata["circuits"]`: dicts with `previous_token_head` and `induction_head`, each (layer, head) with true
@@ -239,6 +240,7 @@ class CompositionAnalysis:
             scores = np.asarray(CompositionAnalysis.composition_matrix(capture).values)
         else:
             sizes = weights.config_of(model).sizes
+            weights.check_qk(model, "K-composition from the weights")
             if sizes["H"] != capture.n_heads or layers.max() >= sizes["L"]:
                 raise ValueError(
                     f"The capture has {capture.n_heads} heads and layers up to {layers.max()}, the model {sizes['H']} "
@@ -268,7 +270,7 @@ class CompositionAnalysis:
         )
 
     @staticmethod
-    def ov_copying_scores(model: Llama) -> Float[np.ndarray, "L H"]:
+    def ov_copying_scores(model: Decoder) -> Float[np.ndarray, "L H"]:
         """Σ λ / Σ |λ| over the eigenvalues λ of W_U W_OV W_E: how much each head copies. Host function.
 
         1 where every eigenvalue is positive (what is attended to is predicted), −1 where every one is negative, near 0 for
@@ -284,10 +286,11 @@ class CompositionAnalysis:
         return weights.copying_scores(model)
 
     @staticmethod
-    def qk_eigenvalues(model: Llama) -> Complex[np.ndarray, "L H D"]:
+    def qk_eigenvalues(model: Decoder) -> Complex[np.ndarray, "L H D"]:
         """Eigenvalues of W_QK = Qᵀ K, those that are not zero by rank, largest modulus first. Host function.
 
-        Positive ones mean attention to what is similar. JAX has eigenvalues of general matrices on the CPU alone.
+        Positive ones mean attention to what is similar. JAX has eigenvalues of general matrices on the CPU alone. ValueError
+        where queries and keys are normalised.
 
         Examples:
             >>> CompositionAnalysis.qk_eigenvalues(model).shape
@@ -296,7 +299,7 @@ class CompositionAnalysis:
         return weights.eigenvalues(model, "qk")
 
     @staticmethod
-    def ov_eigenvalues(model: Llama) -> Complex[np.ndarray, "L H D"]:
+    def ov_eigenvalues(model: Decoder) -> Complex[np.ndarray, "L H D"]:
         """Eigenvalues of W_OV = O V, those that are not zero by rank, largest modulus first. Host function.
 
         Examples:
@@ -307,21 +310,25 @@ class CompositionAnalysis:
 
     @overload
     @staticmethod
-    def qk_svd(model: Llama) -> Float[Array, "L H D"]: ...
+    def qk_svd(model: Decoder) -> Float[Array, "L H D"]: ...
     @overload
     @staticmethod
-    def qk_svd(model: Llama, layer: int, head: int) -> weights.SVD: ...
+    def qk_svd(model: Decoder, layer: int, head: int) -> weights.SVD: ...
     @staticmethod
-    def qk_svd(model: Llama, layer: int | None = None, head: int | None = None) -> Any:
+    def qk_svd(model: Decoder, layer: int | None = None, head: int | None = None) -> Any:
         """Singular values of W_QK = Qᵀ K of every head, or the whole decomposition of one.
 
         Args:
-            model: a `Llama`.
+            model: a model of any family, or a Hugging Face one.
             layer, head: of the one head; neither for all.
 
         Returns:
             Singular values `[L, H, D]`, largest first; for one head `U [E, D]`, `S [D]`, `Vh [D, E]`, U holding directions
             of the destination and Vh of the source, the signs of a pair being arbitrary.
+
+        Raises:
+            ValueError: queries and keys are normalised (`config.qk_norm`), so that there is no W_QK; a layer or head that
+                cannot be.
 
         Examples:
             >>> CompositionAnalysis.qk_svd(model).shape, CompositionAnalysis.qk_svd(model, 2, 2).U.shape
@@ -331,12 +338,12 @@ class CompositionAnalysis:
 
     @overload
     @staticmethod
-    def ov_svd(model: Llama) -> Float[Array, "L H D"]: ...
+    def ov_svd(model: Decoder) -> Float[Array, "L H D"]: ...
     @overload
     @staticmethod
-    def ov_svd(model: Llama, layer: int, head: int) -> weights.SVD: ...
+    def ov_svd(model: Decoder, layer: int, head: int) -> weights.SVD: ...
     @staticmethod
-    def ov_svd(model: Llama, layer: int | None = None, head: int | None = None) -> Any:
+    def ov_svd(model: Decoder, layer: int | None = None, head: int | None = None) -> Any:
         """Singular values of W_OV = O V of every head, or the whole decomposition of one.
 
         Arguments and result as for `qk_svd`; U holds the directions written, Vh those read.

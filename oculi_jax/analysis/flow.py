@@ -12,13 +12,13 @@ from jaxtyping import Float
 
 from ..arrays import integer
 from .inputs import need
-from .residual import captured_rows
+from .residual import Written, written
 from .result import Result
 from .statistics import norm, real_tokens
 
 if TYPE_CHECKING:
     from ..adapter.structures import AttentionCapture
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
 
 # Capacities are integers to scipy: a whole row is this much, half of what an int32 holds.
 _UNIT = 2**30
@@ -100,11 +100,12 @@ def attention_flow(attention: AttentionCapture, position: int = -1) -> Result:
     return Result(values, "attention_flow")
 
 
-def value_weighted_attention(attention: AttentionCapture, model: Llama | None = None) -> Result:
+def value_weighted_attention(attention: AttentionCapture, model: Decoder | None = None) -> Result:
     """Attention weighted by the length of what it moves: `pattern[t, s] · ‖v_s W_O,h‖`.
 
     The length of head h's message from s to t, Kobayashi et al. (2020), arXiv:2004.10102: a head may look hard at a token
-    and take nothing from it.
+    and take nothing from it. Where the family normalises what attention adds, messages are as long as they are after that norm,
+    its scale at t taken as it was.
 
     Args:
         attention: with patterns and values.
@@ -121,10 +122,10 @@ def value_weighted_attention(attention: AttentionCapture, model: Llama | None = 
         4
     """
     patterns, values = need(attention, "AttentionCapture", "patterns", "values")
-    weight = None
+    own = None
     if model is not None:
-        weight = captured_rows(attention, model, "attn.o", attention.n_heads, attention.head_dim)
-    return Result(_weighted(patterns, values, weight), "value_weighted_attention", layers=attention.captured_layers)
+        own = written(attention, model, "attn.o", attention.n_heads, attention.head_dim)
+    return Result(_weighted(patterns, values, own), "value_weighted_attention", layers=attention.captured_layers)
 
 
 def _consecutive(attention: Any) -> Float[Array, "L H T S"]:
@@ -159,22 +160,25 @@ def _rollout(patterns: Array, real: Array, residual_weight: Array) -> Float[Arra
 
 @jax.jit
 def _weighted(
-    patterns: Float[Array, "L H T S"], values: Float[Array, "L K S D"], weight: Float[Array, "L E H D"] | None
+    patterns: Float[Array, "L H T S"], values: Float[Array, "L K S D"], own: Written | None
 ) -> Float[Array, "L H T S"]:
     n_layers, n_heads = patterns.shape[:2]
     group = n_heads // values.shape[1]
     values = values.astype(jnp.float32)
-    if weight is None:
+    if own is None:
         # The norms are repeated for the heads of a group, not the values.
         norms = jnp.repeat(norm(values), group, axis=1)
     else:
 
         def message_norms(index: Array) -> Float[Array, "S"]:
             layer, head = index // n_heads, index % n_heads
-            through = weight[layer, :, head].astype(jnp.float32)
+            through = own.weight[layer, :, head].astype(jnp.float32) * own.gain[layer][:, None]
             value = values[layer, head // group]
             return norm(jnp.einsum("sd,ed->se", value, through, precision=jax.lax.Precision.HIGHEST))
 
         # A head at a time: the messages of all would be [L, H, S, E].
         norms = jax.lax.map(message_norms, jnp.arange(n_layers * n_heads)).reshape(n_layers, n_heads, -1)
-    return patterns.astype(jnp.float32) * norms[:, :, None, :]
+    patterns = patterns.astype(jnp.float32)
+    if own is not None and own.scale is not None:
+        patterns = patterns * own.scale[:, None, :, None]
+    return patterns * norms[:, :, None, :]

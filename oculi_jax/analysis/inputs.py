@@ -31,6 +31,7 @@ _KEPT_BY = {
     "post_activation": "MLPConfig(capture_post_activation=True)",
     "output": "MLPConfig(capture_output=True)",
     "final_scale": "every layer (layers=None)",
+    "post_scale": "an adapter of this model",
 }
 
 

@@ -106,7 +106,7 @@ class LogitLensAnalysis:
     ) -> Float[Array, " L"]:
         """The probability of one token at each layer, exact for any token whatever `top_k` was.
 
-        exp(normalized · unembedding[token] − log_normalizer).
+        exp(normalized · unembedding[token] − log_normalizer), the product scaled and capped as the model does it.
 
         Args:
             capture: a `LogitCapture`. Reopened from a file it lacks the unembedding; then its logits serve, or the
@@ -130,7 +130,7 @@ class LogitLensAnalysis:
         if exact := _exact(capture):
             normalized, unembedding = exact
             row = unembedding.at[token].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-            logit = _unembed(_at(capture, normalized, token_position), row[None])[:, 0]
+            logit = capture.said(_unembed(_at(capture, normalized, token_position), row[None]))[:, 0]
         elif capture.logits is not None:
             logit = _of_token(_at(capture, capture.logits, token_position).astype(jnp.float32), token)
         else:
@@ -211,7 +211,7 @@ def _logits(capture: LogitCapture, position: int) -> Float[Array, "L V"]:
     """The lens's logits over the whole vocabulary at one position, float32."""
     rounded = capture.logits is None or capture.logits.dtype != jnp.float32
     if rounded and (exact := _exact(capture)):
-        return _unembed(_at(capture, exact[0], position), exact[1])
+        return capture.said(_unembed(_at(capture, exact[0], position), exact[1]))
     if capture.logits is None:
         kept = 0 if capture.top_k_logits is None else capture.top_k_logits.shape[-1]
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from .inputs import at_position, check_capture, need
 
 if TYPE_CHECKING:
     from ..adapter.structures import AnyCapture, AttentionCapture, ResidualCapture
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
 
 
 @pytree
@@ -83,9 +83,11 @@ def _decompose(residual: Any, position: int | None) -> Decomposition:
 
 
 def stack_head_results(
-    attention: AttentionCapture, model: Llama, position: int | None = None
+    attention: AttentionCapture, model: Decoder, position: int | None = None
 ) -> Float[Array, "L H T E"] | Float[Array, "L H E"]:
     """What each head adds to the residual stream, `z_h W_O,h`; over heads, with the output bias, they sum to `attn_out`.
+
+    Where the family normalises what attention adds, each head's part is normalised with the scale of this run, as it was.
 
     Of all positions this is `[L, H, T, E]`, `H` times a residual capture: give a position where one will do.
 
@@ -106,24 +108,47 @@ def stack_head_results(
         ((4, 6, 192), True)
     """
     z = need(attention, "AttentionCapture", "z")
-    weight = captured_rows(attention, model, "attn.o", z.shape[1], z.shape[3])
+    own = written(attention, model, "attn.o", z.shape[1], z.shape[3])
+    scale = own.scale
     if position is not None:
         z = at_position(attention, z, 2, position)
-    return _head_results(z.astype(jnp.float32), weight)
+        scale = None if scale is None else at_position(attention, scale, 1, position)
+    if scale is not None:
+        z = z.astype(jnp.float32) * (scale[:, None, None] if scale.ndim == 1 else scale[:, None, :, None])
+    return _head_results(z.astype(jnp.float32), own.weight, own.gain)
 
 
 @jax.jit
-def _head_results(z: Float[Array, "L H ... D"], weight: Float[Array, "L E H D"]) -> Float[Array, "L H ... E"]:
+def _head_results(
+    z: Float[Array, "L H ... D"], weight: Float[Array, "L E H D"], gain: Float[Array, "L E"]
+) -> Float[Array, "L H ... E"]:
     # A layer at a time, so that a float32 copy of narrower weights is never held whole.
-    def layer(row: tuple[Array, Array]) -> Array:
-        z, weight = row
-        return jnp.einsum("h...d,ehd->h...e", z, weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    def layer(row: tuple[Array, Array, Array]) -> Array:
+        z, weight, gain = row
+        wide = weight.astype(jnp.float32) * gain[:, None, None]
+        return jnp.einsum("h...d,ehd->h...e", z, wide, precision=jax.lax.Precision.HIGHEST)
 
-    return jax.lax.map(layer, (z, weight))
+    return jax.lax.map(layer, (z, weight, gain))
 
 
-def captured_rows(capture: AnyCapture, model: Llama, name: str, *sizes: int) -> Array:
-    """Rows of a stacked output weight, `[L, E, …]`, for the layers of a capture.
+class Written(NamedTuple):
+    """How a sublayer of the captured layers writes into the stream: it adds `(weight · x + bias) · gain · scale`.
+
+    Attributes:
+        weight: `[L, E, …]`; `bias`: `[L, E]` or None.
+        gain: float32 `[L, E]`, what the family multiplies by on the way: the gain of the norm of what is added, where it has
+            one, and its `residual_scale`; ones for Llama.
+        scale: `[L, T]`, that norm's scale in this run, taken as it was; None without one.
+    """
+
+    weight: Float[Array, "L E ..."]
+    bias: Float[Array, "L E"] | None
+    gain: Float[Array, "L E"]
+    scale: Float[Array, "L T"] | None
+
+
+def written(capture: AnyCapture, model: Decoder, name: str, *sizes: int) -> Written:
+    """How what a capture holds of each layer is added to the stream: the one place that knows a family's way there.
 
     Args:
         capture: whose `captured_layers` are wanted.
@@ -132,14 +157,16 @@ def captured_rows(capture: AnyCapture, model: Llama, name: str, *sizes: int) -> 
         sizes: the capture's sizes of the weight's axes after `E`.
 
     Raises:
-        TypeError: `model` is no Llama. ValueError: it is not the one that was captured.
+        TypeError: `model` is no Llama. ValueError: it is not the one that was captured, or the scale of the norm of what is
+            added was not captured.
     """
     if not hasattr(model, "layers") or not hasattr(model, "lm_head"):
         hint = " Give its .model." if hasattr(model, "model") else ""
         raise TypeError(f"The model is a {type(model).__name__}, and the Llama that was captured is needed.{hint}")
     part, linear = name.split(".")
-    weight = getattr(getattr(model.layers, part), linear).weight[...]
-    layers = capture.captured_layers
+    config, blocks = model.config, model.layers
+    own = getattr(getattr(blocks, part), linear)
+    weight, layers = own.weight[...], capture.captured_layers
     if max(layers) >= weight.shape[0] or tuple(weight.shape[2:]) != sizes:
         found = ", ".join(map(str, sizes))
         there = ", ".join(map(str, weight.shape[2:]))
@@ -147,4 +174,36 @@ def captured_rows(capture: AnyCapture, model: Llama, name: str, *sizes: int) -> 
             f"This capture is of another model: its layers go to {max(layers)} and the inputs of {name} are [{found}], but "
             f"the model has {weight.shape[0]} layers with inputs [{there}]. Give the model that was captured."
         )
-    return weight if layers == tuple(range(weight.shape[0])) else weight[np.array(layers)]
+    whole = layers == tuple(range(weight.shape[0]))
+    gain, scale = jnp.full(weight.shape[:2], config.residual_scale, jnp.float32), None
+    if config.post_norm:
+        scale = need(capture, type(capture).__name__, "post_scale").astype(jnp.float32)
+        gain = gain * getattr(blocks, f"{part}_post_norm").gain(config.norm).astype(jnp.float32)
+    bias = None if own.bias is None else own.bias[...]
+    if not whole:
+        some = np.array(layers)
+        weight, bias, gain = weight[some], None if bias is None else bias[some], gain[some]
+    return Written(weight, bias, gain, scale)
+
+
+def pulled_back(
+    own: Written, capture: AnyCapture, direction: Float[Array, "E"], position: int
+) -> tuple[Float[Array, "L ..."], Float[Array, "L"]]:
+    """What a unit of each input of a sublayer's projection, and what its bias, add along a direction at one position."""
+    gains = own.gain * direction[None, :]
+    if own.scale is not None:
+        gains = gains * at_position(capture, own.scale, 1, position)[:, None]
+    if own.bias is None:
+        return _through(own.weight, gains), jnp.zeros(len(gains), jnp.float32)
+    bias = jnp.einsum("le,le->l", own.bias.astype(jnp.float32), gains, precision=jax.lax.Precision.HIGHEST)
+    return _through(own.weight, gains), bias
+
+
+@jax.jit
+def _through(weight: Float[Array, "L E ..."], gains: Float[Array, "L E"]) -> Float[Array, "L ..."]:
+    # A layer at a time, so that no wide copy of the weight is held.
+    def layer(row: tuple[Array, Array]) -> Array:
+        weight, gain = row
+        return jnp.tensordot(gain, weight.astype(jnp.float32), axes=1, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.map(layer, (weight, gains))

@@ -2,8 +2,10 @@
 
 Circuits are those of Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", for column vectors:
 W_QK = Qᵀ K scores a destination against a source, W_OV = O V moves what was read; both are E×E of rank D and are never
-formed. The layer's first norm is folded into its Q, K and V (RMSNorm's weight w is linear: Q ← Q diag(w)). Left out, as
-is usual: the norm's scale, which depends on the token; the rotary position; biases.
+formed. The layer's first norm, where it has one, is folded into its Q, K and V (RMSNorm's gain w is linear: Q ← Q diag(w)),
+and the norm of what attention adds, where the family has one, and its `residual_scale` into O. Left out, as is usual: the
+norms' scales, which depend on the token; the rotary position; biases; what scores are multiplied and capped by. Where queries
+and keys are normalised (`config.qk_norm`), scores are not x W_QK y for any one matrix, and there is no W_QK.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from ..arrays import integer
 from .statistics import root
 
 if TYPE_CHECKING:
-    from ..models.llama.config import LlamaConfig
-    from ..models.llama.model import Llama
+    from ..models.decoder.config import DecoderConfig
+    from ..models.decoder.model import Decoder
 
 CIRCUITS = ("qk", "ov")
 
@@ -52,29 +54,43 @@ class SVD(NamedTuple):
     Vh: Float[Array, "D E"]
 
 
-def config_of(model: Llama) -> LlamaConfig:
+def config_of(model: Decoder) -> DecoderConfig:
     """The config of a model; TypeError for what is none."""
     if isinstance(model, type) or not hasattr(model, "config") or not hasattr(model, "layers"):
         what = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
-        raise TypeError(f"The model is {what}; give a Llama, as adapter.model is one.")
+        raise TypeError(f"The model is {what}; give one as from_pretrained(source) makes, such as adapter.model.")
     return model.config
 
 
-def factors(model: Llama) -> Factors:
+def factors(model: Decoder) -> Factors:
     """The projections of a model's heads."""
-    config, attn = config_of(model), model.layers.attn
-    norm = model.layers.attn_norm.weight[...].astype(jnp.float32)[:, None, None, :]
+    config, layers = config_of(model), model.layers
+    attn = layers.attn
     kv_heads = np.array([config.kv_head(head) for head in range(config.num_attention_heads)])
 
+    def folded(weight: Array, norm: Any) -> Array:
+        wide = weight.astype(jnp.float32)
+        return wide if norm is None else wide * norm.gain(config.norm).astype(jnp.float32)[:, None, None, :]
+
     def read(weight: Any) -> Array:
-        return weight[...].astype(jnp.float32) * norm
+        return folded(weight[...], layers.attn_norm)
 
     return Factors(
         q=read(attn.q.weight),
         k=jnp.take(read(attn.k.weight), kv_heads, axis=1),
         v=jnp.take(read(attn.v.weight), kv_heads, axis=1),
-        o=attn.o.weight[...].astype(jnp.float32).transpose(0, 2, 3, 1),
+        o=folded(attn.o.weight[...].transpose(0, 2, 3, 1), layers.attn_post_norm) * config.residual_scale,
     )
+
+
+def check_qk(model: Decoder, what: str) -> None:
+    """ValueError where the family normalises queries and keys, so that a head has no W_QK."""
+    if config_of(model).qk_norm is not None:
+        raise ValueError(
+            f"{what} reads W_QK = Qᵀ K, and {model.config.family.title} normalises queries and keys before it compares them, so "
+            "that no one matrix gives their scores. W_OV is one matrix here too: ov_svd, ov_eigenvalues, ov_copying_scores, and "
+            'weight_composition(model).values["v"]; scores on a prompt are the sites "scores" and "pattern".'
+        )
 
 
 @jax.jit
@@ -107,12 +123,12 @@ def composition(weights: Factors) -> Float[Array, "3 L H L H"]:
     return scores.at[:, source, :, target, :].set(root(squares))
 
 
-def svd(model: Llama, circuit: str, layer: int | None = None, head: int | None = None) -> Any:
+def svd(model: Decoder, circuit: str, layer: int | None = None, head: int | None = None) -> Any:
     """Singular values `[L, H, D]` of W_QK (`circuit="qk"`) or W_OV (`"ov"`) of every head, or the `SVD` of one head.
 
     Through the QR of both factors and the SVD of a D×D matrix.
     """
-    left, right = _sides(factors(model), circuit)
+    left, right = _sides(model, circuit)
     if layer is None and head is None:
         return _singular_values(left, right)
     if layer is None or head is None:
@@ -134,16 +150,16 @@ def _svd(left: Float[Array, "D E"], right: Float[Array, "D E"]) -> SVD:
     return SVD(_product(u, inner_u), values, _product(inner_vh, v.T))
 
 
-def eigenvalues(model: Llama, circuit: str) -> Complex[np.ndarray, "L H D"]:
+def eigenvalues(model: Decoder, circuit: str) -> Complex[np.ndarray, "L H D"]:
     """The eigenvalues of W_QK or W_OV that are not zero by rank, largest modulus first. Host function, float64.
 
     Those of X Y are those of Y X: of a D×D matrix.
     """
-    left, right = _sides(factors(model), circuit)
+    left, right = _sides(model, circuit)
     return _sorted_eigenvalues(_wide(right) @ _wide(left).swapaxes(-1, -2))
 
 
-def copying_scores(model: Llama) -> Float[np.ndarray, "L H"]:
+def copying_scores(model: Decoder) -> Float[np.ndarray, "L H"]:
     """Σ λ / Σ |λ| over the eigenvalues of W_U W_OV W_E. Host function: eigenvalues of general matrices.
 
     The V×V circuit has the eigenvalues of V (W_E W_U) O, D×D, whose inner E×E product is computed once; the final norm's
@@ -151,7 +167,7 @@ def copying_scores(model: Llama) -> Float[np.ndarray, "L H"]:
     """
     weights = factors(model)
     embed, unembed, final = (
-        x.astype(jnp.float32) for x in (model.embed[...], model.lm_head.weight, model.norm.weight[...])
+        x.astype(jnp.float32) for x in (model.embed[...], model.lm_head.weight, model.final_weight)
     )
     inner = jnp.einsum("ve,vf->ef", embed, unembed, precision=jax.lax.Precision.HIGHEST) * final[None, :]
     values = _sorted_eigenvalues(_wide(_product(weights.v, inner)) @ _wide(weights.o).swapaxes(-1, -2))
@@ -159,10 +175,13 @@ def copying_scores(model: Llama) -> Float[np.ndarray, "L H"]:
     return np.divide(values.sum(-1).real, size, out=np.zeros_like(size), where=size > 0).astype(np.float32)
 
 
-def _sides(weights: Factors, circuit: str) -> tuple[Array, Array]:
+def _sides(model: Decoder, circuit: str) -> tuple[Array, Array]:
     """X and Y with Xᵀ Y = the circuit."""
     if circuit not in CIRCUITS:
         raise ValueError(f"circuit is {circuit!r}, and must be 'qk' or 'ov'.")
+    if circuit == "qk":
+        check_qk(model, "This analysis")
+    weights = factors(model)
     return (weights.q, weights.k) if circuit == "qk" else (weights.o, weights.v)
 
 

@@ -13,24 +13,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..arrays import AnyArray
+    from ..buckets import Window
     from ..capture import Reading
     from ..decoding.sampling import Sampler
     from ..intervention.rows import Rows
     from ..metrics import MetricLike
-    from ..models.llama.config import LlamaConfig
-    from ..models.llama.model import Llama
+    from ..models.decoder.config import DecoderConfig
+    from ..models.decoder.model import Decoder
     from ..output import Output
-    from .torch.model import TorchLlama
+    from ..rules import Rules
+    from .torch.model import TorchDecoder
 
 
-ModelLike: TypeAlias = "Llama | TorchLlama | PreTrainedModel"
+# How attention is computed → the sites that exist in any case, whether or not somebody touches them.
+EXIST: dict[str, tuple[str, ...]] = {"auto": (), "explicit": ("pattern",)}
+
+ModelLike: TypeAlias = "Decoder | TorchDecoder | PreTrainedModel"
 
 
 class Model(Protocol):
     """What every model says of itself, whatever runs it."""
 
     @property
-    def config(self) -> LlamaConfig: ...
+    def config(self) -> DecoderConfig: ...
     @property
     def dtype(self) -> np.dtype: ...
     @property
@@ -98,8 +103,10 @@ class Programs(Protocol[M, Base]):
         *,
         logits: str = "none",
         remat: bool = False,
+        attention: str = "auto",
+        rules: Rules | None = None,
     ) -> Output:
-        """One run: what `forward` returns."""
+        """One run: what `forward` returns; `attention` is a key of `EXIST`, and a backend that is not traceable refuses `rules`."""
         ...
 
     def lens(
@@ -131,23 +138,35 @@ class Programs(Protocol[M, Base]):
         metric: MetricLike | None = None,
         metric_by_prompt: tuple[bool, ...] = (),
         readings: tuple[Reading, ...] = (),
+        window: Window | None = None,
         base: Base | None = None,
+        which: Int[AnyArray, "C"] | None = None,
         start: AnyArray | int = 0,
-        n_rows: int | None = None,
+        first: int = 0,
+        shared: bool = False,
         mesh: jax.sharding.Mesh | None = None,
     ) -> Seen:
         """Each prompt under `size` variants, judged by a metric, read, or both.
 
         Args:
             metric_by_prompt: for each of the metric's leaves, whether it leads with the prompts.
-            base: of `Programs.run_base`: then layers run from `start` on, and of the tokens the last `n_rows` (None: all) alone,
-                and nothing is read.
+            window: which columns `tokens` are of those that the interventions' arrays cover, and a metric's function sees.
+            base: of `Programs.run_base`, whose prompts `which` names: then layers run from `start` on, and nothing is read.
+            first: then so many tokens do not run, and are as in the base run; or, where they are `shared`, the same in all
+                prompts, and no intervention depends on the prompt, they run once for each variant.
             mesh: spreads the variants over its `data` axis.
         """
         ...
 
     def run_base(
-        self, model: M, tokens: Int[AnyArray, "C T"], mask: Bool[AnyArray, "C T"] | None, rows: Rows, *, keys: bool
+        self,
+        model: M,
+        tokens: Int[AnyArray, "C T"],
+        mask: Bool[AnyArray, "C T"] | None,
+        rows: Rows,
+        *,
+        keys: bool,
+        window: Window | None = None,
     ) -> Base:
         """What runs under interventions without variants leave for `run_variants` to start from; with or without `keys`."""
         ...

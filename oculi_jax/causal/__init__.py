@@ -1,6 +1,7 @@
 """What happens if: one run's activations in another, and gradients that say the same to first order."""
 
-from .attribution import AttributionResult, attribution_patching
+from .attributed import AttributionResult
+from .attribution import attribution_patching
 from .noise import Noise
 from .patching import PatchingResult, activation_patching
 from .tracer import CausalTracer, TraceResult

@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
-from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, integer, listing
-from ..backends import check_model
-from ..backends.jax.compiled import compiled
-from ..backends.jax.programs import measure, run
+from ..arrays import AnyArray, integer, listing, under_trace, wide
+from ..backends import check_model, programs_of
+from ..buckets import Bucket, Window, buckets_of, columns_of_a_program, weights_of, whole
 from ..capture import Reading, readings_of
-from ..intervention.each import PerLayer
-from ..intervention.edit import Edit
-from ..metrics import check_metric, of_prompt
+from ..metrics import check_metric
+from ..prompts import bucket as rung
 from ..prompts import check_prompts
-from ..pytrees import pytree
-from ..sites import SITES, Site, find_site
-from .verification import entries_of, number_of
+from ..rules import check_family
+from ..sites import find_site
+from ..sweeps.planning import Call, Cost, Part, Plan, plans
+from ..sweeps.sweeping import cost_of
+from .attributed import AttributionResult
+from .gradients import RUNS, How, attribute
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..metrics import MetricLike
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
+    from ..rules import Rules
 
 # How much of a backward pass is kept at once: prompts beyond it run in turn, one prompt beyond it recomputes its layers.
 _KEPT_BYTES = 1 << 30
+# Of `rules`, `steps`, `at` and `correct`.
+DEFAULT: tuple[Any, ...] = (None, 1, "corrupted", None)
 
 
 def attribution_patching(
-    model: Llama,
+    model: Decoder,
     clean: ArrayLike,
     corrupted: ArrayLike,
     metric: MetricLike,
     sites: str | Sequence[str] = ("z",),
     *,
     mask: ArrayLike | None = None,
+    rules: Rules | None = None,
+    steps: int = 1,
+    at: Literal["corrupted", "clean"] = "corrupted",
+    correct: Literal["qk"] | None = None,
 ) -> AttributionResult:
     """Estimates what patching each clean activation into the corrupted run would do to the metric, all at once.
 
@@ -53,18 +60,25 @@ def attribution_patching(
 
     The metric is not linear in the sites. The estimate is poor for large changes (a whole residual stream early on), for
     queries and keys where attention is saturated, so that the softmax has no gradient, and where direct and indirect effects
-    cancel (Kramár et al. 2024, arXiv:2403.00745). `verify` measures how poor.
+    cancel (Kramár et al. 2024, arXiv:2403.00745): `steps`, `correct` and `rules` are for these. `verify` measures how poor.
 
     Args:
-        model: a `Llama`.
+        model: a model of any family, or a Hugging Face one.
         clean, corrupted: ids `[T]`, or `[B, T]` for several pairs of prompts: of one shape, aligned token by token.
         metric: one of `oculi_jax.metrics`, or any function of an `Output` (with all logits `[T, V]`, no activations) to a
             floating-point scalar. A metric's ids are data; a function is a part of the program.
         sites: names of the site table, all but `allowed`, or what the guide or TransformerLens calls them; static.
         mask: bool, shaped as `clean`, True at real tokens, of both prompts of a pair. Padding is 0 in the result.
+        rules: other derivatives, of `oculi_jax.rules`; a leading axis on their leaves is a family, one after another.
+        steps: over how many gradients to average, k = 0 … steps − 1: at embeddings corrupted + (k / steps)(clean − corrupted).
+            They are integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365).
+        at: which run the gradient is of, where it is of one.
+        correct: `"qk"` for AtP*'s correction (Kramár et al. 2024): what other queries and keys make of the pattern is computed
+            exactly, the softmax whole, and only what follows is a gradient. It changes `q` and `k`, a key's over all
+            queries that see it, and nothing else.
 
     Returns:
-        An `AttributionResult`: `.values["z"]` `[L, H, T]`, `[B, L, H, T]` for several pairs.
+        An `AttributionResult`: `.values["z"]` `[L, H, T]`, `[B, L, H, T]` for several pairs; all behind an axis of R rules.
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs; a metric without a gradient.
@@ -73,72 +87,9 @@ def attribution_patching(
         >>> attribution_patching(model, ids, other, metric, "z").values["z"].shape
         (4, 6, 6)
     """
-    config = check_model(model)
-    clean, real, single = check_prompts(config, clean, mask)
-    corrupted, _, other = check_prompts(config, corrupted, None)
-    if (single, clean.shape) != (other, corrupted.shape):
-        shapes = (listing(x.shape[alone:]) for x, alone in ((clean, single), (corrupted, other)))
-        raise ValueError(
-            "clean has shape {}, and corrupted {}: a patch goes from each token to the one in its place, so they must have one "
-            "shape. Choose prompts of as many tokens.".format(*shapes)
-        )
-    readings = _readings(sites, config)
-    metric, _ = check_metric(metric, config.vocab_size, clean, real)
-    at_once, remat = _schedule(model, *clean.shape)
-    found = AttributionResult(
-        *_attribute(
-            model, clean, corrupted, real, metric=metric, readings=readings, single=single, at_once=at_once, remat=remat
-        )
-    )
-    return found
-
-
-@pytree
-class AttributionResult:
-    """What `attribution_patching` returns. An entry is what one patch would replace: all of the site's last axis.
-
-    A pytree of its three arrays. `verify` measures how poor the estimates are.
-
-    Attributes:
-        values: site → float32, the site's axes less the last, after `L` for a site of the layers: `[L, H, T]` for `z`,
-            `[L, T]` for `resid_pre`, `[T]` for `embed`, `[L]` for `attn_scale` (all tokens' scales together). `[B, …]` for
-            several pairs. The axis `T` is that of the token array; `T` of `pattern` and `scores` is the query.
-        clean, corrupted: the metric of the two runs, float32 `[]` or `[B]`.
-
-    Examples:
-        >>> attribution_patching(model, ids, other, metric, "z").top(1)
-        [{'site': 'z', 'layer': 2, 'head': 0, 'position': 5, 'value': 2.3480148315429688}]
-    """
-
-    values: Mapping[str, Float[Array, "..."]]
-    clean: Float[Array, "..."]
-    corrupted: Float[Array, "..."]
-
-    def top(self, n: int = 10, site: str | None = None, prompt: int | None = None) -> list[dict[str, Any]]:
-        """The n entries of largest |value|, largest first. Host function.
-
-        Args:
-            n: how many.
-            site: one of the sites; None for all of them together.
-            prompt: which pair, of several.
-
-        Returns:
-            Dicts of `"site"`, then `"layer"`, `"head"`, `"position"` as far as the site has them, and `"value"`.
-
-        Raises:
-            ValueError, TypeError: a site or a pair that there is not.
-        """
-        entries = entries_of(self, site, number_of(self, prompt))
-        order = np.argsort(-np.abs(entries.values), kind="stable")[: integer(n, "n", 0)]
-        return [{**entries.place(i), "value": float(entries.values[i])} for i in order]
-
-    def __repr__(self) -> str:
-        def short(x: Any) -> str:
-            plain = getattr(x, "shape", None) == () and not isinstance(x, Tracer)
-            return f"{float(x):.4g}" if plain else listing(getattr(x, "shape", ()))
-
-        values = ", ".join(f"{site} {listing(getattr(x, 'shape', ()))}" for site, x in self.values.items())
-        return f"AttributionResult({values}, clean {short(self.clean)}, corrupted {short(self.corrupted)})"
+    pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct))
+    found = _in_buckets(model, pairs) if pairs.in_buckets(model) else _together(model, pairs)
+    return AttributionResult(*found, n_rules=pairs.how.n_rules)
 
 
 def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
@@ -147,7 +98,7 @@ def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
         raise TypeError(f"sites is {sites!r}, and a site name or a tuple of those is needed.")
     if not sites:
         raise ValueError("sites is empty; name at least one, such as 'z'.")
-    found = [find_site(name) for name in sites]
+    found = [find_site(name, config.sites) for name in sites]
     for name, (site, layer) in zip(sites, found, strict=True):
         if layer is not None:
             raise ValueError(
@@ -160,80 +111,246 @@ def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
     return readings_of(tuple(site.name for site, _ in found), config, 1)
 
 
-@compiled("readings", "single", "at_once", "remat")
-def _attribute(
-    model: Llama,
-    clean: Int[AnyArray, "B T"],
-    corrupted: Int[AnyArray, "B T"],
-    mask: Bool[AnyArray, "B T"] | None,
-    metric: Any,
-    readings: tuple[Reading, ...],
-    single: bool,
-    at_once: int,
-    remat: bool,
-) -> tuple[dict[str, Array], Float[Array, "*B"], Float[Array, "*B"]]:
-    """The values of each site and the metric of both runs, each leading with the pairs of prompts unless there is a single one.
+@plans(attribution_patching)
+def _plan_of_attribution(
+    model: Decoder,
+    clean: ArrayLike,
+    corrupted: ArrayLike,
+    metric: MetricLike,
+    sites: str | Sequence[str],
+    mask: ArrayLike | None,
+    rules: Rules | None,
+    steps: int,
+    at: str,
+    correct: str | None,
+) -> Plan:
+    pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct))
+    how = pairs.how
+    n_prompts, n_tokens = pairs.clean.shape
+    config, batches = model.config, pairs.batches(model)
+    flops = reading = held = 0.0
+    parts = []
+    for bucket, n_rows, at_once, remat in batches:
+        cost = cost_of(model, bucket.n_tokens, n_prompts, pairs.metric)
+        flops += n_rows * _flops_of_pair(cost, how, remat)
+        # The two runs read weights together, and so do the rules that run side by side.
+        passes = -(-n_rows // at_once) * how.in_turn * how.steps * (3 if remat else 2)
+        reading += passes * config.num_hidden_layers * cost.flops_of_reading
+        held = max(held, _bytes_of(model, pairs.readings, how, bucket.n_tokens, at_once, remat))
+        n = len(bucket.prompts)
+        call = Call(
+            np.arange(n), np.zeros((n, 1), int), start=0, n_rows=bucket.n_tokens, shared=False, slots=n_rows, size=1
+        )
+        parts.append(Part(bucket.prompts, bucket.first, bucket.n_tokens, n_rows, reuse=False, calls=(call,)))
+    note = "two side by side for each pair, and the backward pass of one"
+    note += f", and of {how.steps - 1} more on the way" if how.steps > 1 else ""
+    note += f", under {how.n_rules} rules" if how.n_rules is not None else ""
+    again = ", its layers run again" if any(batch.remat for batch in batches) else ""
+    return Plan(
+        n_prompts=n_prompts, n_tokens=n_tokens, n_layers=config.num_hidden_layers,
+        n_runs=(how.steps + 1) * n_prompts, parts=tuple(parts),
+        flops=flops, bytes=int(held), reading=reading, note=note + again, rate=partial(programs_of(model).rate, model),
+    )  # fmt: skip
 
-    Args:
-        at_once: how many pairs run side by side.
+
+def _flops_of_pair(cost: Cost, how: How, remat: bool) -> float:
+    """Of forward passes, two and one for each more step, and backward ones, which multiply once with each weight, and twice in
+    attention.
+    """
+    c, n = cost.config.sizes, cost.n_tokens
+    layer, logits = cost.flops_of_layer(n), 2.0 * cost.n_logits * c["E"]
+    attention = 2.0 * n * 2 * c["H"] * c["D"] * n
+    forwards, backwards = how.in_turn * (how.steps + 1), how.steps * (how.n_rules or 1)
+    layers = c["L"] * ((forwards + backwards * (2 if remat else 1)) * layer + backwards * attention)
+    return layers + (forwards + backwards) * logits
+
+
+def _bytes_of(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens: int, at_once: int, remat: bool) -> int:
+    """The most that a device holds of a call, about: a layer's weights, what the backward pass needs, and the sites thrice.
+
+    Measured on XLA's CPU compiler.
+    """
+    config, itemsize = model.config, model.dtype.itemsize
+    kept = _bytes_of_backward(model, n_tokens)
+    if remat:
+        kept = kept // config.num_hidden_layers + 2 * (config.sizes["L"] * n_tokens * config.sizes["E"]) * itemsize
+    found = 3 * 4 * sum(math.prod(reading.shape(config, n_tokens)) for reading in readings)
+    if how.n_rules is not None:
+        found += how.rules_at_once * _bytes_of_rule(model, readings, n_tokens)
+    found += 6 * 4 * math.prod(config.sizes[letter] for letter in "LH") * n_tokens**2 * how.exact
+    return sum(weights_of(config)) * itemsize + at_once * (kept + found)
+
+
+class _Pairs(NamedTuple):
+    """Pairs of prompts and what is asked of them, checked.
+
+    Attributes:
+        clean, corrupted: ids `[B, T]`.
+        mask: bool `[B, T]` or None.
+        single: whether one pair was given.
+        metric: as a pytree.
+        leads: for each of its leaves, whether it leads with the pairs.
+        readings: the sites.
+        rules: canonical, or None.
+        how: what else is asked.
+    """
+
+    clean: AnyArray
+    corrupted: AnyArray
+    mask: AnyArray | None
+    single: bool
+    metric: Any
+    leads: tuple[bool, ...]
+    readings: tuple[Reading, ...]
+    rules: Rules | None
+    how: How
+
+    @classmethod
+    def of(
+        cls,
+        model: Decoder,
+        clean: Any,
+        corrupted: Any,
+        metric: MetricLike,
+        sites: Any,
+        mask: Any,
+        asked: tuple[Any, ...] = DEFAULT,
+    ) -> _Pairs:
+        config = check_model(model)
+        clean, real, single = check_prompts(config, clean, mask)
+        corrupted, _, other = check_prompts(config, corrupted, None)
+        if (single, clean.shape) != (other, corrupted.shape):
+            shapes = (listing(x.shape[alone:]) for x, alone in ((clean, single), (corrupted, other)))
+            raise ValueError(
+                "clean has shape {}, and corrupted {}: a patch goes from each token to the one in its place, so they must have "
+                "one shape. Choose prompts of as many tokens.".format(*shapes)
+            )
+        readings = _readings(sites, config)
+        rules, how = _how(model, readings, clean.shape[1], *asked)
+        metric, leads = check_metric(metric, config.vocab_size, clean, real)
+        return cls(clean, corrupted, real, single, metric, leads, readings, rules, how)
+
+    def in_buckets(self, model: Decoder) -> bool:
+        """Whether pairs run with the columns of their own tokens, and not all with all."""
+        given = (model, self.clean, self.corrupted, self.mask, self.metric, self.rules)
+        return self.mask is not None and not self.single and not under_trace(given)
+
+    def batches(self, model: Decoder) -> list[_Batch]:
+        """What runs one after another."""
+        if not self.in_buckets(model):
+            n_prompts, n_tokens = self.clean.shape
+            return [_Batch(whole(n_prompts, n_tokens), n_prompts, *self.schedule(model, n_prompts, n_tokens))]
+        platform, _ = programs_of(model).room(model)
+        # Of a column, two forward passes and the backward pass of one of them.
+        work = 2 * 4 * model.config.num_hidden_layers * sum(weights_of(model.config))
+        found = []
+        for bucket in buckets_of(np.asarray(self.mask), columns_of_a_program(platform, work)):
+            n_rows = rung(len(bucket.prompts))  # of few sizes, so that another set runs the same programs
+            found.append(_Batch(bucket, n_rows, *self.schedule(model, n_rows, bucket.n_tokens)))
+        return found
+
+    def schedule(self, model: Decoder, n_rows: int, n_tokens: int) -> tuple[int, bool]:
+        """As `_schedule`, of pairs under as many rules at once as there are."""
+        at_once, remat = _schedule(model, n_rows, n_tokens)
+        if self.how.n_rules is not None:
+            kept = self.how.rules_at_once * _bytes_of_rule(model, self.readings, n_tokens)
+            at_once = min(at_once, max(1, _KEPT_BYTES // kept))
+        return at_once, remat
+
+
+class _Batch(NamedTuple):
+    """Pairs of one length, and how they run.
+
+    Attributes:
+        bucket: which.
+        n_rows: for how many the program has room.
+        at_once: how many run side by side.
         remat: whether layers are run again in the backward pass.
     """
-    config = model.config
-    n_prompts, n_tokens = clean.shape
-    wanted = readings
-    if not any(reading.site.name == "final_norm" for reading in readings):
-        wanted = (*readings, Reading(SITES["final_norm"], (), None, None))
 
-    def one(number: Int[Array, ""]) -> tuple[dict[str, Array], Array, Array]:
-        pair = jnp.stack([clean[number], corrupted[number]])
-        real = None if mask is None else mask[number]
-        own = of_prompt(metric, number)
-        zeros = {reading.site.name: jnp.zeros(reading.shape(config, n_tokens)) for reading in readings}
-
-        def measured(added: dict[str, Array], tokens: Array) -> tuple[Array, dict[str, Array]]:
-            edits = tuple(
-                Edit(name, "add", None, True, PerLayer(value) if SITES[name].layered else value)
-                for name, value in added.items()
-            )
-            found = run(model, tokens, real, edits, wanted, remat=remat).activations
-            value = measure(model, found["final_norm"], real, own)
-            _check_scalar(value)
-            return value, {name: found[name].astype(jnp.float32) for name in zeros}
-
-        # Side by side, so that each weight is read once for both; what the pull-back keeps of the clean run is dropped.
-        values, pull, sites = jax.vmap(lambda tokens: jax.vjp(lambda z: measured(z, tokens), zeros, has_aux=True))(pair)
-        (gradient,) = jax.tree.map(lambda x: x[1], pull)(jnp.ones((), values.dtype))
-        # Up to the first token that differs the two runs are one, to the bit: not so in rows side by side.
-        differs = jnp.cumsum((pair[0] != pair[1]) & (True if real is None else real)) > 0
-
-        def attributed(site: Site) -> Array:
-            shape = (-1, *(1,) * (len(site.axes) - 1 - site.axes.index("T")))
-            both, slope = sites[site.name], gradient[site.name]
-            # Where there is no gradient there is no effect, whatever stands there: not so for ∞ · 0.
-            counts = jnp.broadcast_to(differs.reshape(shape), slope.shape) & (slope != 0)
-            found = jnp.sum(jnp.where(counts, (both[0] - both[1]) * slope, 0.0), axis=-1)
-            return jnp.where(jnp.isnan(values[1]), jnp.nan, found)  # of a metric that has no value here
-
-        return {r.site.name: attributed(r.site) for r in readings}, *values.astype(jnp.float32)
-
-    numbers = jnp.arange(n_prompts)
-    found = jax.vmap(one)(numbers) if n_prompts == at_once else jax.lax.map(one, numbers, batch_size=at_once)
-    return jax.tree.map(lambda x: x[0], found) if single else found
+    bucket: Bucket
+    n_rows: int
+    at_once: int
+    remat: bool
 
 
-def _schedule(model: Llama, n_prompts: int, n_tokens: int) -> tuple[int, bool]:
+def _together(model: Decoder, pairs: _Pairs) -> tuple[dict[str, Array], Array, Array]:
+    """What `attribute` finds of all pairs with all their columns."""
+    ((_, _, at_once, remat),) = pairs.batches(model)
+    return attribute(
+        model, pairs.clean, pairs.corrupted, pairs.mask, None, pairs.metric, pairs.readings, pairs.rules,
+        how=pairs.how, single=pairs.single, at_once=at_once, remat=remat,
+    )  # fmt: skip
+
+
+def _in_buckets(model: Decoder, pairs: _Pairs) -> tuple[dict[str, Array], Array, Array]:
+    """What `attribute` finds, of pairs that run with the columns in which their own tokens lie; 0 in the others."""
+    clean, corrupted, mask = map(np.asarray, pairs[:3])
+    n_prompts, n_tokens = mask.shape
+    leaves, tree = jax.tree.flatten(pairs.metric)
+    values: dict[str, np.ndarray] = {}
+    ends = np.zeros((2, n_prompts), wide(model.dtype))
+    n_leads = int(pairs.how.n_rules is not None)  # in front of the prompts
+    for bucket, n_rows, at_once, remat in pairs.batches(model):
+        n = len(bucket.prompts)
+        own = bucket.of(np.minimum(np.arange(n_rows), n - 1))
+        some = [np.asarray(x)[own.prompts] if lead else x for x, lead in zip(leaves, pairs.leads, strict=True)]
+        found, *metrics = attribute(
+            model, own.cut(clean), own.cut(corrupted), own.cut(mask), Window(own.first, mask[own.prompts], n_tokens),
+            jax.tree.unflatten(tree, some), pairs.readings, pairs.rules,
+            how=pairs.how, single=False, at_once=at_once, remat=remat,
+        )  # fmt: skip
+        ends[:, bucket.prompts] = np.stack(metrics)[:, :n]
+        for reading in pairs.readings:
+            value, name = np.moveaxis(np.asarray(found[reading.site.name]), n_leads, 0)[:n], reading.site.name
+            axis = 1 + n_leads + int(reading.site.layered) + reading.site.axes.index("T")
+            shape = tuple(n_tokens if i == axis else size for i, size in enumerate(value.shape[1:], 1))
+            all_columns = values.setdefault(name, np.zeros((n_prompts, *shape), value.dtype))
+            if axis == value.ndim:  # a number for each token, and those of all are added up
+                all_columns[bucket.prompts] = value
+            else:
+                bucket.put(all_columns, value, axis)
+    values = {name: np.moveaxis(x, 0, n_leads) for name, x in values.items()}
+    return jax.device_put(values), *jax.device_put(tuple(ends))
+
+
+def _how(
+    model: Decoder, readings: tuple[Reading, ...], n_tokens: int, rules: Any, steps: Any, at: Any, correct: Any
+) -> tuple[Rules | None, How]:
+    """Rules and options, checked."""
+    steps = integer(steps, "steps", 1)
+    if at not in RUNS:
+        raise ValueError(f"at is {at!r}, and the gradient is of the 'corrupted' run or of the 'clean' one.")
+    if at == "clean" and steps > 1:
+        raise ValueError(
+            f"at is 'clean' with {steps} steps, which go from the corrupted run towards the clean one: leave at out, or take one "
+            "step."
+        )
+    if correct not in (None, "qk"):
+        raise ValueError(f"correct is {correct!r}; it can be 'qk', AtP*'s exact softmax, or None.")
+    if correct and not {"q", "k"} & {reading.site.name for reading in readings}:
+        raise ValueError("correct='qk' changes the sites 'q' and 'k', and sites names neither of them.")
+    if rules is None:
+        return None, How(at, steps, correct == "qk")
+    rules, n_rules = check_family(rules, model.config)
+    at_once = min(n_rules or 1, max(1, _KEPT_BYTES // _bytes_of_rule(model, readings, n_tokens)))
+    return rules, How(at, steps, correct == "qk", n_rules, at_once)
+
+
+def _schedule(model: Decoder, n_prompts: int, n_tokens: int) -> tuple[int, bool]:
     """How many pairs run at once, and whether each layer is run again in the backward pass rather than kept."""
-    sizes = model.config.sizes
-    per_token = 12 * sizes["E"] + 6 * sizes["F"] + 6 * sizes["H"] * n_tokens
-    kept = 2 * sizes["L"] * n_tokens * per_token * model.dtype.itemsize
+    kept = _bytes_of_backward(model, n_tokens)
     return min(n_prompts, max(1, _KEPT_BYTES // kept)), kept > _KEPT_BYTES
 
 
-def _check_scalar(value: Any) -> None:
-    leaves = jax.tree.leaves(value)
-    if len(leaves) == 1 and leaves[0] is value and value.shape == () and jnp.issubdtype(value.dtype, jnp.floating):
-        return
-    what = ", ".join(f"{x.dtype} {listing(x.shape)}" for x in map(jnp.asarray, leaves))
-    raise TypeError(
-        f"The metric gives {what or 'nothing'}, and attribution needs one floating-point number, which has a gradient."
-    )
+def _bytes_of_rule(model: Decoder, readings: tuple[Reading, ...], n_tokens: int) -> int:
+    """What each of several rules adds to the backward pass of a pair: a layer's part of it, and the gradient of each site."""
+    found = 4 * sum(math.prod(reading.shape(model.config, n_tokens)) for reading in readings)
+    return found + _bytes_of_backward(model, n_tokens) // (4 * model.config.num_hidden_layers)
+
+
+def _bytes_of_backward(model: Decoder, n_tokens: int) -> int:
+    """What the forward passes of a pair leave for the backward pass, layers not run again."""
+    sizes = model.config.sizes
+    per_token = 12 * sizes["E"] + 6 * sizes["F"] + 6 * sizes["H"] * n_tokens
+    return 2 * sizes["L"] * n_tokens * per_token * model.dtype.itemsize

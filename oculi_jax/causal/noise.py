@@ -25,7 +25,7 @@ from ..pytrees import pytree, static
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
 
 
 @pytree
@@ -33,9 +33,9 @@ class Noise:
     """Gaussian noise on the embeddings of some tokens: causal tracing's corruption (Meng et al. 2022, arXiv:2202.05262).
 
     `embed ← embed + scale · σ · ε`, ε ~ N(0, 1) for each number, σ the standard deviation of all entries of the embedding
-    table. (The paper measures σ over the embeddings of its subjects' tokens, and takes three times that.) Metrics are means
-    over `samples` draws. A draw belongs to a token by its rank among the real tokens, so padding changes nothing, and is the
-    same for every prompt.
+    table, times what the family multiplies embeddings by. (The paper measures σ over the embeddings of its subjects' tokens,
+    and takes three times that.) Metrics are means over `samples` draws. A draw belongs to a token by its rank among the real
+    tokens, so padding changes nothing, and is the same for every prompt.
 
     Args:
         positions: the tokens that get noise, the subject's for instance: an integer, a list of them (among the real tokens,
@@ -69,15 +69,20 @@ class Noise:
         return check_key(self.key)
 
     def intervention(
-        self, model: Llama, mask: Bool[AnyArray, "B T"] | None, n_prompts: int, n_tokens: int
+        self, model: Decoder, mask: Bool[AnyArray, "B T"] | None, n_prompts: int, n_tokens: int, drawn: bool = True
     ) -> AddedNoise:
-        """The corruption of every prompt in every sample, `B · samples` rows with the prompts outermost."""
+        """The corruption of every prompt in every sample, `B · samples` rows with the prompts outermost.
+
+        Not `drawn` it is zeros, with axes of one, for a plan.
+        """
         key, samples = self.check(), int(self.samples)
-        real = np.ones((1, n_tokens), bool) if mask is None else mask
-        drawn = _draw(model.embed[...], key, real, samples)
-        drawn = drawn if mask is not None else jnp.tile(drawn, (n_prompts, 1, 1))
+        value: Any = np.zeros((n_prompts * samples, 1, 1), np.float32)
+        if drawn:
+            real = np.ones((1, n_tokens), bool) if mask is None else mask
+            value = _draw(model.embed[...], key, real, samples) * np.float32(model.config.embed_scale)
+            value = value if mask is not None else jnp.tile(value, (n_prompts, 1, 1))
         places = positions_of(self.positions, n_prompts, "Noise.positions", samples)
-        return AddedNoise(PerPrompt(drawn), self.scale, places)
+        return AddedNoise(PerPrompt(value), self.scale, places)
 
 
 @pytree

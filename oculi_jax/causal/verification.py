@@ -23,8 +23,8 @@ from ..sweeps.sweeping import Progress, sweep
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from ..models.llama.model import Llama
-    from .attribution import AttributionResult
+    from ..models.decoder.model import Decoder
+    from .attributed import AttributionResult
 
 # Effects below this share of the metric are rounding of float32, and have no sign.
 ROUNDING = 1e-5
@@ -38,8 +38,9 @@ class Verification:
     largest, or drawn at random) for `"value"`.
 
     Attributes:
-        rank_correlation: Spearman's, of estimates and exact effects of all entries; NaN where either has no variation. Values
-            that only rounding sets apart (1e-5 of the larger of the two runs' metrics, and at least 1e-5) are ties.
+        rank_correlation: Spearman's, of estimates and exact effects of all entries (of their sizes, where estimates are
+            magnitudes); NaN where either has no variation. Values that only rounding sets apart (1e-5 of the larger of the two
+            runs' metrics, and at least 1e-5) are ties.
         sign_errors: the entries whose estimate and exact effect have opposite signs, both beyond that rounding.
         missed: the entries drawn at random that, by |exact effect| beyond rounding, belong to the k largest of all those rerun, k
             being how many `top` ones there are. Each stands for others that were not drawn.
@@ -76,6 +77,10 @@ def number_of(result: AttributionResult, prompt: int | None) -> int:
 
 def entries_of(result: AttributionResult, site: str | None, number: int) -> Entries:
     """The values of one pair, of one site or of all."""
+    if result.n_rules is not None:
+        raise ValueError(
+            f"This result is of {result.n_rules} rules: take one of them, such as result.rule(0), or result.grad_drop()."
+        )
     if site is not None and site not in result.values:
         raise ValueError(f"There are no values of {site!r}; there are those of {', '.join(result.values)}.")
     arrays = {
@@ -120,7 +125,7 @@ def _index_names(site: Site) -> list[str]:
 
 def verify(
     result: AttributionResult,
-    model: Llama,
+    model: Decoder,
     clean: ArrayLike,
     corrupted: ArrayLike,
     metric: Callable[..., Any],
@@ -201,7 +206,8 @@ def verify(
         )
         done += len(mine)
     rounding = ROUNDING * max(1.0, abs(clean_value), abs(corrupted_value))
-    return _compare(entries, chosen, patched - np.float32(corrupted_value), min(top, len(ranked)), rounding)
+    exact = patched - np.float32(corrupted_value)
+    return _compare(entries, chosen, exact, min(top, len(ranked)), rounding, result.signed)
 
 
 def _check_own(
@@ -245,17 +251,19 @@ def _patches(site: Site, index: dict[str, np.ndarray], value: Array, n_tokens: i
     return ActivationPatch(site.name, index.get("layer"), given, index.get("head"), positions)
 
 
-def _compare(entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int, rounding: float) -> Verification:
+def _compare(
+    entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int, rounding: float, signed: bool
+) -> Verification:
     estimate = entries.values[chosen]
     listed = [
         {**entries.place(number), "estimate": float(guess), "exact": float(effect), "top": i < n_top}
         for i, (number, guess, effect) in enumerate(zip(chosen, estimate, exact, strict=True))
     ]
-    one, other = (_ranks(x, rounding) for x in (estimate, exact))
+    one, other = (_ranks(x, rounding) for x in (estimate, exact if signed else np.abs(exact)))
     varies = np.ptp(one) > 0 and np.ptp(other) > 0
     correlation = float(np.corrcoef(one, other)[0, 1]) if varies else float("nan")
     clear = (np.abs(estimate) > rounding) & (np.abs(exact) > rounding)
-    wrong = np.flatnonzero(clear & (estimate * exact < 0))
+    wrong = np.flatnonzero(clear & (estimate * exact < 0) & signed)
     largest = np.argsort(-np.abs(exact), kind="stable")[:n_top]
     missed = [i for i in largest if i >= n_top and abs(exact[i]) > rounding]
     return Verification(correlation, [listed[i] for i in wrong], [listed[i] for i in missed], listed)

@@ -1,4 +1,4 @@
-"""The command line: `oculi lens`, `capture`, `heads`, `attribute`, `sweep`, `patch`, `generate`, `report`, `sites`, `doctor`."""
+"""The command line: `oculi lens`, `heads`, `patch`, `paths` and the other commands of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": "What becomes of an answer without each attention head: the output z of one head at a time is set to zero.",
     "patch": "Where two prompts' runs carry what makes their answers differ: one run's values are put into the other, place by "
     "place.",
+    "paths": "Which components tell others, by paths that lead through no other head, what makes two prompts' answers differ.",
     "generate": "Continues a text, plain and, with --intervene, under interventions, side by side.",
     "report": "A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.",
     "sites": "The sites: every value of the forward pass that can be read and edited, with its axes.",
@@ -46,6 +47,8 @@ def load(command: str) -> Callable[..., Any]:
             from .sweep import sweep as found
         case "patch":
             from .patch import patch as found
+        case "paths":
+            from .paths import paths as found
         case "generate":
             from .generate import generate as found
         case "report":
@@ -63,7 +66,7 @@ def app_for(chosen: str | None) -> typer.Typer:
     """The command line, of which one command can run; the others are there by name and help."""
     import typer
 
-    app = typer.Typer(help="Look inside a Llama.", no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(help="Look inside a language model.", no_args_is_help=True, pretty_exceptions_enable=False)
     for name, summary in COMMANDS.items():
         if name == chosen:
             app.command(name)(load(name))

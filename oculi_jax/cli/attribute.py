@@ -70,7 +70,7 @@ def attribute(
     """Which heads and MLPs an answer comes from: direct logit attribution at the last token.
 
     Every part of the residual stream goes through the final norm, with its scale in this run, and the unembedding; the
-    parts sum to the logit.
+    parts sum to the logit; where the family caps logits, to the logit before the cap.
     """
     check_one(prompts, text=text)
     asked = Asked(top, check_picture(output), as_json, chat, longer=allow_longer)
@@ -130,7 +130,11 @@ def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str
         given = {"prompt": text, "chat": asked.chat, "target": target, "against": against}
         print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
     out = console(quiet=asked.as_json)
-    what = f"logit of {shown(target)}" + (f" − logit of {shown(against)}" if against is not None else "")
+    what = (
+        f"logit of {shown(target)}"
+        + (f" − logit of {shown(against)}" if against is not None else "")
+        + _before(adapter)
+    )
     out.print(TextCell(f"{what} after {shown(prompt_label(text, asked.chat))}: {float(details['logit']):+.3f}"))
     out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[: asked.top]]))
     rest = _summary(details["embedding"], by_head, by_mlp)
@@ -147,6 +151,7 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: Asked) -> No
     token, what = answers(adapter, tokens, mask, rows, "target"), f"logit of {in_words(rows, 'target')}"
     if rows[0]["against"] is not None:
         token, what = np.stack([token, others(adapter, tokens, mask, rows, token)], axis=1), difference(rows)
+    what += _before(adapter)
     with working("Running the model"):
         some = [_attributed(adapter, part, real, ids, asked.longer) for part, real, ids in chunks(tokens, mask, token)]
         parts, heads = jax.tree.map(lambda *x: np.concatenate(x), *some)
@@ -167,6 +172,11 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: Asked) -> No
     if asked.picture:
         parts, heads = jax.tree.map(lambda x: x.mean(axis=0), (parts, heads))
         save_picture(_draw(parts, heads, f"{what}\nmean over {len(rows)} prompts"), asked.picture, asked.as_json)
+
+
+def _before(adapter: LlamaAttentionAdapter) -> str:
+    """What parts sum to, where the family caps its logits."""
+    return "" if adapter.model.config.logit_cap is None else " before the final soft cap"
 
 
 def _summary(embedding: Any, by_head: np.ndarray, by_mlp: np.ndarray) -> str:

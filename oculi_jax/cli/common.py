@@ -6,6 +6,7 @@ imported when they are first used, and what is not public is imported in the fun
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -28,7 +29,8 @@ from ..embedded import embedded_directory
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..models.llama import LlamaAttentionAdapter, LlamaConfig
+    from ..models.decoder.config import DecoderConfig
+    from ..models.llama import LlamaAttentionAdapter
 
 Text = Annotated[str, typer.Argument(help="The prompt.", show_default=False)]
 Chat = Annotated[
@@ -42,7 +44,7 @@ Chat = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="A directory with a Llama, or a Hub id.", show_default="tiny-facts, which comes with this"
+        "--model", "-m", help="A directory with a model, or a Hub id.", show_default="tiny-facts, which comes with this"
     ),
 ]
 Dtype = Annotated[
@@ -98,12 +100,10 @@ def print_json(values: dict[str, Any]) -> None:
 
 def keep_programs() -> None:
     """Keeps compiled programs on disk, so that the second run is quick."""
-    import jax
+    from ..utils import enable_compilation_cache
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "oculi_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with contextlib.suppress(OSError, ValueError):  # where none can be kept here, they are compiled anew
+        enable_compilation_cache()
 
 
 def check_model(model: str | None) -> None:
@@ -116,13 +116,13 @@ def check_model(model: str | None) -> None:
         raise FileNotFoundError(f"There is no directory {model!r}, and it has not the form 'owner/name' of a Hub id.")
 
 
-def config_of(model: str | None) -> LlamaConfig | None:
+def config_of(model: str | None) -> DecoderConfig | None:
     """A model's config, before its weights are read; None where it is not on this disk."""
-    from ..models.llama import LlamaConfig
+    from ..models.decoder.config import DecoderConfig
 
     check_model(model)
     directory = embedded_directory() if model is None else Path(model).expanduser()
-    return LlamaConfig.from_pretrained(directory) if (directory / "config.json").is_file() else None
+    return DecoderConfig.from_pretrained(directory) if (directory / "config.json").is_file() else None
 
 
 def open_adapter(model: str | None, dtype: str, *texts: str | None, chat: bool = False) -> LlamaAttentionAdapter:
@@ -140,7 +140,7 @@ def open_adapter(model: str | None, dtype: str, *texts: str | None, chat: bool =
         raise ValueError(
             f"--chat is given, and the tokenizer of {model or 'tiny-facts'} has no chat template: leave it out."
         )
-    adapter = LlamaAttentionAdapter(oculi_jax.Llama.from_pretrained(source, dtype=dtype), tokenizer)
+    adapter = LlamaAttentionAdapter(oculi_jax.from_pretrained(source, dtype=dtype), tokenizer)
     notes = console(error=True)
     if model is None:
         size = len(tokenizer) - len(tokenizer.all_special_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..metrics import Metric
     from ..models.llama import LlamaAttentionAdapter
-    from ..sweeps.planning import SweepPlan
+    from ..sweeps.planning import Plan
 
 Target = Annotated[
     str | None,
@@ -93,11 +92,10 @@ def measure(adapter: LlamaAttentionAdapter, tokens: np.ndarray, target: str, aga
 MUCH_LIKELIER = 2.3
 
 
-def announce(todo: SweepPlan) -> None:
-    """Says beforehand how long a sweep takes, where that is more than a moment."""
+def announce(todo: Plan) -> None:
+    """Says beforehand how long a call takes, where that is more than a moment."""
     if todo.seconds > 5:
-        n_runs = math.prod(todo.axes) * todo.n_prompts
-        console(error=True).print(f"{n_runs} runs: about {todo.seconds:.0f} s on this device, and compiling.")
+        console(error=True).print(f"{todo.n_runs} runs: about {todo.seconds:.0f} s on this device, and compiling.")
 
 
 @contextmanager

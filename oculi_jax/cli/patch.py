@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 from rich.table import Table
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..causal.patching import PatchingResult
-    from ..intervention import ActivationPatch
     from ..metrics import Metric
     from ..models.llama import LlamaAttentionAdapter
 
@@ -137,30 +136,11 @@ def _patched(
     adapter: LlamaAttentionAdapter, ids: Sequence[np.ndarray], mask: np.ndarray | None, metric: Metric, asked: _Asked
 ) -> PatchingResult:
     site, direction = asked.site.name, cast("Literal['denoising', 'noising']", asked.direction)
-    announce(oculi_jax.plan(adapter.model, ids[0], _zeros(adapter, asked, ids), metric, mask=mask))
+    patching = oculi_jax.causal.activation_patching
+    given = (adapter.model, ids[0], ids[1], metric, site, asked.axes)
+    announce(oculi_jax.plan(patching, *given, direction=direction, mask=mask))
     with counting(f"Patching {site}") as progress:
-        return oculi_jax.causal.activation_patching(
-            adapter.model, ids[0], ids[1], metric, site, asked.axes, direction=direction, mask=mask, progress=progress
-        )
-
-
-def _zeros(adapter: LlamaAttentionAdapter, asked: _Asked, ids: Sequence[np.ndarray]) -> ActivationPatch:
-    """Zeros for every place that is patched, which take as long as another run's values; from the first other token on."""
-    import numpy as np
-
-    from ..causal.patching import check_grid
-
-    config, n_tokens = adapter.model.config, ids[0].shape[-1]
-    site = check_grid(asked.site.name, asked.axes, config)
-    sizes, letters = {**config.sizes, "T": n_tokens}, {"layer": "L", "head": site.head_axis or "", "position": "T"}
-    at: dict[str, Any] = dict(
-        zip(asked.axes, np.ix_(*(np.arange(sizes[letters[axis]]) for axis in asked.axes)), strict=True)
-    )
-    if "position" in at:
-        places = np.eye(n_tokens, dtype=bool) & (np.cumsum(ids[0] != ids[1], axis=-1) > 0)[..., None, :]
-        places = places.reshape(*places.shape[:-2], *at["position"].shape[:-1], n_tokens, n_tokens)
-        at["position"] = oculi_jax.intervention.PerPrompt(places) if ids[0].ndim > 1 else places
-    return oculi_jax.ActivationPatch(site.name, at.get("layer"), 0.0, at.get("head"), at.get("position"))
+        return patching(*given, direction=direction, mask=mask, progress=progress)
 
 
 def _of_one(
@@ -171,7 +151,7 @@ def _of_one(
     ids = [token_ids(adapter, text, asked.longer, asked.chat) for text in (clean, corrupted)]
     metric, name = measure(adapter, ids[0], target, against)
     texts = [adapter.str_tokens(tokens) for tokens in ids]
-    _check_aligned(adapter, *ids)
+    check_aligned(adapter, *ids)
     found = _patched(adapter, ids, None, metric, asked)
     patched, recovery = np.asarray(found.patched), np.asarray(found.recovery)
     if float(found.clean) == float(found.corrupted):
@@ -200,7 +180,7 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> N
     (clean, mask), (corrupted, other) = (encoded(adapter, rows, field, asked) for field in ("clean", "corrupted"))
     pairs = [(a[m], b[n]) for a, m, b, n in zip(clean, mask, corrupted, other, strict=True)]
     for row, pair in zip(rows, pairs, strict=True):
-        with_row(row, lambda row, pair=pair: _check_aligned(adapter, *pair))
+        with_row(row, lambda row, pair=pair: check_aligned(adapter, *pair))
     asked = replace(asked, axes=_axes_of_set(asked, mask, rows))
     metric, name = measure_set(adapter, clean, mask, rows)
     found = _patched(adapter, (clean, corrupted), mask, metric, asked)
@@ -284,7 +264,8 @@ def _pair(run: str, source: str) -> str:
     return a if a == b else f"{a}→{b}"
 
 
-def _check_aligned(adapter: LlamaAttentionAdapter, clean: np.ndarray, corrupted: np.ndarray) -> None:
+def check_aligned(adapter: LlamaAttentionAdapter, clean: np.ndarray, corrupted: np.ndarray) -> None:
+    """Raises for a pair of prompts that cannot be put side by side, or that are one."""
     texts = [adapter.str_tokens(tokens) for tokens in (clean, corrupted)]
     if len(clean) != len(corrupted):
         raise ValueError(

@@ -9,11 +9,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from ..backends import programs_of
-from ..capture import readings_of
 from ..prompts import is_chat, prepare
 from ..utils.tokens import continuation
-from .generation import check_count, write
+from .generation import Continuations, check_count, write
 from .options import DecodeOptions
 
 if TYPE_CHECKING:
@@ -23,15 +21,12 @@ if TYPE_CHECKING:
 
 
 class Continued(NamedTuple):
-    """Prompts `[B, T]` as they ran, padded on the left where their lengths differed; new ids `[B, N]`, which of them precede
-    a row's end; what was captured, over `T + N` tokens; and whether the rows are variants of one prompt.
+    """Prompts `[B, T]` as they ran, padded on the left where their lengths differed, and what `write` made of them, on the host
+    but for what was captured.
     """
 
     prompts: np.ndarray
-    new: np.ndarray
-    alive: np.ndarray
-    activations: Any
-    variants: bool
+    written: Continuations
 
 
 def continue_ids(
@@ -44,10 +39,15 @@ def continue_ids(
 ) -> Any:
     """Ids `[T]` or `[B, T]` → ids with their continuations; with `capture`, that and what was captured."""
     _refuse_trace((model, ids))
-    done = _continue(model, None, ids, max_new_tokens, both(ambient, interventions), DecodeOptions.of(options))
-    found, activations = np.concatenate([done.prompts, done.new], axis=1).astype(np.int32), done.activations
-    if not done.variants and not isinstance(ids[0], list | tuple) and np.ndim(ids) == 1:
-        found, activations = found[0], jax.tree.map(lambda x: x[0], activations)
+    prompts, written = _continue(
+        model, None, ids, max_new_tokens, both(ambient, interventions), DecodeOptions.of(options)
+    )
+    new = np.asarray(written.tokens)
+    whole = np.broadcast_to(prompts[:, None], (*new.shape[:2], prompts.shape[1]))
+    single = not isinstance(ids[0], list | tuple) and np.ndim(ids) == 1
+    found, activations = written.lead(
+        single, (np.concatenate([whole, new], axis=2).astype(np.int32), written.activations)
+    )
     return (found, activations) if activations else found
 
 
@@ -60,16 +60,16 @@ def continue_texts(
     **options: Any,
 ) -> Any:
     """A text, a list of texts or a chat → the same with their continuations; with `capture`, that and what was captured."""
-    done = _continue(model, tokenizer, texts, max_new_tokens, interventions, DecodeOptions.of(options))
+    _, written = _continue(model, tokenizer, texts, max_new_tokens, interventions, DecodeOptions.of(options))
     single = isinstance(texts, str) or is_chat(texts)
-    prompts = [texts] if single else list(texts)
-
-    each = prompts * (len(done.new) // len(prompts))
-    rows = zip(each, done.new, done.alive, strict=True)
-    found: Any = [_joined(tokenizer, prompt, new[alive]) for prompt, new, alive in rows]
-    activations = done.activations
-    if not done.variants and single:
-        found, activations = found[0], jax.tree.map(lambda x: x[0], activations)
+    prompts: Sequence[Any] = [texts] if single else texts  # type: ignore[assignment]
+    new, alive = np.asarray(written.tokens), np.asarray(written.alive)
+    found: Any = [
+        [_joined(tokenizer, prompt, ids[kept]) for ids, kept in zip(rows, real, strict=True)]
+        for prompt, rows, real in zip(prompts, new, alive, strict=True)
+    ]
+    found = found if written.variants else [rows[0] for rows in found]
+    found, activations = found[0] if single else found, written.lead(single, written.activations)
     return (found, activations) if activations else found
 
 
@@ -104,26 +104,15 @@ def _continue(
     """Arguments as in `oculi_jax.generate`, and prompts as an adapter takes them."""
     config, attention_mask = model.config, options.attention_mask
     n_new = check_count(max_new_tokens)
-    exact = not programs_of(model).compiles_per_length
     batch = prepare(
         prompt, tokenizer, config,
-        attention_mask=attention_mask, allow_longer=options.allow_longer, n_new=n_new, exact=exact,
+        attention_mask=attention_mask, allow_longer=options.allow_longer, n_new=n_new, exact=True,
     )  # fmt: skip
-    tokens, real, n_tokens = batch.tokens, batch.mask, batch.n_tokens
+    tokens, real = batch.tokens, batch.mask
     if attention_mask is None:
         # Texts or lists of unequal length: with the padding first, new tokens follow their prompts at once.
-        shifts = n_tokens - real.sum(axis=1)
+        shifts = batch.n_tokens - real.sum(axis=1)
         tokens, real = (np.stack([np.roll(row, n) for row, n in zip(x, shifts, strict=True)]) for x in (tokens, real))
-    done = write(model, tokens, real, interventions, n_new, n_tokens, options)
-    _refuse_trace(done.tokens)
-    activations = done.activations
-    if n_tokens != tokens.shape[1]:  # the padding that near lengths share a program by stands before the new tokens
-        keep = np.r_[:n_tokens, tokens.shape[1] : tokens.shape[1] + n_new]
-        for reading in readings_of(options.capture, config, n_tokens + n_new) if activations else ():
-            name = reading.site.name
-            for axis in reading.token_axes:
-                activations = {**activations, name: np.take(np.asarray(activations[name]), keep, axis=1 + axis)}
-        activations = jax.device_put(activations)
-    shown = np.where(real, tokens, config.pad_id) if attention_mask is None else tokens
-    shown = np.broadcast_to(shown[:, :n_tokens], (len(done.tokens), n_tokens))
-    return Continued(shown, np.asarray(done.tokens), np.asarray(done.alive), activations, done.variants)
+    written = write(model, tokens, real, interventions, n_new, options)
+    _refuse_trace(written.tokens)
+    return Continued(np.where(real, tokens, config.pad_id) if attention_mask is None else tokens, written)

@@ -138,7 +138,7 @@ def field_of_prompts(
         item: the intervention, of which kinds ask for no more than what is None and what is static.
         frames: of each prompt.
     """
-    alike = not kind.by_prompt or all(frame.mask is None for frame in frames)
+    alike = value is None or not kind.by_prompt or all(frame.mask is None for frame in frames)
     if not isinstance(value, PerPrompt):
         if alike:
             return kind.canonical(value, item, frames[0], where), False

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from ..arrays import AnyArray
+from ..arrays import AnyArray, wide
 from ..pytrees import pytree
 from ..sites import SITES, Site, site_of
 from .each import PerLayer
@@ -22,6 +22,8 @@ from .indices import Layer
 from .protocol import Intervention
 
 OPS = ("set", "add", "scale", "apply")
+# Some of a run's tokens: where they begin and how many there are, or their slots `[R]`.
+Slots: TypeAlias = tuple[Array | int, int] | Int[Array, "R"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,15 +207,15 @@ def apply_edit(
     if edit.op == "apply":
         new = _applied(edit, x, value, chosen, here, real, seen)
     else:
-        wide = x.dtype if jnp.asarray(value).dtype == x.dtype else jnp.float32
-        operand = _broadcast(jnp.asarray(value).astype(wide), x)
+        dtype = x.dtype if jnp.asarray(value).dtype == x.dtype else wide(x.dtype)
+        operand = _broadcast(jnp.asarray(value).astype(dtype), x)
         match edit.op:
             case "set":
                 new = operand
             case "add":
-                new = x.astype(wide) + operand
+                new = x.astype(dtype) + operand
             case _:
-                new = x.astype(wide) * operand
+                new = x.astype(dtype) * operand
     return jnp.where(chosen, jnp.asarray(new).astype(x.dtype), x)
 
 
@@ -237,8 +239,8 @@ def _applied(
     if here is not None:
         value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
     if is_site_shaped(edit):
-        x_in = x_in.astype(jnp.float32)
-        value = jax.tree.map(lambda leaf: _broadcast(jnp.asarray(leaf).astype(jnp.float32), x), value)
+        x_in = x_in.astype(wide(x.dtype))
+        value = jax.tree.map(lambda leaf: _broadcast(jnp.asarray(leaf).astype(x_in.dtype), x), value)
         if visible is not None:
             value = jax.tree.map(lambda leaf: jnp.where(visible, leaf, jnp.zeros_like(leaf)), value)
     new = edit.fn(x_in, value)
@@ -262,7 +264,7 @@ def _only_if(here: Array, leaf: Any) -> Array:
 def site_shaped(fn: Callable[[Array, Any], Array]) -> Callable[[Array, Any], Array]:
     """Marks a function of `apply` edits whose value broadcasts to the site's axes, so that it can be cut to some tokens.
 
-    It is given float32 arrays of one shape, of JAX or of torch, and does with them what both do alike.
+    It is given float32 (or wider) arrays of one shape, of JAX or of torch, and does with them what both do alike.
 
     Examples:
         >>> @site_shaped
@@ -308,17 +310,27 @@ def limit_to_covered(edit: Edit, n_covered: AnyArray | int, sizes: Mapping[str, 
     return dataclasses.replace(edit, mask=mask.reshape(*(1,) * (n_axes - mask.ndim), *mask.shape) & covered)
 
 
-def cut_rows(edit: Edit, start: Array | int, n_rows: int, sizes: Mapping[str, int]) -> Edit:
-    """The edit for `n_rows` tokens of the run that begin at `start`; key axes stay whole."""
+def cut(edit: Edit, slots: Slots, sizes: Mapping[str, int], letters: str = "T") -> Edit:
+    """The edit for some tokens of the run.
 
-    def cut(leaf: Any) -> Any:
-        array = jnp.asarray(leaf.x if is_per_layer(leaf) else leaf)
-        for axis in token_axes(edit, array.shape[int(is_per_layer(leaf)) :], sizes["T"], "T"):
-            array = jax.lax.dynamic_slice_in_dim(array, start, n_rows, array.ndim + axis)
-        return PerLayer(array) if is_per_layer(leaf) else array
+    Args:
+        edit: lowered for `sizes`; of a function that treats its value as it likes, the mask alone is cut.
+        slots: which tokens: where they begin and how many there are, or their slots `[R]`, of which those beyond the run find 0.
+        sizes: letter → size of the run.
+        letters: which axes are cut, `"TS"` for keys too.
+    """
 
-    value = jax.tree.map(cut, edit.value, is_leaf=is_per_layer) if is_site_shaped(edit) else edit.value
-    return dataclasses.replace(edit, mask=cut(edit.mask), value=value)
+    def leaf(x: Any) -> Any:
+        array = jnp.asarray(x.x if is_per_layer(x) else x)
+        for axis in token_axes(edit, array.shape[int(is_per_layer(x)) :], sizes["T"], letters):
+            if isinstance(slots, tuple):
+                array = jax.lax.dynamic_slice_in_dim(array, *slots, array.ndim + axis)
+            else:
+                array = jnp.take(array, slots, axis=array.ndim + axis, mode="fill", fill_value=0)
+        return PerLayer(array) if is_per_layer(x) else array
+
+    value = jax.tree.map(leaf, edit.value, is_leaf=is_per_layer) if is_site_shaped(edit) else edit.value
+    return dataclasses.replace(edit, mask=leaf(edit.mask), value=value)
 
 
 def token_axes(edit: Edit, shape: Sequence[int], length: int, letters: str) -> list[int]:

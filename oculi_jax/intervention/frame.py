@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..arrays import AnyArray, on_device
+from ..arrays import AnyArray, on_device, wide
 from ..sites import Site, site_of
 
 if TYPE_CHECKING:
-    from ..models.llama.config import LlamaConfig
+    from ..models.decoder.config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Frame:
         axes: the axes of the sweep that the interventions make; () in one run.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     dtype: np.dtype
     n_tokens: int
     mask: AnyArray | None
@@ -53,7 +53,7 @@ class Frame:
         return site_of(name, self.config.sites)
 
     def site_dtype(self, site: Site) -> np.dtype:
-        return self.dtype if site.dtype == "model" else np.dtype(site.dtype)
+        return {"model": self.dtype, "float32": wide(self.dtype)}.get(site.dtype) or np.dtype(site.dtype)
 
     def positions(self, ranks: AnyArray, where: str) -> AnyArray:
         """bool `[…, T]` over all slots from ranks `[…, M]` (or one rank) among the real tokens, negative ones from the last."""

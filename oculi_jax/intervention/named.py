@@ -24,7 +24,7 @@ from .indices import Head, Index, Last, Layer, Positions
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from ..models.llama.config import LlamaConfig
+    from ..models.decoder.config import DecoderConfig
 
 # Letter → size of this run, T and S among them.
 Sizes = Mapping[str, int]
@@ -73,7 +73,7 @@ class HeadAblation:
     replacement: Any = field(Vector("z", fixed=True, heads=True), default=0.0)
 
     @classmethod
-    def grid(cls, config: LlamaConfig, replacement: ArrayLike = 0.0) -> HeadAblation:
+    def grid(cls, config: DecoderConfig, replacement: ArrayLike = 0.0) -> HeadAblation:
         """Every head of a config, else TypeError, for `sweep`: axes `[L, H]`. A mean of each, `PerLayer` of `[L, H, D]`, is shared.
 
         Examples:

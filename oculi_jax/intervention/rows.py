@@ -91,19 +91,28 @@ class Rows:
 
         Returns:
             A function of `prompt`; of its axes (0 for what leads with the prompts, else None; a tree of those where it is a
-            tree); and of arrays that lead with prompts × variants. What it returns leads with these two axes.
+            tree); of arrays `own` that lead with prompts × variants; and of `alike`, whether these lead with the variants
+            alone, and are every prompt's. What it returns leads with these two axes.
         """
-        variant_axes = [0 if lead else None for lead in self.by_variant]
         prompt_axes = [0 if lead else None for lead in self.by_prompt]
 
         def of_prompt(leaves: list[Any], prompt: Any, own: tuple[Any, ...]) -> Any:
-            def one(leaves: list[Any], own: tuple[Any, ...]) -> Any:
-                return fn(jax.tree.unflatten(self.tree, leaves), prompt, *own)
+            return self._each_variant(lambda items, own: fn(items, prompt, *own), size, axis_name)(leaves, own)
 
-            axes = (variant_axes, 0)
-            return jax.vmap(one, in_axes=axes, axis_size=size, spmd_axis_name=axis_name)(leaves, own)
-
-        def call(prompt: Any, axes: Any, *own: Any) -> Any:
-            return jax.vmap(of_prompt, in_axes=(prompt_axes, axes, 0))(self.leaves, prompt, own)
+        def call(prompt: Any, axes: Any, *own: Any, alike: bool = False) -> Any:
+            return jax.vmap(of_prompt, in_axes=(prompt_axes, axes, None if alike else 0))(self.leaves, prompt, own)
 
         return call
+
+    def map_variants(self, fn: Callable[..., Any], size: int, axis_name: str | None = None) -> Any:
+        """`fn(interventions)` over `size` variants that are the same for every prompt; what it returns leads with them."""
+        assert not any(self.by_prompt)
+        return self._each_variant(lambda items, _: fn(items), size, axis_name)(self.leaves, ())
+
+    def _each_variant(self, fn: Callable[..., Any], size: int, axis_name: str | None) -> Callable[..., Any]:
+        axes = [0 if lead else None for lead in self.by_variant]
+
+        def one(leaves: list[Any], own: tuple[Any, ...]) -> Any:
+            return fn(jax.tree.unflatten(self.tree, leaves), own)
+
+        return jax.vmap(one, in_axes=(axes, 0), axis_size=size, spmd_axis_name=axis_name)

@@ -165,5 +165,7 @@ def _attribution(m: Measured) -> dict[str, Any]:
         "other": numbers(m.other),
         "heads": numbers(m.by_head),
         "bias": numbers(m.bias),
+        "logit": numbers(m.attributed_logit),
+        "capped": m.capped,
         "error": numbers(m.completeness_error),
     }

@@ -48,11 +48,12 @@ class Measured:
     Attributes:
         prompt: its text.
         name: of the model.
-        sizes: letter → size, as `LlamaConfig.sizes`; `parameters`: how many; `dtype`: of its weights.
+        sizes: letter → size, as `DecoderConfig.sizes`; `parameters`: how many; `dtype`: of its weights.
         tokens: ids `[T]`.
         target: the id whose probability, ablations and attribution are shown; `chosen`: whether the user named it.
         rival: the likeliest other id, over which the target leads by `target_logit − rival_logit`.
         target_log_probability, target_logit, rival_logit: of the plain run; the first in nats.
+        attributed_logit: the target's logit before a final soft cap, which the parts sum to; `capped`: whether there is one.
         next_ids, next_probabilities: `[5]`, what the model says next, likeliest first.
         lens_ids, lens_probabilities: `[L, T, 5]`, the same of the logit lens after each layer.
         lens_target: `[L, T]`, the target's probability there.
@@ -64,7 +65,7 @@ class Measured:
         embedding, attention, mlp, other: shares of the target's logit: a number, `[L]`, `[L]`, and what rounding of the
             stream in half precision adds.
         by_head: `[L, H]`, the heads' shares; `bias`: that of the output projections' biases, which belong to no head.
-        completeness_error: sum of embedding, attention, mlp and other, minus the logit.
+        completeness_error: sum of embedding, attention, mlp and other, minus `attributed_logit`.
         words: id → text, of every id above.
     """
 
@@ -80,6 +81,8 @@ class Measured:
     target_log_probability: float
     target_logit: float
     rival_logit: float
+    attributed_logit: float
+    capped: bool
     next_ids: Int[np.ndarray, "5"]
     next_probabilities: Float[np.ndarray, "5"]
     lens_ids: Int[np.ndarray, "L T 5"]
@@ -150,6 +153,7 @@ def measure(
         chosen=target is not None,
         rival=rival,
         target_log_probability=float(jax.nn.log_softmax(logits)[goal]),
+        target_logit=float(logits[goal]),
         rival_logit=float(logits[rival]),
         **lens,
         heads=kept,
@@ -164,9 +168,10 @@ def measure(
     return measured
 
 
-def _name(tokenizer: Any) -> str:
+def _name(adapter: LlamaAttentionAdapter) -> str:
     """The last part of where the tokenizer came from, which is where the model did: a directory or a Hub id."""
-    return Path(str(getattr(tokenizer, "name_or_path", "") or "")).name or "Llama"
+    source = str(getattr(adapter.tokenizer, "name_or_path", "") or "")
+    return Path(source).name or adapter.model.config.family.title
 
 
 def _triangle(n_tokens: int) -> int:
@@ -179,7 +184,7 @@ def _described(adapter: LlamaAttentionAdapter, text: str | Sequence[Mapping[str,
     model = adapter.model
     return {
         "prompt": text if isinstance(text, str) else "\n".join(f"{m['role']}: {m['content']}" for m in text),
-        "name": _name(adapter.tokenizer),
+        "name": _name(adapter),
         "sizes": model.config.sizes,
         "parameters": model.n_params,
         "dtype": str(model.dtype),
@@ -215,7 +220,8 @@ def _attributed(full: FullCapture, model: Any, goal: int) -> dict[str, Any]:
     shares = AttributionMethods.head_attribution(full.attention, model, goal, residual=full.residual)
     assert parts.completeness_error is not None
     return {
-        "target_logit": float(parts.details["logit"]),
+        "attributed_logit": float(parts.details["logit"]),
+        "capped": model.config.logit_cap is not None,
         "embedding": float(parts.details["embedding"]),
         "attention": np.asarray(parts.values)[:, 0],
         "mlp": np.asarray(parts.values)[:, 1],

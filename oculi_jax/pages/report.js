@@ -124,7 +124,7 @@ function drawAttribution() {
   const { embedding, attention: attn, mlp, other, bias, error } = attribution, sum = (list) => list.reduce((a, b) => a + b, 0);
   const all = [0, embedding, ...attn, ...mlp], range = [Math.min(...all), Math.max(...all) || 1];
   byId("attribution-lead").append(
-    "What each part of the model adds to the logit of ", token(target.word),
+    "What each part of the model adds to the logit of ", token(target.word), attribution.capped ? ", before the final soft cap," : "",
     " directly: its output through the final norm, with the scale that the norm has in this run, and the unembedding. What it does by way of later parts is theirs.");
   byId("parts").append(
     element("tbody", {}, element("tr", {}, element("th", { scope: "row" }, "embedding"), share(embedding, range), element("td"))),
@@ -134,7 +134,7 @@ function drawAttribution() {
   const beside = Math.abs(other) >= 5e-4 ? `, rounding of the stream ${signed(other)}` : "";
   byId("parts-sum").textContent =
     `Embedding ${signed(embedding)}, attention ${signed(sum(attn))}, MLPs ${signed(sum(mlp))}${beside}: ` +
-    `the parts sum to ${signed(embedding + sum(attn) + sum(mlp) + other)}, and miss the logit ${signed(target.logit)} by ${minus(error.toExponential(1))}.`;
+    `the parts sum to ${signed(embedding + sum(attn) + sum(mlp) + other)}, and miss the logit ${signed(attribution.logit)}${attribution.capped ? " before the soft cap" : ""} by ${minus(error.toExponential(1))}.`;
   drawSigned("shares", attribution.heads, (layer, head) => `adds ${signed(attribution.heads[layer][head])} to the logit.`, "adds to the logit");
   if (Math.abs(bias) >= 5e-4) byId("shares-legend").append(element("p", { class: "soft small" }, `Biases of the output projections, which belong to no head: ${signed(bias)}.`));
 }

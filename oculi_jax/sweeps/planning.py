@@ -1,22 +1,23 @@
-"""`SweepPlan`: in which groups a sweep runs its variants, what that costs, and the choice between the ways to do it."""
+"""What calls will run and what that costs: `Plan`, and `SweepPlan`, in which groups a sweep runs its variants."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from .. import cells
+from ..buckets import weights_of
 
 if TYPE_CHECKING:
-    from ..models.llama.config import LlamaConfig
+    from ..models.decoder.config import DecoderConfig
 
-# Of a matrix product's rate, what a sweep reaches (measured: 0.73 to 0.85 on CPUs; benchmarks/rates.py).
+# Of a large square product's rate, what a sweep reaches beside reading weights (measured: benchmarks/sets.py, benchmarks/rates.py).
 EFFICIENCY = 0.75
-# A layer's weights are read once for a group: that costs as much time as the arithmetic of so many tokens.
+# A layer's weights are read once for a call: that costs as much time as the arithmetic of so many tokens.
 ROWS_OF_A_READ = {"cpu": 40}
 ROWS_OF_A_READ_ELSEWHERE = 1024
 # The more tokens at once the better, up to where activations leave the processor's caches.
@@ -25,102 +26,254 @@ MOST_ROWS_ELSEWHERE = 65536
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Variants that one call runs.
+class Call:
+    """Prompts, and for each the variants that one call runs it under.
 
     Attributes:
-        variants: their numbers.
+        prompts: their places in the part, one for each slot.
+        variants: numbers `[slots, size]`; what is left over repeats the last one.
         start: the first layer that runs.
         n_rows: how many tokens run, the last ones of the prompt.
-        size: how many variants the program has room for; what is left over repeats the last one.
+        shared: whether the tokens before these run too, once for each variant: they are the same in all prompts.
+        slots, size: how many prompts, and variants of each, the program has room for.
     """
 
+    prompts: np.ndarray
     variants: np.ndarray
     start: int
     n_rows: int
+    shared: bool
+    slots: int
     size: int
+
+    @property
+    def is_grid(self) -> bool:
+        """Whether all prompts have the same variants."""
+        return bool((self.variants == self.variants[:1]).all())
 
 
 @dataclass(frozen=True, eq=False)
-class SweepPlan:
-    """What `sweep` will do.
+class Part:
+    """Prompts whose base runs are there together, and the calls that start from them.
 
     Attributes:
-        axes: of the sweep; their product is the number of variants.
-        n_prompts, n_tokens, n_layers: of the run.
-        reuse: whether variants start from a base run, at their first edited layer and token, or run whole.
-        prompts: how many prompts one call runs, each under all variants of a group.
-        groups: the calls, in order, for each such set of prompts.
-        layer_evaluations: how many times a layer runs on a prompt, the base runs included; a suffix of the tokens counts
-            by its share.
-        naive_layer_evaluations: the same for one whole run of every variant.
+        prompts: their numbers in the set.
+        first: the column at which each begins.
+        n_tokens: how many columns run.
+        room: how many prompts the program of the base runs has room for.
+        reuse: whether variants start from base runs, at their first edited layer and token, or run whole.
+        calls: in order.
+    """
+
+    prompts: np.ndarray
+    first: np.ndarray
+    n_tokens: int
+    room: int
+    reuse: bool
+    calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan:
+    """What a call will do.
+
+    Attributes:
+        n_prompts, n_tokens, n_layers: of the run; of pairs of prompts, the pairs.
+        n_runs: how many runs of a prompt the call stands for, whatever they share.
+        parts: the prompts in groups of near lengths, and the calls that each takes.
         flops: floating-point operations of the matrix products, unembedding included; a multiply-add is two.
-        naive_flops: the same for one whole run of every variant.
-        bytes: the most memory that a device holds beside the model and the interventions' own arrays: the base runs and one
-            call's own.
-        note: why all tokens run, where something that was given needs them; else "".
+        bytes: the most memory that a device holds beside the model and what was given.
+        reading: what reading each layer's weights costs beside these, once for a call, in operations of the same time.
+        note: what else is to be said of it, in words; else "".
         rate: measures floating-point operations a second of the device.
 
     Examples:
-        >>> planned = plan(model, [ids, other], HeadAblation.grid(model.config), metric)
-        >>> planned.axes, planned.n_prompts, planned.batch_size, planned.seconds < 60
-        ((4, 6), 2, 24, True)
+        >>> planned = plan(causal.attribution_patching, model, ids, other, metric)
+        >>> planned.n_prompts, planned.n_runs, len(planned.calls), planned.seconds < 60
+        (1, 2, 1, True)
     """
 
-    axes: tuple[int, ...]
     n_prompts: int
     n_tokens: int
     n_layers: int
-    reuse: bool
-    prompts: int
-    groups: tuple[Group, ...]
-    layer_evaluations: float
-    naive_layer_evaluations: float
+    n_runs: int
+    parts: tuple[Part, ...]
     flops: float
-    naive_flops: float
     bytes: int
+    reading: float = 0.0
     note: str = ""
     rate: Callable[[], float] | None = field(default=None, repr=False)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """Of all parts.
+
+        Examples:
+            >>> call = plan(model, ids, HeadAblation.grid(model.config), metric).calls[0]
+            >>> call.variants.shape, call.start, call.n_rows
+            ((1, 24), 0, 6)
+        """
+        return tuple(call for part in self.parts for call in part.calls)
 
     @property
     def seconds(self) -> float:
         """About how long it takes, compiling apart: a sweep does three quarters of what a matrix product alone would.
 
         From a product that is measured on the device once in a process, when this is first asked for.
+
+        Examples:
+            >>> plan(model, ids, HeadAblation.grid(model.config), metric).seconds < 60
+            True
         """
-        return math.nan if self.rate is None else self.flops / (EFFICIENCY * self.rate())
+        return math.nan if self.rate is None else (self.flops + self.reading) / (EFFICIENCY * self.rate())
+
+    def _said(self) -> dict[str, object]:
+        """What a table says of it before its costs."""
+        return {name: getattr(self, name) for name in ("n_prompts", "n_tokens", "n_runs", "note")}
+
+    def _repr_html_(self) -> str:
+        said = {name: value for name, value in self._said().items() if value != ""}
+        more = {"GFLOP": f"{self.flops / 1e9:.3g}", "MB": f"{self.bytes / 1e6:.3g}"}
+        rows = {**said, **more, "seconds": f"about {self.seconds:.2g}, and compiling"}
+        return cells.table(type(self).__name__, rows.items())
+
+    def __repr__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        n_calls = f"{len(self.calls)} call{'s' * (len(self.calls) > 1)}"
+        return f"Plan({self.n_runs} runs of {self.n_tokens} tokens{self._cut()}{note}; {n_calls}; {self._costs()})"
+
+    def _costs(self) -> str:
+        took = "" if self.rate is None else f", about {self.seconds:.2g} s and compiling"
+        return f"{self.flops / 1e9:.3g} GFLOP{took}, {self.bytes / 1e6:.3g} MB beside the model"
+
+    def _cut(self) -> str:
+        """What padding is left out, in words."""
+        lengths = sorted({part.n_tokens for part in self.parts})
+        return "" if lengths == [self.n_tokens] else f" in lengths of {', '.join(map(str, lengths))}"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SweepPlan(Plan):
+    """What `sweep` will do, or what sweeps, as `activation_patching`.
+
+    Attributes:
+        axes: of the sweep; their product is the number of variants.
+        n_prompts, n_tokens, n_layers: of the run.
+        n_runs: how many whole runs it stands for: one of every variant of every prompt, and those of patching before them.
+        parts: the prompts in groups of near lengths, and the calls that each takes.
+        layer_evaluations: how many times a layer runs on a prompt, the base runs included; some of its columns count by their
+            share.
+        flops: floating-point operations of the matrix products, unembedding included; a multiply-add is two.
+        naive_flops: the same for that many whole runs, padding included.
+        bytes: the most memory that a device holds beside the model and the interventions' own arrays: the base runs and one
+            call's own; for patching, what it captures too.
+        reading: what reading each layer's weights costs beside these, once for a call, in operations of the same time.
+        note: why all tokens run, where something that was given needs them; else "".
+        rate: measures floating-point operations a second of the device.
+
+    Examples:
+        >>> planned = plan(model, [ids, other], HeadAblation.grid(model.config), metric)
+        >>> planned.axes, planned.n_prompts, planned.n_runs, planned.batch_size
+        ((4, 6), 2, 48, 12)
+    """
+
+    axes: tuple[int, ...]
+    layer_evaluations: float
+    naive_flops: float
+
+    @property
+    def naive_layer_evaluations(self) -> float:
+        """How many layer evaluations whole runs would be.
+
+        Examples:
+            >>> plan(model, ids, HeadAblation.grid(model.config), metric).naive_layer_evaluations  # 24 variants × 4 layers
+            96.0
+        """
+        return float(self.n_runs * self.n_layers)
+
+    @property
+    def reuse(self) -> bool:
+        """Whether any variants start from base runs.
+
+        Examples:
+            >>> plan(model, ids, HeadAblation.grid(model.config), metric, reuse=False).reuse
+            False
+        """
+        return any(part.reuse for part in self.parts)
 
     @property
     def batch_size(self) -> int:
-        """The most variants in a call."""
-        return max(group.size for group in self.groups)
+        """The most variants of a prompt in a call."""
+        return max(call.size for call in self.calls)
 
-    def _repr_html_(self) -> str:
-        said = {
-            name: getattr(self, name)
-            for name in ("axes", "n_prompts", "n_tokens", "batch_size", "note")
-            if getattr(self, name) != ""
-        }
-        share = (
-            f"{self.layer_evaluations:.0f}, {self.layer_evaluations / self.naive_layer_evaluations:.0%} of whole runs"
-        )
-        more = {"layer evaluations": share, "GFLOP": f"{self.flops / 1e9:.3g}", "MB": f"{self.bytes / 1e6:.3g}"}
-        return cells.table("SweepPlan", {**said, **more, "seconds": f"about {self.seconds:.2g}, and compiling"}.items())
+    def _said(self) -> dict[str, object]:
+        share = self.layer_evaluations / self.naive_layer_evaluations
+        said = {name: getattr(self, name) for name in ("axes", "n_prompts", "n_tokens", "batch_size", "note")}
+        return {**said, "layer evaluations": f"{self.layer_evaluations:.0f}, {share:.0%} of whole runs"}
 
     def __repr__(self) -> str:
-        n_variants, rows = math.prod(self.axes), sorted({group.n_rows for group in self.groups}, reverse=True)
-        way = "each from its first edited layer" if self.reuse else "each whole"
-        if self.reuse and rows != [self.n_tokens]:
-            way += f" and token (the last {', '.join(map(str, rows))} of {self.n_tokens})"
-        calls = len(self.groups) * -(-self.n_prompts // self.prompts)
         share = self.layer_evaluations / self.naive_layer_evaluations
-        took = "" if self.rate is None else f", about {self.seconds:.2g} s and compiling"
+        n_variants = math.prod(self.axes)
+        before = self.n_runs - n_variants * self.n_prompts
         return (
-            f"SweepPlan({n_variants} variants × {self.n_prompts} prompt{'s' * (self.n_prompts > 1)} of {self.n_tokens} tokens, "
-            f"{way}; {calls} calls of up to {self.batch_size} variants; {self.layer_evaluations:.0f} layer evaluations, "
-            f"{share:.0%} of {self.naive_layer_evaluations:.0f}; {self.flops / 1e9:.3g} GFLOP{took}, {self.bytes / 1e6:.3g} MB "
-            f"beside the model{f'; all tokens run: {self.note}' if self.note else ''})"
+            f"SweepPlan({n_variants} variants × {self.n_prompts} prompt{'s' * (self.n_prompts > 1)} of "
+            f"{self.n_tokens} tokens{self._cut()}{f' after {before} whole runs' if before else ''}, {self._way()}; "
+            f"{len(self.calls)} calls of up to {self.batch_size} variants; "
+            f"{self.layer_evaluations:.0f} layer evaluations, {share:.0%} of {self.naive_layer_evaluations:.0f}; "
+            f"{self._costs()}{f'; all tokens run: {self.note}' if self.note else ''})"
         )
+
+    def _way(self) -> str:
+        """What is reused, in words."""
+        if not self.reuse:
+            return "each whole"
+        rows = {(call.n_rows, part.n_tokens) for part in self.parts for call in part.calls if not call.shared}
+        later = sorted({rows for rows, n_tokens in rows if rows < n_tokens}, reverse=True)
+        way = "each from its first edited layer"
+        if later:
+            way += f" and token (the last {', '.join(map(str, later))} of up to {self.n_tokens})"
+        common = {part.n_tokens - call.n_rows for part in self.parts for call in part.calls if call.shared}
+        return way + "".join(f", the first {n} tokens once for all prompts" for n in common)
+
+
+# Function → what plans it, of the same arguments.
+PLANNERS: dict[Callable[..., Any], Callable[..., Plan]] = {}
+F = TypeVar("F", bound=Callable[..., Plan])
+
+
+def plans(function: Callable[..., Any]) -> Callable[[F], F]:
+    """Says of a function that it plans another, so that `plan(function, …)` is what it returns of all arguments by name."""
+
+    def register(planner: F) -> F:
+        PLANNERS[function] = planner
+        return planner
+
+    return register
+
+
+def after_runs(planned: SweepPlan, cost: Cost, n_bare: int, n_captured: int, kept: int) -> SweepPlan:
+    """The plan of a sweep with what two calls of whole runs before it cost.
+
+    Args:
+        planned: the sweep.
+        cost: of its model, tokens and metric.
+        n_bare: how many runs of which the metric alone is asked.
+        n_captured: how many of which activations are captured too, at all tokens.
+        kept: bytes of what is captured, which stays there.
+    """
+    cost = replace(cost, n_devices=1)
+    n_layers, n_runs = cost.config.num_hidden_layers, n_bare + n_captured
+    whole = n_layers * cost.flops_of_layer(cost.n_tokens) + 2.0 * cost.n_logits * cost.config.sizes["E"]
+    held = cost.bytes_of_call(max(n_bare, n_captured), cost.n_tokens)
+    return replace(
+        planned,
+        n_runs=planned.n_runs + n_runs,
+        layer_evaluations=planned.layer_evaluations + n_runs * n_layers,
+        flops=planned.flops + n_bare * cost.flops_of_layers(n_layers, cost.n_tokens) + n_captured * whole,
+        naive_flops=planned.naive_flops + n_runs * whole,
+        bytes=kept + max(held, planned.bytes),
+        reading=planned.reading + 2 * n_layers * cost.flops_of_reading,
+    )
 
 
 @dataclass(frozen=True)
@@ -129,16 +282,20 @@ class Cost:
 
     Attributes:
         config: the model's config.
-        n_tokens: of the prompt.
-        n_logits: how many logits the metric reads of a variant, over all its positions.
+        n_tokens: how many columns of a prompt run.
+        n_prompts: of the whole set.
+        n_read: at how many tokens the metric reads the stream, which alone leave the last layer; None for all.
+        n_ids: how many logits it reads there.
         itemsize: bytes of a number of the model.
         platform: of the device.
         n_devices: over which the variants of a call spread.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     n_tokens: int
-    n_logits: int
+    n_prompts: int
+    n_read: int | None
+    n_ids: int
     itemsize: int
     platform: str
     n_devices: int
@@ -154,17 +311,31 @@ class Cost:
     @property
     def weights(self) -> tuple[int, int]:
         """How many numbers a layer's attention and its MLP multiply with."""
-        c = self.config.sizes
-        return 2 * c["E"] * c["D"] * (c["H"] + c["K"]), 3 * c["E"] * c["F"]
+        return weights_of(self.config)
 
-    def flops_of_rows(self, n_rows: int) -> float:
-        """Of one layer on the last `n_rows` tokens of a prompt."""
+    @property
+    def flops_of_reading(self) -> float:
+        """What reading one layer's weights costs, in operations of the same time."""
+        return self.read * 2.0 * sum(self.weights)
+
+    @property
+    def n_logits(self) -> int:
+        """How many logits the metric reads of a run."""
+        return (self.n_tokens if self.n_read is None else self.n_read) * self.n_ids
+
+    def flops_of_layer(self, n_rows: int) -> float:
+        """Of one layer on so many of a prompt's tokens."""
         c = self.config.sizes
         return 2.0 * n_rows * (sum(self.weights) + 2 * c["H"] * c["D"] * self.n_tokens)
 
-    @property
-    def flops_of_logits(self) -> float:
-        return 2.0 * self.n_logits * self.config.sizes["E"]
+    def flops_of_layers(self, n_layers: int, n_rows: int) -> float:
+        """Of the last `n_layers` on so many of a prompt's tokens, and of the logits that are read."""
+        c = self.config.sizes
+        logits = 2.0 * self.n_logits * c["E"]
+        if self.n_read is None or not n_layers:
+            return n_layers * self.flops_of_layer(n_rows) + logits
+        last = self.flops_of_layer(self.n_read) + 2.0 * n_rows * 2 * c["E"] * c["K"] * c["D"]
+        return (n_layers - 1) * self.flops_of_layer(n_rows) + last + logits
 
     def bytes_of_call(self, n_variants: int, n_rows: int) -> int:
         """The most that a device holds of a call over `n_variants` (× prompts): in attention, in the MLP, or in the logits.
@@ -188,131 +359,7 @@ class Cost:
         per_token = (c["L"] + 1) * c["E"] + (2 * c["L"] * c["K"] * c["D"] if keys else 0)
         return n_prompts * self.n_tokens * per_token * self.itemsize
 
-
-def make_plan(
-    cost: Cost,
-    axes: tuple[int, ...],
-    n_prompts: int,
-    first_layers: np.ndarray | None,
-    first_tokens: np.ndarray | None,
-    batch_size: int | None,
-    budget: int,
-) -> SweepPlan:
-    """Chooses groups.
-
-    Args:
-        cost: what calls cost.
-        axes: of the sweep.
-        n_prompts: how many prompts.
-        first_layers, first_tokens: of each variant, what it may change first; None to run all whole.
-        batch_size: how many variants a call runs; None to choose.
-        budget: bytes that a call may hold.
-    """
-    n, n_tokens, n_layers = math.prod(axes), cost.n_tokens, cost.config.num_hidden_layers
-    whole = np.zeros(n, int), np.full(n, n_tokens)
-    ways = [_groups(cost, *whole, (n_tokens,), n_prompts, batch_size, budget)]
-    if first_layers is not None and first_tokens is not None and (first_layers >= 0).all():
-        base = n_layers * (n_prompts * n_tokens + cost.read)
-        needed = np.clip(n_tokens - first_tokens, 1, n_tokens)
-        shares = sorted({-(-n_tokens * quarters // 4) for quarters in (1, 2, 3)} - {n_tokens})
-        for chosen in range(2 ** len(shares)):
-            lengths = (*(share for bit, share in enumerate(shares) if chosen >> bit & 1), n_tokens)
-            rows = np.array(lengths)[np.searchsorted(lengths, needed)]
-            way = _groups(cost, first_layers, rows, lengths, n_prompts=n_prompts, batch_size=batch_size, budget=budget)
-            ways.append((way[0] + base, *way[1:]))
-    number = min(range(len(ways)), key=lambda i: ways[i][0])
-    _, prompts, groups = ways[number]
-    reuse = number > 0
-
-    layer_flops = {rows: cost.flops_of_rows(rows) for rows in {g.n_rows for g in groups}}
-    runs = [(n_layers - g.start, g.size, g.n_rows) for g in groups]
-    sets = -(-n_prompts // prompts) * prompts
-    evaluations = sets * sum(layers * size * rows / n_tokens for layers, size, rows in runs)
-    flops = sets * sum(layers * size * layer_flops[rows] + size * cost.flops_of_logits for layers, size, rows in runs)
-    if reuse:
-        evaluations += sets * n_layers
-        flops += sets * n_layers * cost.flops_of_rows(n_tokens)
-    held = max(cost.bytes_of_call(prompts * g.size, g.n_rows) for g in groups)
-    if reuse:
-        kept = cost.bytes_of_base(prompts, any(g.n_rows < n_tokens for g in groups))
-        # While the base runs, what it keeps is there twice: as it is gathered, and as it is returned.
-        held = max(held + kept, cost.bytes_of_call(prompts, n_tokens) + 2 * kept)
-    return SweepPlan(
-        axes,
-        n_prompts,
-        n_tokens,
-        n_layers,
-        reuse=reuse,
-        prompts=prompts,
-        groups=groups,
-        layer_evaluations=evaluations,
-        naive_layer_evaluations=float(n * n_prompts * n_layers),
-        flops=flops,
-        naive_flops=n * n_prompts * (n_layers * cost.flops_of_rows(n_tokens) + cost.flops_of_logits),
-        bytes=held,
-    )
-
-
-def _groups(
-    cost: Cost,
-    first_layers: np.ndarray,
-    n_rows: np.ndarray,
-    lengths: Sequence[int],
-    n_prompts: int,
-    batch_size: int | None,
-    budget: int,
-) -> tuple[float, int, tuple[Group, ...]]:
-    """The cheapest groups of variants that have a first layer and a number of tokens each: cost, prompts a call, groups."""
-    best: tuple[float, int, tuple[Group, ...]] | None = None
-    prompts = 1
-    while True:
-        room = budget - 2 * cost.bytes_of_base(prompts, True)
-        found = 0.0
-        groups: list[Group] = []
-        for length in lengths:
-            members = np.flatnonzero(n_rows == length)
-            if members.size:
-                members = members[np.argsort(first_layers[members], kind="stable")]
-                chosen = _size(cost, first_layers[members], length, prompts, batch_size, room)
-                if chosen is None:  # so many prompts do not fit; fewer did
-                    assert best is not None
-                    return best
-                price, size = chosen
-                found += price * -(-n_prompts // prompts)
-                for i in range(0, len(members), size):
-                    some = members[i : i + size]
-                    groups.append(Group(some, int(first_layers[some[0]]), length, size))
-        if best is None or found < best[0]:
-            best = found, prompts, tuple(groups)
-        if prompts >= n_prompts:
-            return best
-        prompts = min(2 * prompts, n_prompts)
-
-
-def _size(
-    cost: Cost, starts: np.ndarray, length: int, prompts: int, batch_size: int | None, room: int
-) -> tuple[float, int] | None:
-    """The cheapest number of variants in a call, of variants sorted by first layer: cost in token-layers, and that number.
-
-    A group starts where its first variant does, so larger ones waste layers, and smaller ones read the weights more often.
-    None where the memory has no room even for the smallest, of several prompts; one prompt must do whatever it takes.
-    """
-    n, n_layers = len(starts), cost.config.num_hidden_layers
-    if batch_size is None:
-        sizes = sorted({int(-(-n // parts)) for parts in np.unique(np.geomspace(1, n, 64).astype(int))})
-    else:
-        sizes = [min(batch_size, n)]
-    sizes = sorted({-(-size // cost.n_devices) * cost.n_devices for size in sizes})
-    fits = [
-        size
-        for size in sizes
-        if prompts * size * length <= cost.most_rows and cost.bytes_of_call(prompts * size, length) <= room
-    ]
-    if not fits and prompts > 1:
-        return None
-
-    def price(size: int) -> float:
-        layers = n_layers - starts[::size]
-        return float(np.sum(layers * (prompts * size * length + cost.read)))
-
-    return min((price(size), size) for size in fits or sizes[:1])
+    def bytes_of_common(self, n_variants: int, n_common: int) -> int:
+        """Keys and values of tokens that run once for all prompts."""
+        c = self.config.sizes
+        return 2 * n_variants * n_common * c["L"] * c["K"] * c["D"] * self.itemsize

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from ..arrays import AnyArray, integer, on_device, under_trace
+from ..arrays import AnyArray, integer, under_trace
 from ..backends import find_model, programs_of
+from ..buckets import buckets_of, columns_of_a_program, whole
 from ..intervention.frame import Frame
 from ..intervention.rows import Rows
 from ..metrics import Metric, apply_metric, check_metric
 from ..output import Output
 from ..prompts import check_prompts
-from ..utils.progress import progress as progress_bar
-from .planning import Cost, Group, SweepPlan, make_plan
-from .reach import first_touched, what_needs_all_tokens
+from .grouping import make_plan
+from .planning import PLANNERS, Cost, Plan, SweepPlan, plans
+from .reach import Needs, Reach, needs_of, reaches_of
+from .running import Prepared, Progress, execute
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..intervention.protocol import Interventions
     from ..metrics import MetricLike
-    from ..models.llama.model import Llama
+    from ..models.decoder.model import Decoder
 
-Progress = Callable[[int, int], None]
+Given = ParamSpec("Given")
 
 
 def sweep(
-    model: Llama,
+    model: Decoder,
     tokens: ArrayLike,
     interventions: Interventions,
     metric: Callable[..., Any],
@@ -60,7 +61,7 @@ def sweep(
     `grad` it is the plain `vmap` of whole runs.
 
     Args:
-        model: a `Llama`.
+        model: a model of any family, or a Hugging Face one.
         tokens: ids `[T]`, or `[B, T]` for several prompts, padded to one length.
         interventions: one or a list, applied in order; those without axes are in every variant.
         metric: one of `oculi_jax.metrics`, or any function of an `Output` (with all logits `[T, V]`, no activations and
@@ -102,8 +103,9 @@ def sweep(
     )
 
 
+@overload
 def plan(
-    model: Llama,
+    model: Decoder,
     tokens: ArrayLike,
     interventions: Interventions,
     metric: Callable[..., Any],
@@ -111,55 +113,83 @@ def plan(
     mask: ArrayLike | None = None,
     batch_size: int | Literal["auto"] = "auto",
     reuse: bool = True,
+    progress: Progress | bool | None = None,
     mesh: Mesh | None = None,
-) -> SweepPlan:
-    """What `sweep` with these arguments will do: the groups of variants, their cost beside whole runs, and the memory.
+) -> SweepPlan: ...
+@overload
+def plan(function: Callable[Given, Any], /, *given: Given.args, **named: Given.kwargs) -> Plan: ...
+def plan(*given: Any, **named: Any) -> Plan:
+    """What a call will run, and what that costs: operations, memory, about how many seconds. Nothing is run.
+
+    `plan(model, tokens, interventions, metric, …)` is the plan of `sweep` with these arguments. `plan(activation_patching,
+    model, clean, corrupted, metric, …)` is that of `activation_patching` with the arguments that follow it, its two runs
+    included; likewise of `attribution_patching`.
+
+    Returns:
+        A `Plan`; a `SweepPlan` of what sweeps.
 
     Raises:
-        ValueError, TypeError: as `sweep`; under a trace (jit, vmap, grad) too, where it has no plan.
+        ValueError, TypeError: as the call itself; for a function that has no plan; under a trace (jit, vmap, grad).
 
     Examples:
-        >>> plan(model, ids, HeadAblation.grid(model.config), metric).naive_layer_evaluations  # 24 variants × 4 layers
-        96.0
+        >>> plan(model, ids, HeadAblation.grid(model.config), metric).axes
+        (4, 6)
+        >>> todo = plan(causal.activation_patching, model, ids, other, metric, by=("layer", "position"))
+        >>> todo.axes, todo.n_runs  # one run of each place, and the two that they are made of
+        ((4, 6), 26)
     """
+    function: Any = sweep
+    if given and callable(given[0]) and not hasattr(given[0], "config"):  # no model
+        function, given = given[0], given[1:]
+    planner = PLANNERS.get(function)
+    if planner is None:
+        name = getattr(function, "__name__", repr(function))
+        known = ", ".join(planned.__name__ for planned in PLANNERS)
+        raise TypeError(f"{name} has no plan; what has one is {known}: plan(function, …), with its own arguments.")
+    if under_trace((given, named)):
+        raise TypeError("plan needs values, and was given traced arrays: under a trace a sweep is the plain vmap.")
+    try:
+        bound = inspect.signature(function).bind(*given, **named)
+    except TypeError as error:
+        raise TypeError(f"plan of {function.__name__}: {error}.") from None
+    bound.apply_defaults()
+    return planner(**bound.arguments)
+
+
+@plans(sweep)
+def _plan_of_sweep(
+    model: Decoder,
+    tokens: ArrayLike,
+    interventions: Interventions,
+    metric: MetricLike,
+    mask: ArrayLike | None,
+    batch_size: int | Literal["auto"],
+    reuse: bool,
+    progress: object,
+    mesh: Mesh | None,
+) -> SweepPlan:
     model = find_model(model)
     tokens, mask, _ = check_prompts(model.config, tokens, mask)
-    prepared = _prepare(model, tokens, mask, interventions, metric, mesh)
-    if prepared.traced:
-        raise TypeError("plan needs values, and was given traced arrays: under a trace a sweep is the plain vmap.")
-    return _plan(prepared, batch_size, reuse)
+    return plan_prompts(model, tokens, mask, interventions, metric, batch_size, reuse, mesh)
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything checked and canonical.
-
-    Attributes:
-        rows: interventions over prompts and variants.
-        shared: those of them that are the same in all variants.
-        varying: those that are not (all, where none varies).
-        traced: whether something is a tracer.
-    """
-
-    model: Any
-    tokens: Any
-    mask: Any
-    rows: Rows
-    shared: Rows
-    varying: Rows
-    axes: tuple[int, ...]
-    metric: Any
-    metric_by_prompt: tuple[bool, ...]
-    mesh: Mesh | None
-    traced: bool
-
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.axes, dtype=int))
+def plan_prompts(
+    model: Decoder,
+    tokens: AnyArray,
+    mask: AnyArray | None,
+    interventions: Interventions,
+    metric: MetricLike,
+    batch_size: int | Literal["auto"] = "auto",
+    reuse: bool = True,
+    mesh: Mesh | None = None,
+    held: int = 0,
+) -> SweepPlan:
+    """The plan of `sweep_prompts`, where so many bytes will be `held` that are free now."""
+    return _plan(_prepare(model, tokens, mask, interventions, metric, mesh), batch_size, reuse, held)
 
 
 def sweep_prompts(
-    model: Llama,
+    model: Decoder,
     tokens: AnyArray,
     mask: AnyArray | None,
     interventions: Interventions,
@@ -176,12 +206,13 @@ def sweep_prompts(
         `[B, *axes, …]`; `[*axes, …]` where there is a `single` prompt.
     """
     prepared = _prepare(model, tokens, mask, interventions, metric, mesh)
-    found = None if prepared.traced else _execute(prepared, _plan(prepared, batch_size, reuse), progress)
+    found = None if prepared.traced else execute(prepared, _plan(prepared, batch_size, reuse), progress)
     traced = found is None
     if traced:
-        found = programs_of(prepared.model).run_variants(
-            prepared.model, prepared.tokens, prepared.mask, prepared.rows, size=prepared.size,
-            metric=prepared.metric, metric_by_prompt=prepared.metric_by_prompt, mesh=prepared.mesh,
+        whole = _prepare(model, tokens, mask, interventions, metric, mesh, cut=False)
+        found = programs_of(whole.model).run_variants(
+            whole.model, whole.tokens, whole.mask, whole.rows, size=whole.size,
+            metric=whole.metric, metric_by_prompt=whole.metric_by_prompt, mesh=whole.mesh,
         ).value  # fmt: skip
     lead = prepared.axes if single else (len(tokens), *prepared.axes)
     # On the host NumPy reshapes, for which JAX would compile a program.
@@ -189,30 +220,29 @@ def sweep_prompts(
     return found if traced else jax.device_put(found)
 
 
-def _prepare(model: Any, tokens: Any, mask: Any, interventions: Any, metric: Any, mesh: Mesh | None) -> _Prepared:
+def _prepare(
+    model: Any, tokens: Any, mask: Any, interventions: Any, metric: Any, mesh: Mesh | None, cut: bool = True
+) -> Prepared:
+    """What a sweep is given, checked and canonical; `cut` says whether prompts may run with their own columns alone."""
     model = find_model(model)
     config = model.config
     metric, leads = check_metric(metric, config.vocab_size, tokens, mask)
-    n_tokens, dtype = tokens.shape[1], model.dtype
-    masks = [None] * len(tokens) if mask is None else mask
-    frames = [Frame(config, dtype, n_tokens, row) for row in masks]
+    n_prompts, n_tokens = tokens.shape
+    if cut := cut and mask is not None and not under_trace((tokens, mask)):
+        tokens, mask = np.asarray(tokens), np.asarray(mask)
+    masks = [None] * n_prompts if mask is None else mask
+    frames = [Frame(config, model.dtype, n_tokens, row) for row in masks]
     rows, axes = Rows.of(interventions, frames)
-    shared, varying = rows.split()
-    mesh = _mesh(model, mesh)
     traced = under_trace((model, tokens, mask, rows, metric))
-    return _Prepared(
-        model,
-        tokens,
-        mask,
-        rows,
-        shared=shared,
-        varying=varying,
-        axes=axes,
-        metric=metric,
-        metric_by_prompt=leads,
-        mesh=mesh,
-        traced=traced,
-    )
+    size = int(np.prod(axes, dtype=int))
+    needs = Needs("", False, False) if traced else needs_of(rows, tokens, mask, size, config)
+    if cut and (traced or needs.columns):
+        return _prepare(model, tokens, mask, interventions, metric, mesh, cut=False)
+    shared, varying = rows.split()
+    return Prepared(
+        model, tokens, mask, rows, shared=shared, varying=varying, axes=axes, metric=metric, metric_by_prompt=leads,
+        mesh=_mesh(model, mesh), n_tokens=n_tokens, cut=cut, needs=needs, traced=traced,
+    )  # fmt: skip
 
 
 def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
@@ -237,38 +267,42 @@ def _mesh(model: Any, mesh: Mesh | None) -> Mesh | None:
     return mesh if mesh.shape["data"] > 1 else None
 
 
-def _plan(prepared: _Prepared, batch_size: Any, reuse: bool) -> SweepPlan:
+def _plan(prepared: Prepared, batch_size: Any, reuse: bool, held: int = 0) -> SweepPlan:
     size = None if batch_size == "auto" else integer(batch_size, "batch_size", 1, note=", or 'auto'")
-    model, metric = prepared.model, prepared.metric
-    config = model.config
-    n_prompts, n_tokens = prepared.tokens.shape
+    model = prepared.model
+    programs, n_layers = programs_of(model), model.config.num_hidden_layers
     _check_value(prepared)
-    n_read, n_ids = n_tokens, config.vocab_size
+    platform, free = programs.room(model)
+    n_prompts = len(prepared.tokens)
+    n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
+    cost = cost_of(model, prepared.n_tokens, n_prompts, prepared.metric, n_devices)
+    if prepared.cut:
+        work = prepared.size * n_layers * cost.flops_of_layer(1)
+        buckets = buckets_of(prepared.mask, columns_of_a_program(platform, work))
+    else:
+        buckets = [whole(n_prompts, prepared.n_tokens)]
+    reaches: list[Reach | None] = [None] * len(buckets)
+    if reuse and prepared.size > 1:
+        reaches = [*reaches_of(prepared, buckets)]
+    made = make_plan(cost, prepared.axes, buckets, reaches, batch_size=size, budget=max(free - held, 0) // 2)
+    return replace(made, note=prepared.needs.later if any(reaches) else "", rate=partial(programs.rate, model))
+
+
+def cost_of(model: Decoder, n_tokens: int, n_prompts: int, metric: MetricLike, n_devices: int = 1) -> Cost:
+    """What calls of a model cost that run prompts of so many tokens and measure them."""
+    n_read, n_ids = None, model.config.vocab_size
     if isinstance(metric, Metric):
         n_read = len(metric.positions)
         n_ids = n_ids if metric.ids is None else metric.ids.shape[-1]
-    platform, free = programs_of(model).room(model)
-    n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
-    cost = Cost(config, n_tokens, n_read * n_ids, model.dtype.itemsize, platform, n_devices)
-    first_layers = first_tokens = None
-    note = ""
-    if reuse and prepared.size > 1:
-        reached = first_touched(prepared.varying, prepared.tokens, prepared.mask, prepared.size, config)
-        first_layers, first_tokens = map(np.asarray, reached)
-        note = what_needs_all_tokens(prepared.rows, prepared.tokens, prepared.mask, prepared.size, config)
-        if note:
-            first_tokens = np.minimum(first_tokens, 0)
-    made = make_plan(
-        cost, prepared.axes, n_prompts, first_layers, first_tokens=first_tokens, batch_size=size, budget=free // 2
-    )
-    return replace(made, note=note, rate=partial(programs_of(model).rate, model))
+    platform, _ = programs_of(model).room(model)
+    return Cost(model.config, n_tokens, n_prompts, n_read, n_ids, model.dtype.itemsize, platform, n_devices)
 
 
-def _check_value(prepared: _Prepared) -> None:
+def _check_value(prepared: Prepared) -> None:
     """TypeError for a function that returns no array, before anything runs."""
     if isinstance(prepared.metric, Metric):
         return
-    logits = jax.ShapeDtypeStruct((prepared.tokens.shape[1], prepared.model.config.vocab_size), np.float32)
+    logits = jax.ShapeDtypeStruct((prepared.n_tokens, prepared.model.config.vocab_size), np.float32)
     mask = None if prepared.mask is None else prepared.mask[0]
     value = jax.eval_shape(
         lambda metric, logits, mask: apply_metric(metric, Output(logits, {}, jnp.zeros(0, jnp.int32), mask)),
@@ -280,113 +314,3 @@ def _check_value(prepared: _Prepared) -> None:
         raise TypeError(
             "The metric returns no array: what it returns of an Output is what a sweep gives for each variant."
         )
-
-
-def _execute(prepared: _Prepared, plan: SweepPlan, progress: Any) -> Any:
-    """Runs a plan call by call; the next call is made ready while one runs.
-
-    Returns:
-        NumPy arrays `[B, N, …]`; None where a tracer came to light in what a metric's own function holds.
-    """
-    mesh, model, programs = prepared.mesh, prepared.model, programs_of(prepared.model)
-    if mesh is not None and not isinstance(model.embed[...].sharding, NamedSharding):
-        prepared = replace(prepared, model=jax.device_put(model, NamedSharding(mesh, PartitionSpec())))
-    results: list[np.ndarray] = []
-    tree: Any = None
-    running: list[tuple[np.ndarray, np.ndarray, Any]] = []
-
-    def collect() -> int:
-        nonlocal tree
-        prompts, members, out = running.pop(0)
-        leaves, tree = jax.tree.flatten(out)
-        for number, leaf in enumerate(map(np.asarray, leaves)):
-            if len(results) == number:
-                results.append(np.empty((plan.n_prompts, prepared.size, *leaf.shape[2:]), leaf.dtype))
-            results[number][np.ix_(prompts, members)] = leaf[: len(prompts), : len(members)]
-        return len(prompts) * len(members)
-
-    with _progress(progress, plan.n_prompts * prepared.size) as advance:
-        for begin in range(0, plan.n_prompts, plan.prompts):
-            prompts = np.arange(begin, min(begin + plan.prompts, plan.n_prompts))
-            chunk = _of_prompts(prepared, prompts, plan.prompts)
-            base = None
-            if plan.reuse:
-                keep_keys = any(group.n_rows < plan.n_tokens for group in plan.groups)
-                base = programs.run_base(chunk.model, chunk.tokens, chunk.mask, chunk.shared, keys=keep_keys)
-            for group in plan.groups:
-                rows = _of_variants(chunk.rows, group, prepared.mesh)
-                out = programs.run_variants(
-                    chunk.model, chunk.tokens, chunk.mask, rows, size=group.size,
-                    metric=chunk.metric, metric_by_prompt=chunk.metric_by_prompt, mesh=prepared.mesh,
-                    base=base, start=np.asarray(group.start, np.int32) if plan.reuse else 0,
-                    n_rows=group.n_rows if plan.reuse else None,
-                ).value  # fmt: skip
-                if any(isinstance(x, Tracer) for x in jax.tree.leaves(out)):
-                    return None
-                running.append((prompts, group.variants, out))
-                if len(running) > 1:
-                    advance(collect())
-        while running:
-            advance(collect())
-    return jax.tree.unflatten(tree, results)
-
-
-def _take(x: Any, places: np.ndarray, size: int, axis: int) -> Any:
-    """Entries of an axis, the last one repeated until there are `size`."""
-    if len(places) == size == x.shape[axis] and (places == np.arange(size)).all():
-        return x
-    places = np.concatenate([places, np.full(size - len(places), places[-1], places.dtype)])
-    return (jnp if on_device(x) else np).take(x, places, axis=axis)
-
-
-def _of_prompts(prepared: _Prepared, prompts: np.ndarray, size: int) -> _Prepared:
-    """The part of a sweep that is about some prompts."""
-
-    # What all variants share goes to the device, or to those of the mesh, once and not with every call; torch has its own.
-    on_host = not programs_of(prepared.model).traceable
-    everywhere = None if prepared.mesh is None else NamedSharding(prepared.mesh, PartitionSpec())
-
-    def take(x: Any, by_prompt: bool = True, by_variant: bool = False) -> Any:
-        x = _take(x, prompts, size, 0) if by_prompt else x
-        return x if by_variant or on_host else jax.device_put(x, everywhere)
-
-    def rows(given: Rows) -> Rows:
-        return replace(given, leaves=list(map(take, given.leaves, given.by_prompt, given.by_variant)))
-
-    leaves, tree = jax.tree.flatten(prepared.metric)
-    return replace(
-        prepared, tokens=take(prepared.tokens), mask=None if prepared.mask is None else take(prepared.mask),
-        rows=rows(prepared.rows), shared=rows(prepared.shared),
-        metric=jax.tree.unflatten(tree, list(map(take, leaves, prepared.metric_by_prompt))),
-    )  # fmt: skip
-
-
-def _of_variants(rows: Rows, group: Group, mesh: Mesh | None) -> Rows:
-    """The leaves of a group, laid out over the mesh where there is one."""
-    leaves = []
-    for leaf, by_prompt, by_variant in zip(rows.leaves, rows.by_prompt, rows.by_variant, strict=True):
-        if by_variant:
-            leaf = _take(leaf, group.variants, group.size, int(by_prompt))
-            if mesh is not None:
-                spec = PartitionSpec(*((None, "data") if by_prompt else ("data",)))
-                leaf = jax.device_put(leaf, NamedSharding(mesh, spec))
-        leaves.append(leaf)
-    return replace(rows, leaves=leaves)
-
-
-@contextmanager
-def _progress(progress: Any, total: int) -> Iterator[Callable[[int], None]]:
-    """`advance(n)`, which draws a bar, calls the user's function, or does nothing."""
-    if progress is None or progress is True:
-        with progress_bar("sweep", total) as advance:
-            yield advance
-        return
-    done = 0
-
-    def call(amount: int) -> None:
-        nonlocal done
-        done += amount
-        if callable(progress):
-            progress(done, total)
-
-    yield call

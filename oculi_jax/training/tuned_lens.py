@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,9 @@ import optax
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import as_array, integer, listing
+from ..arrays import AnyArray, as_array, integer, listing
 from ..backends import check_model
+from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
 from ..prompts import check_tokens
 from ..pytrees import pytree
@@ -30,8 +30,8 @@ from ..utils.progress import progress
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from ..models.llama.config import LlamaConfig
-    from ..models.llama.model import Llama
+    from ..models.decoder.config import DecoderConfig
+    from ..models.decoder.model import Decoder
 
 FORMAT = "oculi_jax tuned lens 1"
 
@@ -55,7 +55,7 @@ class TunedLens:
     bias: Float[Array, "L E"]
 
     @classmethod
-    def identity(cls, config: LlamaConfig) -> TunedLens:
+    def identity(cls, config: DecoderConfig) -> TunedLens:
         """The lens that translates nothing, float32: the logit lens. TypeError for what is no config.
 
         Examples:
@@ -72,7 +72,7 @@ class TunedLens:
     def __repr__(self) -> str:
         return f"TunedLens(weight {listing(self.weight.shape)}, bias {listing(self.bias.shape)})"
 
-    def check(self, config: LlamaConfig) -> None:
+    def check(self, config: DecoderConfig) -> None:
         """Raises ValueError where this lens does not fit a model of this shape.
 
         Examples:
@@ -162,7 +162,7 @@ class TunedLens:
 
 
 def train_tuned_lens(
-    model: Llama,
+    model: Decoder,
     tokens: ArrayLike | Iterable[ArrayLike],
     *,
     n_steps: int,
@@ -178,7 +178,7 @@ def train_tuned_lens(
     of a batch. Host function.
 
     Args:
-        model: a `Llama`.
+        model: a model of any family, or a Hugging Face one.
         tokens: ids `[N, T]` as one array, of which each step takes `batch_size` rows, all rows once before any twice; or
             any iterable of batches `[B, T]`, one a step.
         n_steps: how many steps; fewer are made where the batches run out.
@@ -232,12 +232,12 @@ def train_tuned_lens(
 
 
 def tuned_lens_kl(
-    model: Llama, lens: TunedLens, tokens: ArrayLike, mask: ArrayLike | None = None
+    model: Decoder, lens: TunedLens, tokens: ArrayLike, mask: ArrayLike | None = None
 ) -> Float[Array, " L"]:
     """How far a tuned lens is from what the model says: each layer's mean KL(model ‖ lens) over real positions, in nats.
 
     Args:
-        model: a `Llama`.
+        model: a model of any family, or a Hugging Face one.
         lens: a `TunedLens`; `TunedLens.identity(model.config)` measures the logit lens.
         tokens: ids `[B, T]`, better ones that it was not fitted on.
         mask: bool `[B, T]`, True at real tokens.
@@ -260,16 +260,23 @@ def tuned_lens_kl(
     return _mean_kl(lens, model, *_check_batch(tokens, mask, config))
 
 
-@partial(jax.jit, inline=True)
-def _mean_kl(lens: TunedLens, model: Llama, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, " L"]:
+@compiled()
+def _mean_kl(
+    lens: TunedLens, model: Decoder, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]
+) -> Float[Array, " L"]:
     resid, log_p = _run(model, tokens, mask, model.config.num_hidden_layers)
     one = jax.checkpoint(lambda row: _layer_kl(row[:2], row[2], model, log_p, mask.reshape(-1)))
     return jax.lax.map(one, (lens.weight, lens.bias, resid))
 
 
-@partial(jax.jit, donate_argnums=(0, 1))
+@compiled(donate=("lens", "state"))
 def _step(
-    lens: TunedLens, state: Any, model: Llama, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], rate: Array
+    lens: TunedLens,
+    state: Any,
+    model: Decoder,
+    tokens: Int[AnyArray, "B T"],
+    mask: Bool[AnyArray, "B T"],
+    rate: AnyArray | np.floating,
 ) -> tuple[TunedLens, Any, Float[Array, " L"]]:
     """One step on the layers that `lens` has; the learning rate is data."""
     resid, log_p = _run(model, tokens, mask, lens.bias.shape[0])
@@ -284,10 +291,12 @@ def _step(
     return jax.tree.map(lambda x, u: x - rate * u, lens, updates), state, losses
 
 
-def _run(model: Llama, tokens: Array, mask: Array, n_layers: int) -> tuple[Float[Array, "L N E"], Float[Array, "N V"]]:
+def _run(
+    model: Decoder, tokens: AnyArray, mask: AnyArray, n_layers: int
+) -> tuple[Float[Array, "L N E"], Float[Array, "N V"]]:
     """Residual streams after the first layers and the model's log-probabilities, `N` = B · T."""
 
-    def one(tokens: Array, mask: Array) -> tuple[Array, Array]:
+    def one(tokens: AnyArray, mask: AnyArray) -> tuple[Array, Array]:
         spec = (CaptureSpec("resid_post", range(n_layers)),) if n_layers else ()
         out = forward(model, tokens, capture=spec, logits="all", mask=mask)
         assert out.logits is not None
@@ -309,7 +318,7 @@ def _translated(
 
 
 def _layer_kl(
-    translator: tuple[Array, Array], rows: Array, model: Llama, log_p: Array, real: Array
+    translator: tuple[Array, Array], rows: Array, model: Decoder, log_p: Array, real: AnyArray
 ) -> Float[Array, ""]:
     """One layer's mean KL(model ‖ lens) over real rows, in nats."""
     rows = model.normalise(_translated(*translator, rows), lambda _, value: value)
@@ -318,7 +327,7 @@ def _layer_kl(
     return jnp.sum(jnp.where(real, kl, 0.0)) / jnp.sum(real, dtype=jnp.float32)
 
 
-def _check_batch(tokens: Any, mask: Any, config: LlamaConfig) -> tuple[np.ndarray, np.ndarray]:
+def _check_batch(tokens: Any, mask: Any, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask `[B, T]` on the host, int32 and bool."""
     ids = np.asarray(as_array(tokens))
     if ids.ndim != 2 or not ids.size:

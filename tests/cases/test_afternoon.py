@@ -228,7 +228,10 @@ def test_a_recovery_that_is_none_is_nan_under_debugging_too() -> None:
         np.testing.assert_allclose(recovery(jnp.ones(3), jnp.float32(2), jnp.float32(0)), 0.5)
 
 
-BEGUN = "import sys; from oculi_jax import cli; print('begun', flush=True); sys.argv[0] = 'oculi'; cli.main()"
+BEGUN = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+    "from oculi_jax import cli; print('begun', flush=True); sys.argv[0] = 'oculi'; cli.main()"
+)
 
 
 def reporting(folder: Path) -> subprocess.Popen:
@@ -326,7 +329,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(oculi_here, monkeypat
         assert code == 2 and error.startswith("oculi: "), error
 
 
-def test_a_plans_seconds_are_its_arithmetic_at_three_quarters_of_a_products_rate(model: Llama) -> None:
+def test_a_plans_seconds_are_arithmetic_and_reading_at_three_quarters_of_a_products_rate(model: Llama) -> None:
     todo = oculi_jax.plan(model, IDS, HeadAblation.grid(model.config), log_probability(3))
-    assert dataclasses.replace(todo, rate=lambda: 4e9).seconds == pytest.approx(todo.flops / 3e9)
+    assert dataclasses.replace(todo, rate=lambda: 4e9).seconds == pytest.approx((todo.flops + todo.reading) / 3e9)
     assert 1e8 < todo.rate() < 1e14 and "about" in repr(todo)

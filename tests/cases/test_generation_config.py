@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oculi_jax.models.llama import Llama, LlamaAttentionAdapter
-from oculi_jax.models.llama.config import LlamaConfig
+from oculi_jax.models.llama import Llama, LlamaAttentionAdapter, LlamaConfig
 
 pytestmark = pytest.mark.torch
 IDS = [1, 5, 9, 13, 22, 40]

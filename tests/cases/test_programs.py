@@ -48,7 +48,7 @@ def alive(name: str) -> int:
     return sum(program.hlo_modules()[0].name == f"jit_{name}" for program in programs)
 
 
-@pytest.mark.parametrize(("call", "name"), [(sweeping, "run_variants"), (attributing, "_attribute")])
+@pytest.mark.parametrize(("call", "name"), [(sweeping, "run_variants"), (attributing, "attribute")])
 def test_a_metrics_programs_go(call: Any, name: str) -> None:
     jax.clear_caches()  # what a test before this one compiled
     first = np.asarray(call(lambda out: out.logits[-1, 3] * 2))

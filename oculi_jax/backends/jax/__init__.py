@@ -14,7 +14,7 @@ from .programs import lens, run
 from .variants import run_base, run_variants
 
 if TYPE_CHECKING:
-    from ...models.llama.model import Llama
+    from ...models.decoder.model import Decoder
 
 __all__ = ["compiles_per_length", "decode_rows", "lens", "rate", "room", "run", "run_base", "run_variants", "traceable"]
 
@@ -22,14 +22,14 @@ compiles_per_length = True
 traceable = True
 
 
-def room(model: Llama) -> tuple[str, int]:
+def room(model: Decoder) -> tuple[str, int]:
     """The platform that a model runs on, and how many bytes are free there; 4 GiB where its driver does not say."""
     device = next(iter(model.embed[...].devices()))
     free = memory(device)[1]
     return device.platform, 4 << 30 if free is None else free
 
 
-def rate(model: Llama) -> float:
+def rate(model: Decoder) -> float:
     """What a matrix product of the model's dtype does on its device, in operations a second; measured once in a process."""
     return _rate(next(iter(model.embed[...].devices())), model.dtype)
 

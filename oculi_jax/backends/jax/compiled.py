@@ -1,24 +1,30 @@
-"""`compiled`: `jax.jit`, of which type checkers keep the signature, and which lets go of programs of functions that are gone."""
+"""`compiled`: `jax.jit`, of which type checkers keep the signature, with the compile options of the platform that it runs on,
+and which lets go of programs of functions that are gone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from types import FunctionType
 from typing import Any, TypeVar
 from weakref import ref
 
 import jax
+import numpy as np
+from jax.core import Tracer
 
+from ...arrays import on_device, under_trace
 from ...intervention.edit import Edit
 from ...intervention.rows import Rows
+from ...utils.devices import GPU_OPTIONS, GPUS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 KEPT = 64  # programs with functions of a user's in them: metrics, and what edits apply
 
 
-def compiled(*static: str) -> Callable[[F], F]:
+def compiled(*static: str, donate: tuple[str, ...] = ()) -> Callable[[F], F]:
     """Makes a function a program: compiled once for each value of its `static` arguments, inlined under another trace.
 
     What JAX has compiled it keeps as long as the function that was compiled, and a lambda that is written anew for every call
@@ -27,12 +33,12 @@ def compiled(*static: str) -> Callable[[F], F]:
     """
 
     def make(function: F) -> F:
-        common = _jitted(function, static)
+        common = _Program(function, static, donate)
 
         @wraps(function)
         def program(*arguments: Any, **options: Any) -> Any:
             own = _functions((*arguments, *options.values()))
-            return (_copy(function, static, own) if own else common)(*arguments, **options)
+            return (_copy(function, static, donate, own) if own else common)(*arguments, **options)
 
         program.lower = common.lower  # type: ignore[attr-defined]
         return program  # type: ignore[return-value]
@@ -40,19 +46,71 @@ def compiled(*static: str) -> Callable[[F], F]:
     return make
 
 
-def _jitted(function: Any, static: tuple[str, ...]) -> Any:
-    return jax.jit(function, static_argnames=static, inline=True)
+class _Program:
+    """A function as JAX compiles it: on a GPU with its options, which JAX refuses for what is a part of another program."""
+
+    def __init__(self, function: Any, static: tuple[str, ...], donate: tuple[str, ...]):
+        self._function = function
+        self._settings: dict[str, Any] = {"static_argnames": static, "donate_argnames": donate, "inline": True}
+
+    @cached_property
+    def _plain(self) -> Any:
+        return jax.jit(self._function, **self._settings)
+
+    @cached_property
+    def _with_options(self) -> Any:
+        return jax.jit(self._function, **self._settings, compiler_options=GPU_OPTIONS)
+
+    def _of(self, given: Any) -> Any:
+        # Most processes have no GPU, and need not look at every array of every call.
+        leaves = jax.tree.leaves(given) if has_gpu() else []
+        tuned = leaves and platform_of(leaves) in GPUS and not under_trace(leaves) and accepts()
+        return self._with_options if tuned else self._plain
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self._of((arguments, options))(*arguments, **options)
+
+    def lower(self, *arguments: Any, **options: Any) -> Any:
+        """`jax.jit(…).lower` of what a call with these arguments would run."""
+        return self._of((arguments, options)).lower(*arguments, **options)
+
+
+@lru_cache
+def has_gpu() -> bool:
+    try:
+        return bool(jax.local_devices(backend="gpu"))
+    except RuntimeError:  # JAX knows of none
+        return False
+
+
+def platform_of(leaves: Iterable[Any]) -> str:
+    """Where a program of these values runs: where a committed array among them lies, else on JAX's default device."""
+    for leaf in leaves:
+        if on_device(leaf) and not isinstance(leaf, Tracer) and leaf.committed:
+            return next(iter(leaf.devices())).platform
+    default: Any = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.default_backend() if default is None else getattr(default, "platform", default)
+
+
+@lru_cache
+def accepts() -> bool:
+    """Whether the compiler knows the options: one that does not would refuse the program."""
+    try:
+        jax.jit(lambda x: x, compiler_options=GPU_OPTIONS).lower(np.int32(0)).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 @lru_cache(maxsize=KEPT)
-def _copy(function: Any, static: tuple[str, ...], own: tuple[Any, ...]) -> Any:
+def _copy(function: Any, static: tuple[str, ...], donate: tuple[str, ...], own: tuple[Any, ...]) -> Any:
     """A program of its own for some functions of a user's: JAX knows what it compiled by the function object."""
     again = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     again.__kwdefaults__ = function.__kwdefaults__
     again.__dict__.update(function.__dict__)
-    return _jitted(again, static)
+    return _Program(again, static, donate)
 
 
 def _functions(arguments: Iterable[Any]) -> tuple[Any, ...]:

@@ -21,7 +21,7 @@ from .programs import passed
 from .taps import Taps
 
 if TYPE_CHECKING:
-    from ...models.llama.model import Llama
+    from ...models.decoder.model import Decoder
 
 # Where the tokens lie in a cache of C prompts × N variants: [C, N, L, K, S, D].
 _SLOTS = 4
@@ -30,7 +30,7 @@ _SLOTS = 4
 class _Decoding(NamedTuple):
     """What every step of decoding C prompts × N variants shares; arguments as in `Programs.decode_rows`."""
 
-    model: Llama
+    model: Decoder
     rows: Rows
     size: int
     n_covered: AnyArray | int
@@ -41,18 +41,22 @@ class _Decoding(NamedTuple):
     def advance(
         self, slot: Array | int, tokens: Int[Array, "C N T"], real: Bool[AnyArray, "C S"], cache: tuple[Array, ...] = ()
     ) -> tuple[Float[Array, "C N V"], tuple[Array, ...]]:
-        """Runs the tokens in slots `slot`, … after those of the cache: the logits after the last, and their keys and values."""
-        layers = tuple(range(self.model.config.num_hidden_layers))
-        readings = tuple(Reading(SITES[name], layers, None, None) for name in ("k", "v"))
+        """Runs the tokens in slots `slot`, … after those of the cache: the logits after the last, and the cache with them.
 
-        def one(interventions: Any, real: Array, tokens: Array, *past: Array) -> tuple[Array, tuple[Array, ...]]:
+        Where there is no cache yet it holds the tokens that run.
+        """
+        layers = tuple(range(self.model.config.num_hidden_layers))
+        sites = () if cache else ("k", "v")
+        readings = tuple(Reading(SITES[name], layers, None, None) for name in sites)
+
+        def one(interventions: Any, real: Array, tokens: Array, *cache: Array) -> tuple[Array, Any]:
             layout = lay_out(self.model.config, tokens, real, first=slot, n_keys=real.shape[0])
-            taps = Taps.of(interventions, self.model.config, layout, ("k", "v"), self.n_covered)
-            done = passed(self.model, taps, readings, to_end=True, past=past or None)
+            taps = Taps.of(interventions, self.model.config, layout, sites, self.n_covered)
+            done = passed(self.model, taps, readings, to_end=True, cache=cache or None)
             assert layout.queries is not None and done.normalised is not None
             last = jnp.argmax(jnp.where(layout.queries, jnp.arange(layout.n_tokens), -1))
             final = jax.lax.dynamic_slice_in_dim(done.normalised, last, 1)
-            return self.model.logits(final)[0], (done.activations["k"], done.activations["v"])
+            return self.model.logits(final)[0], done.cache or tuple(done.activations[name] for name in sites)
 
         return self.rows.map(one, self.size)(real, 0, tokens, *cache)
 
@@ -79,7 +83,7 @@ class _Decoding(NamedTuple):
 
 @compiled("size", "n_new", "readings")
 def decode_rows(
-    model: Llama,
+    model: Decoder,
     tokens: Int[AnyArray, "C T"],
     real: Bool[AnyArray, "C T"],
     rows: Rows,
@@ -116,10 +120,7 @@ def decode_rows(
         step, whole, cache, done = state
         slot = n_tokens + step - 1
         if cached:
-            logits, added = decoding.advance(slot, jax.lax.dynamic_slice_in_dim(whole, slot, 1, 2), slots, cache)
-            # Outside the map over rows and the scan over layers, where it is done in place.
-            pairs = zip(cache, added, strict=True)
-            cache = tuple(jax.lax.dynamic_update_slice_in_dim(x, y, slot, _SLOTS) for x, y in pairs)
+            logits, cache = decoding.advance(slot, jax.lax.dynamic_slice_in_dim(whole, slot, 1, 2), slots, cache)
         else:
             logits, _ = decoding.advance(0, whole, slots & (jnp.arange(n_slots) <= slot)[None, :])
         whole, done = decoding.put(whole, slot + 1, step, logits, done)

@@ -11,41 +11,55 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ...arrays import AnyArray
+from ...buckets import widened
 from ...capture import Reading, at_positions
 from ...metrics import Metric, apply_metric
 from ...output import Output
+from ..protocol import EXIST
 from .compiled import compiled
-from .layers import read, run_layers
+from .layers import Past, read, run_layers
 from .layout import lay_out
 from .taps import Taps
 
 if TYPE_CHECKING:
+    from ...buckets import Window
     from ...metrics import MetricLike
-    from ...models.llama.model import Llama
+    from ...models.decoder.model import Decoder
+    from ...rules import Rules
 
 
 class Pass(NamedTuple):
-    """One pass: the stream after the final norm (None where nobody needs it), what was read, and the counts of edits."""
+    """One pass: the stream after the final norm (None where nobody needs it), what was read, the counts of edits, the cache."""
 
     normalised: Float[Array, "T E"] | None
     activations: dict[str, Array]
     applied: Int[Array, "N"]
+    cache: Past | None
 
 
-def passed(model: Llama, taps: Taps, readings: Sequence[Reading], *, to_end: bool, **options: Any) -> Pass:
+def passed(
+    model: Decoder,
+    taps: Taps,
+    readings: Sequence[Reading],
+    *,
+    to_end: bool,
+    rows: Int[Array, "R"] | None = None,
+    **options: Any,
+) -> Pass:
     """Embeds the tokens of the taps' layout, runs the layers that are needed, and, where that is wanted, the final norm.
 
-    `options` are those of `run_layers`.
+    `rows` says of which tokens alone that is wanted; then nothing is read. `options` are those of `run_layers`.
     """
     outside, layout = taps.at(None), taps.layout
     resid = model.embed_tokens(layout.tokens, outside)
     to_end = to_end or ends(readings)
     stop = None if to_end else max((max(r.layers) + 1 for r in readings if r.site.layered), default=0)
-    ran = run_layers(model, resid, taps, readings, stop=stop, **options)
-    normalised = model.normalise(ran.resid, outside) if to_end else None
+    ran = run_layers(model, resid, taps, readings, stop=stop, rows=rows, **options)
+    last = outside if rows is None else taps.of_rows(rows).at(None)
+    normalised = model.normalise(ran.resid, last) if to_end else None
     own = {r.site.name: read(r, outside, layout.queries) for r in readings if not r.site.layered}
     found = {r.site.name: (ran.captured if r.site.layered else own)[r.site.name] for r in readings}
-    return Pass(normalised, found, ran.applied + outside.counts())
+    return Pass(normalised, found, ran.applied + outside.counts(), ran.cache)
 
 
 def ends(readings: Sequence[Reading]) -> bool:
@@ -53,9 +67,9 @@ def ends(readings: Sequence[Reading]) -> bool:
     return any(reading.site.name in ("final_scale", "final_norm") for reading in readings)
 
 
-@compiled("readings", "logits", "remat")
+@compiled("readings", "logits", "remat", "attention")
 def run(
-    model: Llama,
+    model: Decoder,
     tokens: Int[AnyArray, "T"],
     mask: Bool[AnyArray, "T"] | None,
     interventions: tuple[Any, ...],
@@ -63,10 +77,13 @@ def run(
     *,
     logits: str = "none",
     remat: bool = False,
+    attention: str = "auto",
+    rules: Rules | None = None,
 ) -> Output:
     """See `Programs.run`."""
     layout = lay_out(model.config, tokens, mask)
-    taps = Taps.of(interventions, model.config, layout, [reading.site.name for reading in readings])
+    wanted = [*(reading.site.name for reading in readings), *EXIST[attention]]
+    taps = Taps.of(interventions, model.config, layout, wanted, rules=rules)
     done = passed(model, taps, readings, to_end=logits != "none", remat=remat)
     out = None
     if logits != "none":
@@ -76,17 +93,30 @@ def run(
     return Output(out, done.activations, done.applied, None if mask is None else jnp.asarray(mask))
 
 
-def measure(model: Llama, normalised: Float[Array, "T E"], mask: Bool[Array, "T"] | None, metric: MetricLike) -> Any:
-    """The metric of one run, from the logits that it reads and no others."""
-    if not isinstance(metric, Metric):
-        return apply_metric(metric, Output(model.logits(normalised), {}, jnp.zeros(0, jnp.int32), mask))
-    rows = at_positions(normalised, 0, metric.positions, mask)
+def measure(
+    model: Decoder,
+    normalised: Float[Array, "T E"],
+    mask: Bool[Array, "T"] | None,
+    metric: MetricLike,
+    window: Window | None = None,
+) -> Any:
+    """The metric of one run, from the logits that it reads and no others; a function's from those of all columns."""
+    if isinstance(metric, Metric):
+        return judge(model, at_positions(normalised, 0, metric.positions, mask), metric)
+    logits = model.logits(normalised)
+    if window is not None:
+        logits, mask = widened(logits, window), jnp.asarray(window.mask)
+    return apply_metric(metric, Output(logits, {}, jnp.zeros(0, jnp.int32), mask))
+
+
+def judge(model: Decoder, rows: Float[Array, "P E"], metric: Metric) -> Any:
+    """A metric, from the stream after the final norm at its positions."""
     return metric.of(model.logits(rows) if metric.ids is None else model.logits_of(rows, jnp.asarray(metric.ids)))
 
 
 @compiled("keep", "top_k", "dtype")
 def lens(
-    model: Llama,
+    model: Decoder,
     resid: Float[AnyArray, "N T E"],
     keep: tuple[str, ...],
     *,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ from jax import Array
 from jaxtyping import Int
 
 from ...arrays import AnyArray
-from ...intervention.edit import Edit, apply_edit, cut_rows, lower
+from ...intervention.edit import Edit, apply_edit, cut, is_site_shaped, lower
+from ...models.decoder.derivatives import Derivatives
+from ...rules import of_layer
 
 if TYPE_CHECKING:
-    from ...models.llama.config import LlamaConfig
+    from ...buckets import Window
+    from ...models.decoder.config import DecoderConfig
+    from ...rules import Rules
     from .layout import Layout
 
 
@@ -25,28 +29,48 @@ class Taps:
     Attributes:
         layout: of the tokens that run, which the edits are cut to.
         n_interventions: how many there are.
+        rules: canonical ones of what is differentiated.
     """
 
     layout: Layout
     edits: list[tuple[int, Edit]]
     n_interventions: int
     wanted: frozenset[str]
+    rules: Rules | None = None
 
     @classmethod
     def of(
         cls,
         interventions: tuple[Any, ...],
-        config: LlamaConfig,
+        config: DecoderConfig,
         layout: Layout,
         wanted: Collection[str] = (),
         n_covered: AnyArray | int | None = None,
+        window: Window | None = None,
+        rules: Rules | None = None,
     ) -> Taps:
-        """The taps of canonical interventions, whose arrays cover `n_covered` tokens (None: all)."""
-        sizes = {**config.sizes, "T": layout.n_keys, "S": layout.n_keys}
-        edits = lower(interventions, sizes, n_covered, config.sites)
+        """The taps of canonical interventions, whose arrays cover `n_covered` tokens (None: all), or those that have a window."""
+        run = {**config.sizes, "T": layout.n_keys, "S": layout.n_keys}
+        given = run if window is None else {**run, "T": window.n_columns, "S": window.n_columns}
+        edits = lower(interventions, given, n_covered, config.sites)
+        if window is not None:
+            edits = [
+                (number, cut(edit, window.first + jnp.arange(layout.n_keys), given, "TS")) for number, edit in edits
+            ]
         if not layout.is_whole:
-            edits = [(number, cut_rows(edit, layout.first, layout.n_tokens, sizes)) for number, edit in edits]
-        return cls(layout, edits, len(interventions), frozenset(wanted))
+            edits = [(number, cut(edit, (layout.first, layout.n_tokens), run)) for number, edit in edits]
+        return cls(layout, edits, len(interventions), frozenset(wanted), rules)
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether every edit treats each token by itself, so that it can be cut to any."""
+        return all(is_site_shaped(edit) for _, edit in self.edits)
+
+    def of_rows(self, rows: Int[Array, "R"]) -> Taps:
+        """The taps of some of the tokens that run, for what comes after the keys and values of all."""
+        sizes = {"T": self.layout.n_tokens}
+        edits = [(number, cut(edit, rows, sizes)) for number, edit in self.edits]
+        return replace(self, layout=self.layout.of_rows(rows), edits=edits)
 
     def at(self, layer: Int[Array, ""] | None) -> Tap:
         """The tap of one layer; of what lies outside of them for None."""
@@ -58,10 +82,12 @@ class Tap:
 
     Attributes:
         seen: site → value, of the sites that are read.
+        rules: how the layer is differentiated.
     """
 
     def __init__(self, taps: Taps, layer: Array | None):
         self._taps, self._layer = taps, layer
+        self.rules = Derivatives() if taps.rules is None else of_layer(taps.rules, layer)
         self._changed: dict[int, Array] = {}
         self.seen: dict[str, Array] = {}
 
@@ -75,6 +101,7 @@ class Tap:
             if edit.site == site:
                 before, value = value, apply_edit(edit, value, self._layer, layout.queries, layout.keys)
                 self._changed[number] = self._changed.get(number, jnp.zeros((), bool)) | jnp.any(value != before)
+        value = self.rules.at(site, value)
         if site in self._taps.wanted:
             self.seen[site] = value
         return value

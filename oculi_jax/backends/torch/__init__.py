@@ -1,4 +1,4 @@
-"""The contract on torch: a Llama whose weights torch holds, on any of its devices (`cpu`, `cuda`, `mps`).
+"""The contract on torch: a model whose weights torch holds, on any of its devices (`cpu`, `cuda`, `mps`).
 
 Nothing of a Hugging Face module is called or changed: its weights are read, at each call, where they lie. What is checked, made
 canonical, lowered to edits, judged and chosen from logits is the JAX programs' own code. Here are the network, the few operations
@@ -14,12 +14,12 @@ import torch
 
 from ...utils.devices import memory, timed_products
 from .decode import decode_rows
-from .model import TorchLlama
+from .model import TorchDecoder
 from .programs import lens, run
 from .variants import run_base, run_variants
 
 __all__ = [
-    "TorchLlama",
+    "TorchDecoder",
     "compiles_per_length",
     "decode_rows",
     "lens",
@@ -35,13 +35,13 @@ compiles_per_length = False
 traceable = False
 
 
-def room(model: TorchLlama) -> tuple[str, int]:
+def room(model: TorchDecoder) -> tuple[str, int]:
     """The platform that a model runs on, and how many bytes are free there."""
     free = memory(model.device)[1]
     return model.device.type, 4 << 30 if free is None else free
 
 
-def rate(model: TorchLlama) -> float:
+def rate(model: TorchDecoder) -> float:
     """What a matrix product of the model's dtype does on its device, in operations a second; measured once in a process."""
     return _rate(model.device, model.dtype)
 

@@ -1,4 +1,4 @@
-"""The MLP's activation functions in torch, by the names of Hugging Face's `hidden_act`: those of `models.llama.activations`."""
+"""The MLP's activation functions in torch, by the names of Hugging Face's `hidden_act`: those of `models.decoder.activations`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ..protocol import Written
 from .arrays import to_jax
 from .layers import embed, run_layers
 from .layout import lay_out
-from .model import TorchLlama
+from .model import TorchDecoder
 from .programs import passed
 from .rows import refuse_trace
 from .taps import Taps, prepare
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def decode_rows(
-    model: TorchLlama, tokens: AnyArray, real: AnyArray, rows: Rows, *, size: int, n_covered: AnyArray | int, sampler: Sampler,
+    model: TorchDecoder, tokens: AnyArray, real: AnyArray, rows: Rows, *, size: int, n_covered: AnyArray | int, sampler: Sampler,
     keys: Array | None, stops: AnyArray, n_new: int, readings: tuple[Reading, ...],
 ) -> Written:  # fmt: skip
     """See `Programs.decode_rows`; each token is chosen by the JAX program's own code."""

@@ -17,12 +17,13 @@ from ...intervention.canonical import sweep_axes
 from ...intervention.context import active_in
 from ...intervention.frame import Frame
 from ...intervention.rows import Rows
+from ...models.families import FAMILIES
 from .layers import embed, run_layers
 from .layout import lay_out
 from .taps import Taps, prepare
 
 if TYPE_CHECKING:
-    from .model import TorchLlama
+    from .model import TorchDecoder
 
 # Room for new tokens is made for so many at a time, since interventions are made canonical for a number of slots.
 _ROOM = 256
@@ -31,13 +32,14 @@ _lock = threading.Lock()
 _entered: dict[int, list[Any]] = {}
 
 
-def llama_class(hf: object) -> Any:
-    """The class of transformers that a module is of, found without importing transformers; None where it is of another."""
-    return next((kind for kind in type(hf).__mro__ if kind.__name__ == "LlamaForCausalLM"), None)
+def class_of(hf: object) -> Any:
+    """The class of transformers that a module is of, found without importing transformers; None where it is of no family."""
+    known = {family.architecture for family in FAMILIES.values()}
+    return next((kind for kind in type(hf).__mro__ if kind.__name__ in known), None)
 
 
 @contextmanager
-def intervened(model: TorchLlama) -> Iterator[None]:
+def intervened(model: TorchDecoder) -> Iterator[None]:
     """While it lasts, the module's forward is under the interventions that are active where it is called, and its own elsewhere."""
     hf: Any = model.hf
     with _lock:
@@ -62,7 +64,7 @@ def intervened(model: TorchLlama) -> Iterator[None]:
 class _Forward:
     """The forward of a module inside a context."""
 
-    def __init__(self, model: TorchLlama, own: Callable[..., Any]):
+    def __init__(self, model: TorchDecoder, own: Callable[..., Any]):
         self._model, self._own = model, own
         update_wrapper(self, own)
 
@@ -76,7 +78,7 @@ class _Forward:
 
 
 def _run(
-    model: TorchLlama,
+    model: TorchDecoder,
     interventions: tuple[Any, ...],
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -94,7 +96,7 @@ def _run(
     cache = past_key_values if cache is None else cache
     ids = _check_call(hf, interventions, input_ids, attention_mask, others)
     w, config = model.weights(), model.config
-    library = vars(sys.modules[llama_class(model.hf).__module__])
+    library = vars(sys.modules[class_of(model.hf).__module__])
     if cache is None and (use_cache or (use_cache is None and hf.config.use_cache)):
         cache = library["DynamicCache"](config=hf.config)
     first = 0 if cache is None else cache.get_seq_length()
@@ -181,7 +183,7 @@ class _Kept(NamedTuple):
 
 
 def _edits(
-    model: TorchLlama, interventions: tuple[Any, ...], real: np.ndarray, first: int, cache: Any
+    model: TorchDecoder, interventions: tuple[Any, ...], real: np.ndarray, first: int, cache: Any
 ) -> tuple[list[Any], Rows]:
     """The edits of all rows, kept with the cache of their text until that has no room left, or has other rows.
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.llama.config import LlamaConfig
-from ...models.llama.rope import attention_factor, inverse_frequencies
+from ...models.decoder.config import DecoderConfig
+from ...models.decoder.rope import attention_factor, inverse_frequencies
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,11 @@ class Layout:
             slots = torch.arange(self.n_keys, device=self.device)
             own = slots[self.first : self.first + self.n_tokens, None]
             found = slots[None, :] <= own
-            window = self.windows[kind]
-            found = (found if window is None else found & (slots[None, :] > own - window))[None, None]
+            found, window = found[None, None], self.windows[kind]
+            if window is not None:  # which counts real tokens, so that padding between them takes no room
+                ranks = np.arange(self.n_keys)[None] if self.real is None else np.cumsum(self.real, axis=1) - 1
+                near = ranks[:, None, None, :] > ranks[:, None, self.first : self.first + self.n_tokens, None] - window
+                found = found & torch.from_numpy(near).to(self.device)
             if self.queries is not None and self.keys is not None:
                 found = found & self.queries[:, None, :, None] & self.keys[:, None, None, :]
             self._allowed[kind] = found
@@ -80,7 +83,9 @@ class Layout:
         return replace(self, queries=queries, keys=keys, rotations=rotations, _allowed={}, _bias={})
 
 
-def lay_out(config: LlamaConfig, real: np.ndarray | None, n_keys: int, device: torch.device, first: int = 0) -> Layout:
+def lay_out(
+    config: DecoderConfig, real: np.ndarray | None, n_keys: int, device: torch.device, first: int = 0
+) -> Layout:
     """The layout of the tokens from slot `first` on."""
     n_tokens = n_keys - first
     if real is not None:
@@ -95,6 +100,12 @@ def lay_out(config: LlamaConfig, real: np.ndarray | None, n_keys: int, device: t
     kinds = tuple(dict.fromkeys(config.layer_kinds))
     rotations = []
     for kind in kinds:
+        if kind.rope is None:
+            nothing = torch.zeros(
+                (len(positions), 1, n_tokens, config.rope.turned(config.head_dim) // 2), device=device
+            )
+            rotations.append((nothing + 1, nothing))
+            continue
         each = [np.asarray(inverse_frequencies(config, int(n), kind.rope), np.float32) for n in lengths]
         angles = torch.from_numpy(positions[:, None, :, None] * np.stack(each)[:, None, None, :])
         scale = attention_factor(kind.rope)

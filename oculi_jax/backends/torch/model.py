@@ -1,4 +1,4 @@
-"""`TorchLlama`: a Llama whose weights torch holds, of its own or of a Hugging Face module, and how they are read."""
+"""`TorchDecoder`: a model whose weights torch holds, of its own or of a Hugging Face module, and how they are read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.llama.config import READ_BY_TRANSFORMERS, LlamaConfig
-from ...models.llama.model import Llama, RMSNorm, Unembedding
-from ...models.llama.parameters import Parameter, parameter_table
+from ...models.decoder.config import DecoderConfig
+from ...models.decoder.model import Decoder, RMSNorm, Unembedding
+from ...models.decoder.parameters import Parameter, parameter_table
+from ...models.families import FAMILIES
+from ...models.llama.model import Llama
 from .arrays import DTYPES, from_numpy, to_jax, to_numpy
 from .devices import find_device
-from .hugging_face import intervened, llama_class
+from .hugging_face import class_of, intervened
 from .layers import Weights
 
 if TYPE_CHECKING:
@@ -32,37 +34,42 @@ if TYPE_CHECKING:
     from ...utils.devices import DeviceLike
 
 
-class TorchLlama:
-    """A Llama that torch runs: what `forward`, `sweep`, `generate`, `lens` and the adapter take, as they take a `Llama`.
+class TorchDecoder:
+    """A model that torch runs: what `forward`, `sweep`, `generate`, `lens` and the adapter take, as they take a `Decoder`.
 
     Attributes:
-        config: its `LlamaConfig`.
+        config: its `DecoderConfig`.
         hf: the Hugging Face module whose weights it reads, or None where it has its own.
     """
 
     backend = "torch"
 
-    def __init__(self, config: LlamaConfig, read: Callable[[str], Tensor], hf: PreTrainedModel | None = None):
+    def __init__(self, config: DecoderConfig, read: Callable[[str], Tensor], hf: PreTrainedModel | None = None):
         """`read` gives the tensor that a checkpoint calls by a name; it is asked anew for every run."""
         self.config, self.hf, self._read = config, hf, read
         self._unembedding: jax.Array | None = None
 
     @classmethod
-    def of(cls, hf: PreTrainedModel) -> TorchLlama:
-        """Of a Hugging Face `LlamaForCausalLM`; TypeError for another class, ValueError for weights that cannot be read."""
-        kind = llama_class(hf)
+    def of(cls, hf: PreTrainedModel) -> TorchDecoder:
+        """Of a Hugging Face module of a family; TypeError for another class, ValueError for weights that cannot be read."""
+        kind = class_of(hf)
         if kind is None:
+            name, known = type(hf).__name__, ", ".join(family.architecture for family in FAMILIES.values())
+            hint = ""
+            if name.endswith("ForConditionalGeneration"):
+                hint = " Of Gemma 3 with pictures, from_pretrained(directory, backend='torch') reads the text part."
             raise TypeError(
-                f"The model is a {type(hf).__name__}, and of transformers' classes LlamaForCausalLM is needed."
+                f"The model is a {name}, and of transformers' classes those that are known are {known}.{hint}"
             )
         if type(hf).forward is not kind.forward:
             raise TypeError(
-                f"The model is a {type(hf).__name__} with a forward of its own, which would not be run; a plain LlamaForCausalLM "
+                f"The model is a {type(hf).__name__} with a forward of its own, which would not be run; a plain {kind.__name__} "
                 "is needed."
             )
-        fields = {name: value for name, value in hf.config.to_dict().items() if name in READ_BY_TRANSFORMERS}
         generation = getattr(hf, "generation_config", None)
-        config = LlamaConfig.from_dict(fields).with_generation(generation.to_dict() if generation else {})
+        config = DecoderConfig.of_transformers(hf.config.to_dict()).with_generation(
+            generation.to_dict() if generation else {}
+        )
         return cls(config, partial(_read_module, hf), hf)
 
     @classmethod
@@ -75,22 +82,29 @@ class TorchLlama:
         local_files_only: bool = False,
         *,
         ignore_fields: tuple[str, ...] = (),
-    ) -> TorchLlama:
-        """Of a checkpoint; arguments as in `Llama.from_pretrained`."""
-        from ...models.llama.checkpoint import load
+        family: str | None = None,
+    ) -> TorchDecoder:
+        """Of a checkpoint; arguments as in `from_pretrained`."""
+        from ...models.decoder.checkpoint import load
 
         place = find_device(device)
         options: Any = dict(revision=revision, local_files_only=local_files_only, ignore_fields=ignore_fields)
+        options["family"] = family
         return cls.from_arrays(*load(source, dtype=dtype, place=None, **options), place)
 
     @classmethod
-    def from_arrays(cls, config: LlamaConfig, params: dict[str, np.ndarray], device: torch.device) -> TorchLlama:
+    def from_arrays(cls, config: DecoderConfig, params: dict[str, np.ndarray], device: torch.device) -> TorchDecoder:
         """Of parameters named and shaped as the table says; each is let go once its tensors are on the device."""
         tensors: dict[str, Tensor] = {}
         for row in parameter_table(config):
             array = params.pop(row.name)
             for name, part in zip(row.tensors(), array if row.stacked else array[None], strict=True):
-                tensors[name] = from_numpy(part.reshape(row.stored)).to(device)
+                tensor = from_numpy(part.reshape(row.stored)).to(device)
+                if row.n_rows is not None:
+                    whole = tensors.setdefault(name, tensor.new_empty(row.tensor_shape))
+                    whole[row.rows] = tensor
+                else:
+                    tensors[name] = tensor
         return cls(config, tensors.__getitem__)
 
     def weights(self) -> Weights:
@@ -106,9 +120,11 @@ class TorchLlama:
 
     def _tensor(self, name: str, row: Parameter) -> Tensor:
         found = _checked(name, self._read(name))
-        if found.shape != row.stored:
-            raise ValueError(f"{name} is {list(found.shape)}, and by the model's config {list(row.stored)} is needed.")
-        return found
+        if found.shape != row.tensor_shape:
+            raise ValueError(
+                f"{name} is {list(found.shape)}, and by the model's config {list(row.tensor_shape)} is needed."
+            )
+        return found if row.n_rows is None else found[row.rows]
 
     @property
     def dtype(self) -> np.dtype:
@@ -134,7 +150,10 @@ class TorchLlama:
 
     @property
     def final_weight(self) -> jax.Array:
-        """The final norm's weight `[E]`, a copy."""
+        """What the final norm multiplies by, `[E]`, a copy."""
+        return RMSNorm(self._norm()).gain(self.config.norm)
+
+    def _norm(self) -> jax.Array:
         return to_jax(self._read("model.norm.weight").detach().cpu().clone())
 
     @property
@@ -142,13 +161,13 @@ class TorchLlama:
         """The embedding `[V, E]`, a copy."""
         return to_jax(self._read("model.embed_tokens.weight").detach().cpu().clone())
 
-    def as_jax(self) -> Llama:
-        """The same model as a `Llama` on the CPU, its weights copied: for derivatives, and for what reads the weights."""
+    def as_jax(self) -> Decoder:
+        """The same model as a `Decoder` on the CPU, its weights copied: for derivatives, and for what reads the weights."""
         params: dict[str, jax.Array] = {}
         for row in parameter_table(self.config):
             parts = [to_numpy(self._tensor(name, row)) for name in row.tensors()]
             params[row.name] = to_jax((np.stack(parts) if row.stacked else parts[0].copy()).reshape(row.shape))
-        return Llama(self.config, params)
+        return (Llama if self.config.model_type == "llama" else Decoder)(self.config, params)
 
     @property
     def layers(self) -> Any:
@@ -158,7 +177,7 @@ class TorchLlama:
     @property
     def norm(self) -> Any:
         """The final norm, as of `as_jax`."""
-        return RMSNorm(self.final_weight)
+        return RMSNorm(self._norm())
 
     @property
     def n_params(self) -> int:
@@ -180,7 +199,7 @@ class TorchLlama:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{letter}={self.config.sizes[letter]}" for letter in "LHKDEFV")
-        return f"TorchLlama({self.n_params / 1e6:.1f}M parameters, {self.dtype}, {self.device}, {sizes})"
+        return f"TorchDecoder({self.n_params / 1e6:.1f}M parameters, {self.dtype}, {self.device}, {sizes})"
 
 
 def _checked(name: str, tensor: Tensor) -> Tensor:

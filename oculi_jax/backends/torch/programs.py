@@ -15,15 +15,17 @@ from torch.nn import functional as F
 from ...capture import Reading
 from ...intervention.rows import Rows
 from ...output import Output
+from ..protocol import EXIST
 from .arrays import from_numpy, to_jax
 from .layers import Weights, embed, run_layers, untouched
 from .layout import Layout, lay_out
-from .model import TorchLlama
+from .model import TorchDecoder
 from .rows import refuse_trace
 from .taps import Taps, prepare
 
 if TYPE_CHECKING:
     from ...arrays import AnyArray
+    from ...rules import Rules
 
 
 @dataclass
@@ -41,10 +43,10 @@ class Pass:
 
 def passed(
     w: Weights, tokens: np.ndarray, layout: Layout, edits: Sequence[Any], rows: Rows, readings: Sequence[Reading], *,
-    to_end: bool,
+    to_end: bool, wanted: Sequence[str] = (),
 ) -> Pass:  # fmt: skip
-    """Runs rows `[N, T]` of one batch, to the last layer that is needed, or the end."""
-    taps = Taps(edits, rows.n_interventions, len(tokens), layout, readings)
+    """Runs rows `[N, T]` of one batch, to the last layer that is needed, or the end; sites that are `wanted` exist."""
+    taps = Taps(edits, rows.n_interventions, len(tokens), layout, readings, wanted)
     resid = embed(w, tokens, layout, taps)
     to_end = to_end or any(reading.site.name in ("final_scale", "final_norm") for reading in readings)
     n_layers = w.config.num_hidden_layers
@@ -56,16 +58,21 @@ def passed(
 
 @torch.inference_mode()
 def run(
-    model: TorchLlama, tokens: AnyArray, mask: AnyArray | None, interventions: tuple[Any, ...], readings: tuple[Reading, ...], *,
-    logits: str = "none", remat: bool = False,
+    model: TorchDecoder, tokens: AnyArray, mask: AnyArray | None, interventions: tuple[Any, ...], readings: tuple[Reading, ...], *,
+    logits: str = "none", remat: bool = False, attention: str = "auto", rules: Rules | None = None,
 ) -> Output:  # fmt: skip
-    """See `Programs.run`; `remat` is JAX's."""
+    """See `Programs.run`; `remat` is JAX's, and so are `rules`, which are refused."""
+    if rules is not None:
+        raise TypeError(
+            "rules change JAX's derivatives, and this model is run by torch, of whose derivatives nothing is asked here: load it "
+            "with oculi_jax.from_pretrained(directory)."
+        )
     refuse_trace((tokens, mask, interventions))
     w, real = model.weights(), None if mask is None else np.asarray(mask)
     batch, rows = np.asarray(tokens)[None], Rows.single(interventions)
     layout = lay_out(w.config, None if real is None else real[None], batch.shape[1], w.embed.device)
     edits = prepare(w, rows, 1, 1, batch.shape[1])
-    done = passed(w, batch, layout, edits, rows, readings, to_end=logits != "none")
+    done = passed(w, batch, layout, edits, rows, readings, to_end=logits != "none", wanted=EXIST[attention])
     out = None
     if logits != "none":
         assert done.normalised is not None
@@ -79,7 +86,7 @@ def run(
 
 @torch.inference_mode()
 def lens(
-    model: TorchLlama, resid: AnyArray, keep: tuple[str, ...], *,
+    model: TorchDecoder, resid: AnyArray, keep: tuple[str, ...], *,
     top_k: int | None = None, tokens: AnyArray | None = None, dtype: str = "float32",
 ) -> dict[str, jax.Array]:  # fmt: skip
     """See `Programs.lens`."""
@@ -119,4 +126,4 @@ def logits_of(w: Weights, normalised: Tensor, ids: np.ndarray) -> Tensor:
             f"Token {wrong[0]} is beyond this model's vocabulary, which has ids 0 to {w.config.vocab_size - 1}."
         )
     chosen = w.unembed[torch.from_numpy(ids.astype(np.int64)).to(w.unembed.device)]
-    return F.linear(normalised.to(chosen.device).float(), chosen.float())
+    return w.said(F.linear(normalised.to(chosen.device).float(), chosen.float()))

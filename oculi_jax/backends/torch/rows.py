@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...arrays import under_trace
-from ...intervention.edit import Edit, lower
+from ...buckets import widened
+from ...intervention.edit import Edit, cut, lower
 from ...intervention.rows import Rows
 from ...metrics import Metric, apply_metric
 from ...output import Output
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from jax import Array
 
     from ...arrays import AnyArray
+    from ...buckets import Window
     from ...metrics import MetricLike
 
 
@@ -53,7 +55,7 @@ def refuse_trace(values: object) -> None:
     if under_trace(values):
         raise TypeError(
             "This model runs in torch, which no jit, vmap or grad of JAX reaches into: call it outside of them (for many "
-            "interventions use sweep), or load the model with Llama.from_pretrained(directory)."
+            "interventions use sweep), or load the model with oculi_jax.from_pretrained(directory)."
         )
 
 
@@ -64,8 +66,11 @@ def lowered(
     size: int = 1,
     n_covered: int | None = None,
     sites: Mapping[str, Site] = SITES,
+    window: Window | None = None,
 ) -> list[tuple[int, Edit]]:
     """The edits of all rows, prompts × variants, numbered by their interventions; their arrays are each a `Leaf`.
+
+    They are for a run of `sizes`; what the interventions' arrays cover is told by the window, if there is one.
 
     ValueError for one at a site that is none of `sites`, the model's.
 
@@ -75,7 +80,11 @@ def lowered(
         return []
     arrays = [np.asarray(leaf) for leaf in rows.leaves]
     covered = None if n_covered is None else np.int32(n_covered)
-    found = _lowered(arrays, covered, rows.tree, rows.by_prompt, rows.by_variant, tuple(sorted(sizes.items())))
+    by_prompt, by_variant, columns = rows.by_prompt, rows.by_variant, None
+    if window is not None:  # one leaf more, the last
+        arrays, by_prompt, by_variant = [*arrays, np.asarray(window.first)], (*by_prompt, True), (*by_variant, False)
+        columns = window.n_columns
+    found = _lowered(arrays, covered, rows.tree, by_prompt, by_variant, tuple(sorted(sizes.items())), columns)
     prompt, variant = np.divmod(np.arange(n_prompts * size), size)
 
     def leaf(x: _Varies) -> Leaf:
@@ -92,7 +101,7 @@ def lowered(
     return edits
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _lowered(
     leaves: list[Any],
     n_covered: Any,
@@ -100,11 +109,18 @@ def _lowered(
     by_prompt: tuple[bool, ...],
     by_variant: tuple[bool, ...],
     sizes: tuple[tuple[str, int], ...],
+    n_columns: int | None,
 ) -> dict[int, list[Edit]]:
-    """The edits of each intervention, their leaves as `_Varies`."""
+    """The edits of each intervention, their leaves as `_Varies`; the last leaf is where a window of `n_columns` begins."""
+    run = dict(sizes)
 
     def one(leaves: list[Any]) -> dict[int, list[Edit]]:
-        edits = lower(jax.tree.unflatten(tree, leaves), dict(sizes), n_covered)
+        if n_columns is None:
+            edits = lower(jax.tree.unflatten(tree, leaves), run, n_covered)
+        else:
+            given = {**run, "T": n_columns, "S": n_columns}
+            edits = lower(jax.tree.unflatten(tree, leaves[:-1]), given, n_covered)
+            edits = [(number, cut(edit, leaves[-1] + jnp.arange(run["T"]), given, "TS")) for number, edit in edits]
         return {number: [edit for own, edit in edits if own == number] for number, _ in edits}
 
     each = [leaf[(0,) * (p + v)] for leaf, p, v in zip(leaves, by_prompt, by_variant, strict=True)]
@@ -137,14 +153,19 @@ def _depends(program: Any, given: tuple[bool, ...]) -> list[bool]:
 
 
 @partial(jax.jit, static_argnums=(3,))
-def judged(metric: MetricLike, logits: Array, mask: AnyArray | None, by_prompt: tuple[bool, ...]) -> Any:
+def judged(
+    metric: MetricLike, logits: Array, mask: AnyArray | None, by_prompt: tuple[bool, ...], window: Window | None = None
+) -> Any:
     """The metric `[C, N, …]` of C prompts in N variants each, from the logits `[C, N, …]` that it reads."""
 
-    def one(metric: Any, logits: Any, mask: Any) -> Any:
+    def one(metric: Any, logits: Any, mask: Any, window: Any) -> Any:
         if isinstance(metric, Metric):
             return metric.of(logits)
+        if window is not None:
+            logits, mask = widened(logits, window), window.mask
         return apply_metric(metric, Output(logits, {}, jnp.zeros(0, jnp.int32), mask))
 
     axes = jax.tree.unflatten(jax.tree.structure(metric), [0 if lead else None for lead in by_prompt])
-    variants = jax.vmap(one, in_axes=(None, 0, None))
-    return jax.vmap(variants, in_axes=(axes, 0, None if mask is None else 0))(metric, logits, mask)
+    variants = jax.vmap(one, in_axes=(None, 0, None, None))
+    over = (axes, 0, *(None if x is None else 0 for x in (mask, window)))
+    return jax.vmap(variants, in_axes=over)(metric, logits, mask, window)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,6 +18,9 @@ from .arrays import from_numpy, to_numpy
 from .layers import Weights
 from .layout import Layout
 from .rows import Leaf, lowered
+
+if TYPE_CHECKING:
+    from ...buckets import Window
 
 
 class _Array:
@@ -157,11 +160,12 @@ class Taps:
         n_rows: int,
         layout: Layout,
         readings: Sequence[Reading] = (),
+        wanted: Sequence[str] = (),
     ):
         self.layer: int | None = None
         self.layout, self.n_rows = layout, n_rows
         self.captured: dict[str, Tensor] = {}
-        self._edits, self._readings = edits, readings
+        self._edits, self._readings, self._wanted = edits, readings, wanted
         self._here: dict[str, tuple[list[_Edit], Reading | None]] = {}
         self._changed: dict[int, Tensor] = {}
         self._outside: dict[int, Tensor] = {}
@@ -180,8 +184,8 @@ class Taps:
                 self._here[reading.site.name] = (self._here.get(reading.site.name, ([], None))[0], reading)
 
     def touches(self, *sites: str) -> bool:
-        """Whether any of these is edited or captured here."""
-        return any(site in self._here for site in sites)
+        """Whether any of these is edited or captured here, or wanted in any case."""
+        return any(site in self._here or site in self._wanted for site in sites)
 
     def edits(self, *sites: str) -> bool:
         """Whether any of these is edited here."""
@@ -266,9 +270,15 @@ def at_positions(value: Tensor, axis: int, positions: tuple[int, ...], real: np.
 
 
 def prepare(
-    w: Weights, rows: Rows, n_prompts: int, size: int, n_slots: int, n_covered: int | None = None
+    w: Weights,
+    rows: Rows,
+    n_prompts: int,
+    size: int,
+    n_slots: int,
+    n_covered: int | None = None,
+    window: Window | None = None,
 ) -> list[_Edit]:
     """The edits of rows, prompts × variants, in a run of `n_slots` tokens."""
     sizes = {**w.config.sizes, "T": n_slots, "S": n_slots}
-    found = lowered(rows, sizes, n_prompts, size, n_covered, sites=w.config.sites)
+    found = lowered(rows, sizes, n_prompts, size, n_covered, w.config.sites, window)
     return [_Edit(number, edit, n_prompts * size, sizes, w.embed.device) for number, edit in found]

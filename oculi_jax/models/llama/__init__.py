@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .config import LlamaConfig, RopeConfig
-from .model import Llama, expand_kv
+from ..decoder.attention import expand_kv
+from ..decoder.config import DecoderConfig as LlamaConfig
+from ..decoder.rope_config import RopeConfig
+from .model import Llama
 
 if TYPE_CHECKING:
     from ...adapter.adapter import LlamaAttentionAdapter

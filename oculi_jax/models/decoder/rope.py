@@ -14,7 +14,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from .config import LlamaConfig, RopeConfig
+from ...arrays import wide
+from .config import DecoderConfig, RopeConfig
 
 
 def _exponents(head_dim: int) -> np.ndarray:
@@ -61,9 +62,8 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
     return (interpolated * ramp + extrapolated * (1 - ramp)).astype(np.float32)
 
 
-def _dynamic(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Array:
+def _dynamic(config: DecoderConfig, rope: RopeConfig, dim: int, length: Array | int) -> Array:
     """NTK-aware scaling that starts where the context ends (bloc97 and emozilla, 2023)."""
-    dim = config.head_dim
     assert rope.factor
     longest = float(config.max_position_embeddings)
     reached = jnp.maximum(jnp.asarray(length, jnp.float32), longest)
@@ -71,9 +71,9 @@ def _dynamic(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Arra
     return 1.0 / base ** jnp.asarray(_exponents(dim))
 
 
-def _longrope(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Array:
+def _longrope(rope: RopeConfig, dim: int, length: Array | int) -> Array:
     """LongRoPE, Ding et al. (2024), arXiv:2402.13753: one set of factors up to the original context, one past it."""
-    powers = _powers(rope.theta, config.head_dim)
+    powers = _powers(rope.theta, dim)
     short, long = (
         np.float32(1.0) / (np.asarray(factors, np.float32) * powers)
         for factors in (rope.short_factor, rope.long_factor)
@@ -81,26 +81,28 @@ def _longrope(config: LlamaConfig, rope: RopeConfig, length: Array | int) -> Arr
     return jnp.where(jnp.asarray(length) > rope.original_max_position_embeddings, long, short)  # type: ignore[operator]
 
 
-def inverse_frequencies(config: LlamaConfig, length: Array | int, rope: RopeConfig) -> Float[Array, " A"] | np.ndarray:
-    """Radians per position for each of the `A` = D/2 pairs of dimensions.
+def inverse_frequencies(
+    config: DecoderConfig, length: Array | int, rope: RopeConfig
+) -> Float[Array, " A"] | np.ndarray:
+    """Radians per position for each of the `A` pairs of dimensions that turn: D/2, or fewer where the rotary embedding is partial.
 
     Args:
         config: the model's config.
         length: number of real tokens; `dynamic` and `longrope` depend on it.
         rope: of the layers in question.
     """
-    dim = config.head_dim
+    dim = rope.turned(config.head_dim)
     match rope.type:
         case "linear":
             return _default(rope, dim) / np.float32(rope.factor)  # type: ignore[arg-type]
         case "dynamic":
-            return _dynamic(config, rope, length)
+            return _dynamic(config, rope, dim, length)
         case "llama3":
             return _llama3(rope, dim)
         case "yarn":
             return _yarn(rope, dim)
         case "longrope":
-            return _longrope(config, rope, length)
+            return _longrope(rope, dim, length)
         case _:
             return _default(rope, dim)
 
@@ -124,16 +126,22 @@ def attention_factor(rope: RopeConfig) -> float:
 
 
 def rotary(
-    config: LlamaConfig, positions: Int[Array, "T"], length: Array | int, rope: RopeConfig
+    config: DecoderConfig, positions: Int[Array, "T"], length: Array | int, rope: RopeConfig | None
 ) -> tuple[Array, Array]:
-    """Cosines and sines `[T, D/2]`, float32, of the angles at each position of a prompt of `length` tokens."""
+    """Cosines and sines `[T, A]`, float32, of the angles at each position of a prompt of `length` tokens; of 0 for None."""
+    if rope is None:
+        nothing = jnp.zeros((positions.shape[0], config.rope.turned(config.head_dim) // 2), jnp.float32)
+        return nothing + 1, nothing
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(inverse_frequencies(config, length, rope))[None, :]
     scale = attention_factor(rope)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
 def rotate(x: Float[Array, "N T D"], rotation: tuple[Array, Array]) -> Float[Array, "N T D"]:
-    """Turns each pair (i, i + D/2) of the last axis by its angle; computed in float32, returned in `x`'s dtype."""
-    cos, sin = (part[None] for part in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """Turns each pair (i, i + A) of the last axis by its angle, and leaves what comes after the last of them; computed in
+    float32 or wider, returned in `x`'s dtype.
+    """
+    cos, sin = (part[None].astype(wide(x.dtype)) for part in rotation)
+    n = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(wide(x.dtype)), (n, 2 * n), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

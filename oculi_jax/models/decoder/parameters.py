@@ -6,6 +6,7 @@ the file (`(H D) E` is stored as `[H·D, E]` and used as `[H, D, E]`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from .activations import ACTIVATION_PARAMETERS
 
 if TYPE_CHECKING:
-    from .config import LlamaConfig
+    from .config import DecoderConfig
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,13 @@ class Parameter:
     """One row.
 
     Attributes:
-        name: its path in `Llama`; one under `layers.` is stacked on a leading `L`.
+        name: its path in `Decoder`; one under `layers.` is stacked on a leading `L`.
         tensor: the name in a checkpoint; `{}` stands for the layer.
         axes: letters of one layer's axes as used, without `L`.
-        stored: the shape of the tensor in the file.
+        stored: its shape in the file.
         shape: the shape as used, with `L` where stacked.
         groups: how many of our axes each axis of the file is.
+        begin: the row of the file's tensor at which it begins, and `n_rows` how many that has, where it holds others too.
     """
 
     name: str
@@ -37,6 +39,18 @@ class Parameter:
     stored: tuple[int, ...]
     shape: tuple[int, ...]
     groups: tuple[int, ...]
+    begin: int = 0
+    n_rows: int | None = None
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of the file's tensor."""
+        return self.stored if self.n_rows is None else (self.n_rows, *self.stored[1:])
+
+    @property
+    def rows(self) -> slice:
+        """Which rows of the file's tensor it is; of all, where that holds nothing else."""
+        return slice(None) if self.n_rows is None else slice(self.begin, self.begin + self.stored[0])
 
     @property
     def stacked(self) -> bool:
@@ -55,7 +69,8 @@ class Parameter:
         slices, first = [], 0
         for length in self.groups:
             unit = math.prod(sizes[first + 1 : first + length])
-            slices.append(slice(inner[first].start * unit, inner[first].stop * unit))
+            begin = 0 if slices else self.begin
+            slices.append(slice(begin + inner[first].start * unit, begin + inner[first].stop * unit))
             first += length
         return tuple(slices)
 
@@ -70,7 +85,7 @@ class Parameter:
         return (*lead, *spread)
 
 
-def parameter_table(config: LlamaConfig) -> list[Parameter]:
+def parameter_table(config: DecoderConfig) -> list[Parameter]:
     """Every parameter of a model with this config."""
     sizes = {**config.sizes, "1": 1}
 
@@ -87,7 +102,7 @@ def parameter_table(config: LlamaConfig) -> list[Parameter]:
     rows = [row("embed", "model.embed_tokens.weight", "V E")]
     for name, axes in {"q": "(H D) E", "k": "(K D) E", "v": "(K D) E", "o": "E (H D)"}.items():
         rows.append(row(f"layers.attn.{name}.weight", f"{layer}self_attn.{name}_proj.weight", axes))
-        if config.attention_bias:
+        if config.output_bias if name == "o" else config.attention_bias:
             out = re.match(r"\([^)]*\)|\S+", axes)[0]  # type: ignore[index]
             rows.append(row(f"layers.attn.{name}.bias", f"{layer}self_attn.{name}_proj.bias", out))
     for name, axes in {"gate": "F E", "up": "F E", "down": "E F"}.items():
@@ -96,9 +111,26 @@ def parameter_table(config: LlamaConfig) -> list[Parameter]:
             rows.append(row(f"layers.mlp.{name}.bias", f"{layer}mlp.{name}_proj.bias", axes[0]))
     for name, shape in ACTIVATION_PARAMETERS.get(config.hidden_act, {}).items():
         rows.append(row(f"layers.mlp.act_fn.{name}", f"{layer}mlp.act_fn.{name}", "1" if shape else ""))
-    rows.append(row("layers.attn_norm.weight", f"{layer}input_layernorm.weight", "E"))
-    rows.append(row("layers.mlp_norm.weight", f"{layer}post_attention_layernorm.weight", "E"))
+    for name, axes in {None: {}, "head": {"q": "D", "k": "D"}, "token": {"q": "(H D)", "k": "(K D)"}}[
+        config.qk_norm
+    ].items():
+        rows.append(row(f"layers.attn.{name}_norm.weight", f"{layer}self_attn.{name}_norm.weight", axes))
+    for name, tensor in config.family.norms.items():
+        rows.append(row(f"layers.{name}.weight", f"{layer}{tensor}.weight", "E"))
     rows.append(row("norm.weight", "model.norm.weight", "E"))
     if not config.tie_word_embeddings:
         rows.append(row("unembed", "lm_head.weight", "V E"))
+    return _fused(rows, config)
+
+
+def _fused(rows: list[Parameter], config: DecoderConfig) -> list[Parameter]:
+    """With those that a family keeps in one tensor, one after the other, at their places in it."""
+    for tensor, names in config.family.fused.items():
+        full = [f"layers.{name}.weight" for name in names]
+        parts = {row.name: row for row in rows if row.name in full}
+        n_rows, begin = sum(row.stored[0] for row in parts.values()), 0
+        for name in full:
+            part = dict(tensor=f"model.layers.{{}}.{tensor}.weight", begin=begin, n_rows=n_rows)
+            begin += parts[name].stored[0]
+            rows[rows.index(parts[name])] = dataclasses.replace(parts[name], **part)
     return rows

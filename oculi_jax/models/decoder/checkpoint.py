@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,22 +23,25 @@ from ...arrays import full_name
 from ...utils.devices import find_device
 from ...utils.files import cut_off, write_tensors, write_together
 from ...utils.progress import progress
-from .config import CONFIG, GENERATION, LlamaConfig
+from .config import CONFIG, GENERATION, DecoderConfig
 from .parameters import Parameter, parameter_table
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
 
     from ...utils.devices import DeviceLike
-    from .model import Llama
+    from .model import Decoder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# safetensors' names for the dtypes that a Llama's weights may have.
+# safetensors' names for the dtypes that a model's weights may have.
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Buffers that old versions of transformers wrote and that follow from the config.
 _DERIVED = ".rotary_emb.inv_freq"
 _CHUNK_BYTES = 64 << 20
+# Of a model that sees pictures too: where its text part is → where that would be alone; and what else it has.
+_TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
+_SIGHT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ def load(
     revision: str | None,
     local_files_only: bool,
     ignore_fields: tuple[str, ...],
-) -> tuple[LlamaConfig, dict[str, Any]]:
+    family: str | None = None,
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """The config of a checkpoint and its parameters by their names in the table: JAX arrays placed as `place` says, or, for
-    None, NumPy arrays. The other arguments are those of `Llama.from_pretrained`.
+    None, NumPy arrays. The other arguments are those of `from_pretrained`.
     """
     directory = _find(source, revision, local_files_only)
     if cut_off(directory):
@@ -69,9 +74,14 @@ def load(
             "is at it now. Save to it again."
         )
     before = _versions(directory)
-    config = LlamaConfig.from_pretrained(directory, ignore_fields=ignore_fields)
+    config = DecoderConfig.from_pretrained(directory, ignore_fields=ignore_fields)
+    if family not in (None, config.model_type):
+        raise ValueError(
+            f"{str(directory)!r} holds a model of type {config.model_type!r}, and one of type {family!r} is asked for: "
+            "oculi_jax.from_pretrained loads every family that there is."
+        )
     table = parameter_table(config)
-    stored = _read_headers(directory)
+    stored = _of_text(directory, _read_headers(directory))
     if config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
         # One tensor under two names, of which safetensors' save_model keeps this one.
         stored[EMBEDDING] = stored.pop(HEAD)
@@ -103,7 +113,7 @@ def _versions(directory: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (stat.st_ino, stat.st_mtime_ns) for path in files for stat in [path.stat()]}
 
 
-def save(model: Llama, directory: str | os.PathLike[str]) -> None:
+def save(model: Decoder, directory: str | os.PathLike[str]) -> None:
     """See `Llama.save_pretrained`."""
     directory = Path(directory).expanduser()
     if (directory / INDEX).exists():
@@ -111,12 +121,13 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
     fresh = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     arrays = named_parameters(model)
-    tensors: dict[str, np.ndarray] = {}
+    found: dict[str, list[np.ndarray]] = {}
     for row in parameter_table(model.config):
         array = np.asarray(arrays[row.name])
         parts = array if row.stacked else array[None]
         for name, part in zip(row.tensors(), parts, strict=True):
-            tensors[name] = np.asarray(part, order="C").reshape(row.stored)
+            found.setdefault(name, []).append(np.asarray(part, order="C").reshape(row.stored))
+    tensors = {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in found.items()}
     config = dataclasses.replace(model.config, dtype=model.dtype.name)
     texts = {CONFIG: config.to_dict(), GENERATION: config.generation_dict()}
     try:
@@ -130,7 +141,7 @@ def save(model: Llama, directory: str | os.PathLike[str]) -> None:
         raise
 
 
-def named_parameters(model: Llama) -> dict[str, Array]:
+def named_parameters(model: Decoder) -> dict[str, Array]:
     """The parameters of a model under the names of the table."""
     named: dict[str, Array] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
@@ -237,6 +248,22 @@ def _read_headers(directory: Path) -> dict[str, Stored]:
     return stored
 
 
+def _of_text(directory: Path, stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Of a model that sees pictures too, the tensors of its text part under the names that they would have alone."""
+    places = {name: next((part for part in _TEXT if name.startswith(part)), None) for name in stored}
+    if not any(places.values()):
+        return stored
+    left = [name for name in stored if name.startswith(_SIGHT)]
+    if left:
+        parts = sorted({name.removeprefix("model.").partition(".")[0] for name in left})
+        warnings.warn(
+            f"{str(directory)!r} holds a model that sees pictures too: its text part is read, and {' and '.join(parts)} are left.",
+            stacklevel=4,
+        )
+    kept = {name: part for name, part in places.items() if name not in left}
+    return {_TEXT[part] + name.removeprefix(part) if part else name: stored[name] for name, part in kept.items()}
+
+
 def _read_index(index: Path) -> dict[str, set[str]]:
     """Shard file → the tensors that the index places in it."""
     try:
@@ -254,7 +281,7 @@ def _read_index(index: Path) -> dict[str, set[str]]:
     return files
 
 
-def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored: dict[str, Stored]) -> None:
+def _check(directory: Path, config: DecoderConfig, table: list[Parameter], stored: dict[str, Stored]) -> None:
     """Compares what the config needs with what the files hold, both ways; one error lists everything."""
     problems: list[str] = []
     numbers = [int(name.split(".")[2]) for name in stored if re.match(r"model\.layers\.\d{1,9}\.", name)]
@@ -267,10 +294,10 @@ def _check(directory: Path, config: LlamaConfig, table: list[Parameter], stored:
     for tensor, row in expected.items():
         found = stored.get(tensor)
         if found is None:
-            problems.append(f"missing: {tensor} {list(row.stored)}")
-        elif found.shape != row.stored:
+            problems.append(f"missing: {tensor} {list(row.tensor_shape)}")
+        elif found.shape != row.tensor_shape:
             problems.append(
-                f"shape: {tensor} is {list(found.shape)} in {found.file.name}, config.json makes it {list(row.stored)}"
+                f"shape: {tensor} is {list(found.shape)} in {found.file.name}, config.json makes it {list(row.tensor_shape)}"
             )
         elif found.dtype not in _FLOATS:
             problems.append(
@@ -305,7 +332,7 @@ def _same(one: Stored, other: Stored | None) -> bool:
         return all(np.array_equal(a[i:j], b[i:j]) for i, j in rows)
 
 
-def _target_dtype(dtype: Any, config: LlamaConfig, stored: dict[str, Stored], table: list[Parameter]) -> np.dtype:
+def _target_dtype(dtype: Any, config: DecoderConfig, stored: dict[str, Stored], table: list[Parameter]) -> np.dtype:
     given = dtype
     if isinstance(dtype, str) and dtype == "auto":
         dtype = config.dtype or _FLOATS[stored[table[0].tensors()[0]].dtype]

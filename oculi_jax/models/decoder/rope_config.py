@@ -53,6 +53,51 @@ class RopeConfig:
     truncate: bool | None = None
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    partial_rotary_factor: float | None = None
+
+    def turned(self, head_dim: int) -> int:
+        """How many of a head's dimensions turn, from the first on: `partial_rotary_factor` of them, where it is given.
+
+        Examples:
+            >>> model.config.rope.turned(32)
+            32
+        """
+        return head_dim if self.partial_rotary_factor is None else int(head_dim * self.partial_rotary_factor)
+
+
+# The rotary embedding of layers that see all tokens, and that of layers with a window where a config says one.
+Ropes = tuple[RopeConfig | None, RopeConfig | None]
+
+
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """The type and its numbers, without `rope_theta`, as `config.json` has them."""
+    given = {name: getattr(rope, name) for name in rope.__dataclass_fields__ if name not in ("type", "theta")}
+    numbers = {name: list(v) if isinstance(v, tuple) else v for name, v in given.items() if v is not None}
+    return {"rope_type": rope.type, **numbers}
+
+
+def one_rope(
+    fields: Mapping[str, Any], head_dim: int | None, longest: int | None, ignored: set[str], problems: list[str]
+) -> Ropes:
+    """Of a family whose layers all turn alike. `longest` is what the model was made for."""
+    return read_rope(fields, head_dim, longest, ignored, problems), None
+
+
+def two_ropes(
+    fields: Mapping[str, Any], head_dim: int | None, longest: int | None, ignored: set[str], problems: list[str]
+) -> Ropes:
+    """Of a family whose layers with a window may turn otherwise: transformers 5 nests `rope_parameters` by the types of layers."""
+    groups = fields.get("rope_parameters")
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(groups, dict) or not set(groups) & set(kinds):
+        return one_rope(fields, head_dim, longest, ignored, problems)
+    if other := sorted(set(groups) - set(kinds)):
+        problems.append(f"rope_parameters names {', '.join(other)}, and layers are {' or '.join(kinds)}")
+    found = [
+        read_rope({**fields, "rope_parameters": groups.get(kind)}, head_dim, longest, ignored, problems)
+        for kind in kinds
+    ]
+    return found[0], found[1]
 
 
 def read_rope(

@@ -84,6 +84,26 @@ class Reader:
         value = self._get(name, default, is_number, "a positive number")
         return None if value is None else float(value)
 
+    def optional(self, name: str) -> int | None:
+        """A positive integer, or None."""
+        return None if self.fields.get(name) is None else self.integer(name)
+
+    def optional_number(self, name: str) -> float | None:
+        """A positive number, or None."""
+        return None if self.fields.get(name) is None else self.number(name)
+
+    def count(self, name: str) -> Any:
+        """An integer from 0 on."""
+        return self._get(name, None, lambda v: type(v) is int and 0 <= v < 2**31, "an integer from 0 on") or 0
+
+    def flags(self, name: str, default: list[int]) -> list[int]:
+        """A list of zeros and ones, as long as the default."""
+
+        def ok(v: Any) -> bool:
+            return isinstance(v, list | tuple) and len(v) == len(default) and all(i in (0, 1) for i in v)
+
+        return list(self._get(name, default, ok, f"a list of {len(default)} zeros and ones"))
+
     def ids(self, name: str) -> int | tuple[int, ...] | None:
         """A token's id, or for the end token several; −1 is how old configs say none."""
         value = self.fields.get(name)

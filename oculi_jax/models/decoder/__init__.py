@@ -1,0 +1,1 @@
+"""The one network: its config, parameters, checkpoints, attention and rotary embedding."""
