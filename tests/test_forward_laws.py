@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oculi_jax import CaptureSpec, forward, lens
+from oculi_jax import CaptureSpec, Edit, forward, lens
 from oculi_jax.models.decoder.attention import masked_softmax
 from oculi_jax.models.llama import Llama, expand_kv
 
@@ -171,6 +171,18 @@ def test_rematerialisation_changes_the_memory_and_not_the_gradient() -> None:
         for flag in (False, True)
     ]
     assert temp[1] < 0.7 * temp[0]
+
+
+def test_a_reverse_pass_keeps_no_weights_of_the_layers() -> None:
+    """Of none, not even of another shape: it reads those that there are."""
+    model = tiny_llama(num_hidden_layers=32, hidden_size=96, head_dim=24)
+
+    def loss(share: jax.Array, model: Llama) -> jax.Array:
+        return forward(model, prompt(2), Edit("embed", "scale", None, value=share), logits="last").logits[0]
+
+    held = jax.jit(jax.grad(loss)).lower(jnp.float32(0.9), model).compile().memory_analysis().temp_size_in_bytes
+    smallest = min(x.nbytes for x in jax.tree.leaves(model.layers) if x.ndim > 2)  # of all layers
+    assert held < smallest
 
 
 @pytest.mark.quick

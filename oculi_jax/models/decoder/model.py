@@ -56,7 +56,8 @@ Remember = Callable[[Array, Array], tuple[Array, Array]]
 class Linear(nnx.Module):
     """A weight, output axes before input axes as in a checkpoint, and perhaps a bias over the output axes.
 
-    Input axes that the equation gives one letter are one: to sum over two, XLA may turn the weight, and so copy it.
+    Input axes that the equation gives one letter are one: to sum over two, XLA may turn the weight, and so copy it. A backward
+    pass makes them one again, since it would keep what it is of every layer.
     """
 
     def __init__(self, weight: Array, bias: Array | None = None):
@@ -65,7 +66,11 @@ class Linear(nnx.Module):
 
     def __call__(self, equation: str, x: Array) -> Array:
         weight, n_axes = self.weight[...], len(equation.partition("->")[0].partition(",")[2])
-        y = einsum(equation, x, weight.reshape(*weight.shape[: n_axes - 1], -1))
+
+        def product(x: Array, weight: Array) -> Array:
+            return einsum(equation, x, weight.reshape(*weight.shape[: n_axes - 1], -1))
+
+        y = (product if weight.ndim == n_axes else jax.checkpoint(product, prevent_cse=False))(x, weight)
         if self.bias is None:
             return y
         bias = self.bias[...]
