@@ -6,6 +6,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+import scipy.integrate
+import scipy.stats
 
 from oculi_jax import forward, padded, plan
 from oculi_jax.circuits import MIB_SIZES, Circuit, Curve, EdgeScores, edge_attribution, faithfulness, run_circuit
@@ -63,8 +65,33 @@ def test_the_numbers_are_mibs(curve: Curve) -> None:
     np.testing.assert_allclose((curve.cpr, curve.cmd), (below, above), rtol=1e-5)
     np.testing.assert_allclose(curve.acc_auc, accuracy / np.log(1000), rtol=1e-5)
     np.testing.assert_allclose(curve.faithfulness[-1], 1, atol=1e-3)
-    spread = curve.interval()
+
+
+def test_intervals_are_the_bootstraps_of_each_number(curve: Curve) -> None:
+    """scipy's own percentile bootstrap of the ratio of means, prompts drawn together."""
+    several = Curve(
+        curve.sizes, *(np.tile(x, (5, *[1] * (x.ndim - 1))) + np.random.default_rng(0).normal(size=(15, *x.shape[1:]))
+                       for x in (curve.by_prompt, curve.empty, curve.whole)),
+        curve.counts, np.zeros((15, 0, 10)), np.zeros((0, 10, 2), int),
+    )  # fmt: skip
+    spread = several.interval()
     assert (np.asarray(spread.low) <= np.asarray(spread.mean) + 1e-6).all() and spread.high.shape == (10,)
+
+    def cpr(rows: np.ndarray) -> float:
+        circuit, empty, whole = (x[rows].mean(axis=0) for x in (several.by_prompt, several.empty, several.whole))
+        return float(scipy.integrate.trapezoid((circuit - empty) / (whole - empty), several.sizes))
+
+    wanted = scipy.stats.bootstrap(
+        (np.arange(15),), cpr, vectorized=False, n_resamples=2000, method="percentile", rng=1
+    ).confidence_interval
+    found = several.interval("cpr")
+    assert abs(found.mean - several.cpr) < 1e-5
+    width = wanted.high - wanted.low  # two draws of 2000 agree to a part of it
+    assert abs(found.low - wanted.low) < 0.1 * width and abs(found.high - wanted.high) < 0.1 * width
+    with pytest.raises(ValueError, match="of is 'mean', and must be one of"):
+        several.interval("mean")
+    with pytest.raises(ValueError, match="at least two"):
+        faithfulness(MODEL, scores(), *ROWS[0], METRIC, sizes=(0.5,)).interval()
 
 
 def test_nulls_are_random_circuits_of_as_many_edges(curve: Curve) -> None:

@@ -100,6 +100,7 @@ ALLOWED = {
         "run",
         "sweeps",
     },
+    "tasks": {"metrics", "prompts", "tasks", "utils"},
     "circuits": {*CORE, "backends", "causal", "circuits", "intervals", "metrics", "models", "sweeps", "utils"},
     "analysis": {"adapter.structures", "analysis", "capture", "utils"},
     "diagnostics.py": {"analysis", "backends", "intervention", "run"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -164,9 +165,36 @@ class Curve:
             places = np.log10(self.sizes)
         return self._area(self.accuracy, places) / float(places.max() - places.min())
 
-    def interval(self, confidence: float = 0.95) -> Interval:
-        """f with its bootstrap interval over prompts, `[n]`, as `bootstrap` draws them; of at least two prompts."""
-        return _interval(self, confidence)
+    def interval(self, of: str = "faithfulness", confidence: float = 0.95) -> Interval:
+        """One of the numbers above with its bootstrap interval over prompts: these are drawn anew 2000 times (Efron 1979).
+
+        Args:
+            of: `"faithfulness"`, `"nulls"`, `"cpr"`, `"cmd"`, `"accuracy"` or `"acc_auc"`, and so is the interval's shape.
+            confidence: the share of draws between its ends.
+
+        Raises:
+            ValueError: another name; fewer than two prompts.
+
+        Examples:
+            >>> scores = circuits.edge_attribution(model, ids, other, metric, steps=5)
+            >>> pairs = [ids, other], [other, ids], metrics.logit_difference([rome, paris], [paris, rome])
+            >>> spread = circuits.faithfulness(model, scores, *pairs).interval("cpr")
+            >>> bool(spread.low <= spread.mean <= spread.high)
+            True
+        """
+        names = ("faithfulness", "nulls", "cpr", "cmd", "accuracy", "acc_auc")
+        if of not in names:
+            raise ValueError(f"of is {of!r}, and must be one of {', '.join(names)}.")
+        n = len(self.empty)
+        if n < 2:
+            raise ValueError("An interval over prompts needs at least two of them.")
+        rng, found = np.random.default_rng(0), []
+        for _ in range(2000):
+            rows = rng.integers(0, n, n)
+            given = {name: getattr(self, name)[rows] for name in ("by_prompt", "empty", "whole", "null_by_prompt")}
+            found.append(getattr(replace(self, **given), of))
+        low, high = np.quantile(np.array(found), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+        return Interval(*(jnp.asarray(x, jnp.float32) for x in (getattr(self, of), low, high)))
 
     def _ratio(self, mean: Any) -> Any:
         empty, whole = self.empty.mean(), self.whole.mean()
@@ -181,19 +209,6 @@ class Curve:
         n_prompts, n = self.by_prompt.shape
         more = f", {len(self.null_counts)} nulls each" if len(self.null_counts) else ""
         return f"Curve({n} circuits, {n_prompts} prompts, CPR {self.cpr:.3g}, CMD {self.cmd:.3g}{more})"
-
-
-def _interval(curve: Curve, confidence: float) -> Interval:
-    """Prompts are drawn anew 2000 times, the same for all three means of the ratio (Efron 1979)."""
-    n = len(curve.empty)
-    if n < 2:
-        raise ValueError("An interval over prompts needs at least two of them.")
-    drawn = np.random.default_rng(0).integers(0, n, (2000, n))
-    counts = np.stack([np.bincount(row, minlength=n) for row in drawn]) / n
-    empty, whole = counts @ curve.empty, counts @ curve.whole
-    ratios = (counts @ curve.by_prompt - empty[:, None]) / (whole - empty)[:, None]
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return Interval(*(jnp.asarray(x, jnp.float32) for x in (curve.faithfulness, low, high)))
 
 
 def _chosen(
