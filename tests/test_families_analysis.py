@@ -19,10 +19,10 @@ from oculi_jax.analysis import (
     CompositionAnalysis,
     LogitLensAnalysis,
 )
-from oculi_jax.analysis.circuits import even_scores
+from oculi_jax.analysis.circuits import THRESHOLDS, decide, even_scores
 from oculi_jax.analysis.residual import decompose_resid, stack_head_results
 from oculi_jax.causal.noise import Noise
-from oculi_jax.diagnostics import head_scores
+from oculi_jax.diagnostics import head_scores, repeated_tokens
 from oculi_jax.intervention import Edit, HeadAblation
 from oculi_jax.metrics import logit_difference
 from oculi_jax.models.llama import LlamaAttentionAdapter
@@ -422,8 +422,15 @@ def test_circuits_from_tokens_are_of_hugging_faces_patterns(kind: str) -> None:
 @pytest.mark.numerical
 def test_head_scores_of_both_backends() -> None:
     ours, want = (head_scores(of("gemma2").adapters[name].model, n_sequences=2, length=12) for name in BACKENDS)
-    for mine, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(want), strict=True):
+    for mine, theirs in zip(*(jax.tree.leaves(dataclasses.replace(x, codes=0)) for x in (ours, want)), strict=True):
         assert np.abs(np.float64(mine) - np.float64(theirs)).max() <= ROUTES
+    # What a head is, is decided by thresholds: the same but where a score is within rounding of one.
+    scores = {name: np.asarray(getattr(want, name)) for name in THRESHOLDS}
+    config = of("gemma2").adapters["jax"].model.config
+    chance = even_scores(jax.numpy.asarray(repeated_tokens(config, 0, 2, 12)[0]), None, config.windows)
+    either = [decide({name: x + shift for name, x in scores.items()}, chance)[0] for shift in (-ROUTES, ROUTES)]
+    clear = np.asarray(either[0] == either[1])
+    assert clear.mean() > 0.8 and np.array_equal(np.asarray(ours.codes)[clear], np.asarray(want.codes)[clear])
 
 
 @pytest.mark.numerical

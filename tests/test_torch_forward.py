@@ -378,6 +378,8 @@ def test_smollm2_at_every_site(directory: Path, hf: Any, adapter: Any) -> None:
 
 @pytest.mark.real
 def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
+    from .reference import products_of_xla
+
     ids = np.array(adapter.tokenizer.encode("When Mary and John went to the store, John gave a drink to"))
     rng, keep = np.random.default_rng(0), np.ones((30, 9))
     keep[5, 2] = keep[12, 7] = 0
@@ -397,8 +399,13 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
         ours, want = (forward(model, ids, some, capture=tuple(SITES)) for model in (hf, adapter.model))
         real = np.ones(len(ids), bool)
         errors = {name: row_error(name, ours.activations[name], want.activations, real) for name in SITES}
-        # Each of two backends may be as far from the exact value as the contract allows, so twice that from each other.
-        assert max(errors.values()) <= 2 * ROW, (some, errors)
+        # Each of two backends may be as far from the exact value as the contract allows, so twice that from each other; and XLA's
+        # products alone may be further on a processor where their sums are long.
+        with products_of_xla():
+            rough = forward(hf, ids, some, capture=tuple(SITES))
+        for name, error in errors.items():
+            noise = row_error(name, rough.activations[name], ours.activations, real)
+            assert error <= 2 * max(ROW, noise), (some, name, error, noise)
         assert np.abs(np.asarray(ours.logits) - np.asarray(want.logits)).max() <= 2 * LOGITS
         assert ours.applied.tolist() == want.applied.tolist() and ours.applied.all()
 

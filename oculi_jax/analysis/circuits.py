@@ -145,8 +145,9 @@ class CircuitDetection:
 
             score ≥ chance + threshold · (1 − chance)
 
-        so that on a short prompt, where any head looks at everything, few heads show anything. (For `uniform` itself
-        chance is 0.) A score within rounding of its threshold may fall on the other side of it on another processor.
+        so that on a short prompt, where any head looks at everything, few heads show anything; and none does where nothing is
+        left, as `local` in a window of a few tokens. (For `uniform` itself chance is 0.) A score within rounding of its
+        threshold may fall on the other side of it on another processor.
 
         The order: a previous-token head also scores as an induction head wherever a token returns after one other, and as
         recent and local; an induction head rests on the first token while it has nothing to match; a head that always
@@ -281,7 +282,8 @@ def decide(
     for code, (name, threshold) in reversed(list(enumerate(THRESHOLDS.items()))):
         floor = jnp.asarray(chance.get(name, 0.0))
         floor = floor[:, None] if floor.ndim else floor  # of each layer
-        shown = scores[name] >= floor + threshold * (1.0 - floor)
+        # In a window that all of a pattern's keys are in, everything scores 1, and within rounding of its chance.
+        shown = (floor < 0.999) & (scores[name] >= floor + threshold * (1.0 - floor))
         codes = jnp.where(shown, code, codes)
         values = jnp.where(shown, scores[name], values)
     return codes, values

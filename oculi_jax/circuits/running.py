@@ -116,8 +116,10 @@ def share_of(
             f"{kind} has shape {listing(array.shape)}, and {' or '.join(map(listing, dict.fromkeys(shapes)))} is needed for "
             "this model."
         )
-    if not on_device(array) and not np.isfinite(array.astype(np.float32)).all():
-        raise ValueError(f"{kind} holds a number that is not finite.")
+    if not on_device(array):
+        array = array.astype(np.float32)  # here, where it is no program of its own
+        if not np.isfinite(array).all():
+            raise ValueError(f"{kind} holds a number that is not finite.")
     is_grouped = kind == "edges" and array.shape != plain.edges.shape
     return kind, jnp.asarray(array, jnp.float32), is_grouped
 

@@ -84,7 +84,8 @@ def test_the_guides_own_mean_gives_numbers(plain: AttentionCapture) -> None:
 def test_uniform_attention(n: int) -> None:
     capture, keys = uniform(n), np.arange(1, n + 1)
     near(EntropyAnalysis.token_entropy(capture)[0, 0], np.log(keys))
-    near(EntropyAnalysis.effective_rank(capture)[0, 0], keys, ROUNDING)
+    # Its relative error is the entropy's absolute one.
+    near(EntropyAnalysis.effective_rank(capture)[0, 0], keys, ROUNDING * max(1, np.log(n)))
     near(AttentionAnalysis.attention_entropy_ratio(capture)[0, 0], keys > 1)
     assert AttentionAnalysis.attention_entropy_ratio(capture).max() <= 1
     # 0.9 n in whole numbers: 9 of 10 keys are enough, however the sum rounds.
