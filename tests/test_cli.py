@@ -110,6 +110,31 @@ def test_oculi_attribute(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_h
     assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
+def test_oculi_attribute_says_what_is_lost_without_each_part(trained: LlamaAttentionAdapter, oculi_here) -> None:
+    """Beside what it adds: a forward pass with that head, or that MLP, set to zero."""
+    ids, paris = trained.tokenizer.encode(FRANCE), trained.to_single_token("Paris")
+    given = ("attribute", FRANCE, "--target", "Paris", "--top", "5")
+    found = strict(oculi_here(*given, "--verify", "4", "--json")[1])
+    entries = found["verification"]["entries"]
+    assert [entry["top"] for entry in entries] == [True] * 5 + [False] * 4
+
+    def logit(*items: HeadAblation | Ablation) -> float:
+        return float(forward(trained.model, ids, items, logits="last").logits[paris])
+
+    for entry in entries:
+        layer, kind = re.fullmatch(r"L(\d)(?: MLP|H(\d))", entry["part"]).groups()
+        part = Ablation("mlp_out", int(layer)) if kind is None else HeadAblation(int(layer), int(kind))
+        adds = found["mlps"][int(layer)] if kind is None else found["heads"][int(layer)][int(kind)]
+        assert entry["estimate"] == pytest.approx(adds) and abs(entry["exact"] - (logit() - logit(part))) < 1e-3
+    out = oculi_here(*given, "--verify", "4")[1]
+    assert re.search(r"9 runs, of these 5 and of 4 others drawn at\s+random", out)
+    for entry in entries[:5]:  # those that are shown
+        row = re.search(rf"^{entry['part']} +(\S+) +(\S+)", out, re.M)
+        assert row and abs(float(row[1]) - entry["estimate"]) < 2e-3 and abs(float(row[2]) - entry["exact"]) < 2e-3
+    silent = strict(oculi_here(*given, "--verify", "0", "--json")[1])
+    assert "verification" not in silent and "lost" not in oculi_here(*given, "--verify", "0")[1]
+
+
 def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_here) -> None:
     given = ("--intervene", "ablate:site=mlp_out,layer=0", "--intervene", "head:layer=1,head=3")
     code, out, err = oculi_here("generate", FRANCE, *given, "-n", "8", "-o", str(tmp_path / "texts.png"))
