@@ -327,14 +327,12 @@ def test_units_of_every_kind_verify(moved):
     """Single neurons, dimensions, keys and scales, beside a site of sums: what adding all of one unit's change gives."""
     found = attribution_patching(MODEL, CLEAN, CORRUPTED, METRIC, (*UNITS, "z"), each=UNITS)
     for site, name in zip(UNITS, ("neuron", "dimension", "dimension", "key", "position"), strict=True):
-        checked = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=4, sample=4, site=site, progress=False).entries
+        checked = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=3, sample=3, site=site, progress=False).entries
         assert list(found.top(1, site)[0])[-2] == name
-        assert [place(e) for e in checked[:4]] == [place(e) for e in found.top(4, site)]
+        assert [place(e) for e in checked[:3]] == [place(e) for e in found.top(3, site)]
         for entry in checked:
             assert float(found.values[site][place(entry)]) == pytest.approx(entry["estimate"])
             near(entry["exact"], moved(entry, 1.0) - moved(entry, 0.0), err_msg=str(entry))
-    both = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=0, sample=200, progress=False)
-    assert {e["site"] for e in both.entries} >= {"act", "resid_mid", "k", "pattern"}
 
 
 def test_units_of_a_padded_set_are_those_of_its_prompts():

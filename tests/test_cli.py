@@ -15,6 +15,7 @@ import oculi_jax
 from oculi_jax import SITES, forward, generate, load
 from oculi_jax.analysis import CircuitDetection
 from oculi_jax.cli.interventions import KINDS, parse
+from oculi_jax.cli.without import Logits
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.embedded import embedded_directory
 from oculi_jax.intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler, Steer
@@ -133,6 +134,13 @@ def test_oculi_attribute_says_what_is_lost_without_each_part(trained: LlamaAtten
         assert row and abs(float(row[1]) - entry["estimate"]) < 2e-3 and abs(float(row[2]) - entry["exact"]) < 2e-3
     silent = strict(oculi_here(*given, "--verify", "0", "--json")[1])
     assert "verification" not in silent and "lost" not in oculi_here(*given, "--verify", "0")[1]
+
+
+def test_a_logit_that_a_family_caps_is_taken_before_its_cap() -> None:
+    x = np.random.default_rng(0).normal(0, 15, (3, 61)).astype(np.float32)
+    out = oculi_jax.Output(30 * np.tanh(x / 30), {}, np.zeros(0, np.int32), None)
+    for ids, wanted in (([3, 17], x[-1, 3] - x[-1, 17]), ([3], x[-1, 3])):
+        assert abs(float(Logits((-1,), np.array(ids, np.int32), 30.0)(out)) - wanted) < 1e-3
 
 
 def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_here) -> None:
