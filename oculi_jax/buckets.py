@@ -64,12 +64,13 @@ class Bucket:
         """Some of its prompts."""
         return Bucket(self.prompts[places], self.first[places], self.n_tokens)
 
-    def put(self, whole: Shaped[np.ndarray, "..."], value: Shaped[np.ndarray, "..."], axis: int) -> None:
-        """Writes what was found in the columns that ran, along `axis`, among all columns, of arrays that lead with prompts."""
-        for prompt, first, own in zip(self.prompts, self.first, value, strict=True):
-            n = min(self.n_tokens, whole.shape[axis] - first)
-            target, given = np.moveaxis(whole[prompt], axis - 1, 0), np.moveaxis(own, axis - 1, 0)
-            target[first : first + n] = given[:n]
+    def spread(self, value: Shaped[np.ndarray, "..."], axis: int, n_columns: int) -> Shaped[np.ndarray, "..."]:
+        """What was found in the columns that ran, along `axis` of an array that leads with the prompts, among all; 0 in others."""
+        whole = np.zeros((*value.shape[:axis], n_columns, *value.shape[axis + 1 :]), value.dtype)
+        for first, own, target in zip(self.first, value, whole, strict=True):
+            n = min(self.n_tokens, n_columns - first)
+            np.moveaxis(target, axis - 1, 0)[first : first + n] = np.moveaxis(own, axis - 1, 0)[:n]
+        return whole
 
     def cut(self, x: Shaped[np.ndarray, "B T"]) -> Shaped[np.ndarray, "P C"]:
         """The columns that run, of the bucket's prompts; zeros where they reach beyond."""

@@ -57,7 +57,8 @@ def score(out: Any) -> jax.Array:
 
 
 def place(entry: dict[str, Any]) -> tuple[int, ...]:
-    return tuple(entry[name] for name in ("layer", "head", "position") if name in entry)
+    names = ("layer", "head", "position", "key", "neuron", "dimension")
+    return tuple(entry[name] for name in names if name in entry)
 
 
 def effects(
@@ -317,6 +318,45 @@ def test_sites_of_every_kind_verify(moved):
     alone = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=5, sample=5, site="final_scale", progress=False).entries
     assert len(alone) == 1  # the metric is linear there
     near(alone[0]["exact"], alone[0]["estimate"])
+
+
+UNITS = ("act", "resid_mid", "k", "pattern", "attn_scale")
+
+
+def test_units_of_every_kind_verify(moved):
+    """Single neurons, dimensions, keys and scales, beside a site of sums: what adding all of one unit's change gives."""
+    found = attribution_patching(MODEL, CLEAN, CORRUPTED, METRIC, (*UNITS, "z"), each=UNITS)
+    for site, name in zip(UNITS, ("neuron", "dimension", "dimension", "key", "position"), strict=True):
+        checked = verify(found, MODEL, CLEAN, CORRUPTED, METRIC, top=3, sample=3, site=site, progress=False).entries
+        assert list(found.top(1, site)[0])[-2] == name
+        assert [place(e) for e in checked[:3]] == [place(e) for e in found.top(3, site)]
+        for entry in checked:
+            assert float(found.values[site][place(entry)]) == pytest.approx(entry["estimate"])
+            near(entry["exact"], moved(entry, 1.0) - moved(entry, 0.0), err_msg=str(entry))
+
+
+def test_units_of_a_padded_set_are_those_of_its_prompts():
+    given = dict(sites=(*UNITS, "z"), each=UNITS)
+    found = attribution_patching(MODEL, *ROWS, logit_difference(A, B), mask=MASK, **given)
+    for i, mask in enumerate(MASK):
+        single = attribution_patching(MODEL, *PAIRS[i], logit_difference(A[i], B[i]), **given)
+        for site, values in found.values.items():
+            value, letters = np.asarray(values[i]), ("L", *SITES[site].axes)
+            for axis, letter in enumerate(letters[: value.ndim]):
+                if letter in "TS":
+                    assert not np.compress(~mask, value, axis).any(), site
+                    value = np.compress(mask, value, axis)
+            near(value, single.values[site], err_msg=f"{site} of prompt {i}")
+    # A key's column is that of the token array, of a prompt that is padded on the left.
+    checked = verify(found, MODEL, *ROWS, logit_difference(A, B), mask=MASK, top=4, sample=4, site="pattern", prompt=1, progress=False)  # fmt: skip
+    source = forward(MODEL, ROWS[0, 1], capture="pattern", logits="none", mask=MASK[1])["pattern"]
+    for entry in checked.entries:
+        here = np.zeros((HEADS, T + 3, T + 3), bool)
+        here[entry["head"], entry["position"], entry["key"]] = True
+        patched = forward(
+            MODEL, ROWS[1, 1], Edit("pattern", "set", entry["layer"], here, source[entry["layer"]]), mask=MASK[1]
+        )
+        near(entry["exact"], logit_difference(A[1], B[1])(patched) - found.corrupted[1], err_msg=str(entry))
 
 
 def test_one_prompt_of_several_is_verified_under_its_own_mask_and_targets(batch):

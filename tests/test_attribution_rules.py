@@ -15,9 +15,9 @@ from oculi_jax.causal.attributed import AttributionResult
 from oculi_jax.causal.saturation import by_keys, by_queries
 from oculi_jax.metrics import logit_difference
 from oculi_jax.models.llama import Llama
-from oculi_jax.rules import Rules, grad_drop, relp
+from oculi_jax.rules import Rules, gim, grad_drop, relp
 
-from .test_attribution_patching import CLEAN, CORRUPTED, pair
+from .test_attribution_patching import CLEAN, CORRUPTED, effects, near, pair
 from .test_rules import AGAINST, ANSWER, drawn
 from .tiny import tiny_llama
 
@@ -64,9 +64,18 @@ def run(
 
 
 def reference(
-    model: Llama, tokens: Sequence[np.ndarray], said: Mapping[str, Any] = {}, *, steps: int = 1, at: str = "corrupted"
+    model: Llama,
+    tokens: Sequence[np.ndarray],
+    said: Mapping[str, Any] = {},
+    *,
+    steps: int = 1,
+    at: str = "corrupted",
+    each: Sequence[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Site → Σ (clean − corrupted) · gradient over its last axis; and `q` and `k` by brute force under the gradient of the pattern."""
+    """Site → Σ (clean − corrupted) · gradient over its last axis; and `q` and `k` by brute force under the gradient of the pattern.
+
+    Sites in `each` have the products themselves.
+    """
     clean, corrupted = (np.asarray(model.embed[...])[x] for x in tokens)
     (_, a, at_clean), (_, b, slope) = (run(model, x, said) for x in (clean, corrupted))
     if at == "clean":
@@ -75,7 +84,8 @@ def reference(
         more = run(model, corrupted + k / steps * (clean - corrupted), said)[2]
         slope = {name: slope[name] + more[name] for name in slope}
     slope = {name: x / steps for name, x in slope.items()}
-    plain = {name: np.sum((a[name] - b[name]) * slope[name], axis=-1) for name in slope if name != "scores"}
+    plain = {name: (a[name] - b[name]) * slope[name] for name in slope if name != "scores"}
+    plain = {name: x if name in each else x.sum(-1) for name, x in plain.items()}
     base, other, sign = (b, a, 1) if at == "corrupted" else (a, b, -1)
     brute = brute_force(base["q"], base["k"], other["q"], other["k"], slope["pattern"], model.config.attention_scale)
     return plain, {name: sign * x for name, x in brute.items()}
@@ -123,6 +133,18 @@ def test_a_family_of_rules_is_each_of_them(x64: None, sharp: Llama) -> None:
         wanted, _ = reference(sharp, (CLEAN, CORRUPTED), said)
         for name, x in found.rule(i).values.items():
             assert_same(x, wanted[name], 1e-10, name)
+
+
+@pytest.mark.torch
+def test_each_unit_of_a_site_has_its_own_product(x64: None, sharp: Llama) -> None:
+    """Neurons, dimensions of streams and of heads, keys of a query, scales of tokens; the other sites are sums as ever."""
+    sites = ("embed", "resid_mid", "attn_scale", "v", "pattern", "z", "act", "mlp_out")
+    each = ("act", "embed", "attn_scale", "v", "pattern", "resid_mid")
+    found = attribution_patching(sharp, CLEAN, CORRUPTED, METRIC, sites, each=each, steps=2, rules=drawn(0)[0])
+    wanted, _ = reference(sharp, (CLEAN, CORRUPTED), drawn(0)[1], steps=2, each=each)
+    assert found.values["act"].shape == (L, N, 40) and found.values["pattern"].shape == (L, H, N, N)
+    for name, x in found.values.items():
+        assert_same(x, wanted[name][0] if name == "embed" else wanted[name], 1e-9, name)
 
 
 @pytest.mark.torch
@@ -203,6 +225,29 @@ def test_a_family_is_asked_for_one_rule_and_magnitudes_have_no_sign() -> None:
             call(found.rule(0))
     verified = verify(found.grad_drop(), model, CLEAN, CORRUPTED, METRIC, top=8, sample=8, progress=False)
     assert min(e["exact"] for e in verified.entries) < -1e-3 and not verified.sign_errors
+    with pytest.raises(ValueError, match=r"means over pairs of prompts.*make them of one"):
+        verify(found.grad_drop(), model, np.stack([CLEAN] * 2), np.stack([CORRUPTED] * 2), METRIC)
+
+
+def test_whatever_an_estimate_is_made_by_it_is_judged_by_the_same_exact_effects() -> None:
+    """A seed draws the same entries, and what patches of these do is one `forward` each."""
+    given = (tiny_llama(), CLEAN, CORRUPTED, METRIC)
+    found = {
+        "relp": attribution_patching(*given, ("q", "z"), rules=relp(given[0].config)),
+        "gim": attribution_patching(*given, ("q", "z"), rules=gim(given[0].config)),
+        "on the way": attribution_patching(*given, ("q", "z"), steps=3, correct="qk"),
+        "a rule of several": magnitudes().rule(1),
+    }
+    wanted: Any = None
+    for way, result in found.items():
+        entries = verify(result, *given, top=0, sample=12, site="z", progress=False).entries
+        wanted = effects(*given, entries) if wanted is None else wanted
+        near([e["exact"] for e in entries], wanted, err_msg=way)
+        values = [result.values["z"][e["layer"], e["head"], e["position"]] for e in entries]
+        np.testing.assert_array_equal([e["estimate"] for e in entries], values)
+    # Queries whose effects a gradient misses, and the whole softmax does not.
+    entries = verify(found["on the way"], *given, top=6, sample=6, site="q", progress=False).entries
+    assert np.corrcoef([e["estimate"] for e in entries], [e["exact"] for e in entries])[0, 1] > 0.9
 
 
 def test_its_plan_says_what_more_there_is_to_run() -> None:
@@ -211,6 +256,12 @@ def test_its_plan_says_what_more_there_is_to_run() -> None:
     more = plan(attribution_patching, *given, steps=4, rules=grad_drop(tiny_llama().config))
     assert (once.n_runs, more.n_runs) == (2, 5) and more.flops > 4 * once.flops and more.bytes > once.bytes
     assert "and of 3 more on the way, under 3 rules" in repr(more)
+    # What a run returns: a number for each neuron of 3 layers at 9 tokens, under each of 3 rules.
+    wide, sums = (
+        plan(attribution_patching, *given[:4], "act", each=each, rules=grad_drop(tiny_llama().config))
+        for each in ("act", ())
+    )
+    assert wide.bytes - sums.bytes == 4 * 3 * 3 * 9 * 40
 
 
 @pytest.mark.parametrize(
@@ -225,6 +276,10 @@ def test_its_plan_says_what_more_there_is_to_run() -> None:
         (dict(at="clean", steps=2), ValueError, "go from the corrupted run towards the clean one"),
         (dict(correct="v"), ValueError, "correct is 'v'; it can be 'qk'"),
         (dict(correct="qk"), ValueError, "sites names neither"),
+        (dict(sites="q", each="q", correct="qk"), ValueError, "whole queries and keys: each can name neither"),
+        (dict(each="act"), ValueError, "each names 'act', and sites z"),
+        (dict(each="atc"), ValueError, "Unknown site 'atc'"),
+        (dict(each=1), TypeError, "each is 1, and a site name or a tuple"),
         (dict(rules="relp"), TypeError, "rules is a str"),
         (dict(rules=Rules(stop={"z": np.ones((2, 3, 4)), "v": np.ones((4, 3, 2))})), ValueError, "families of 2 and 4"),
         (dict(rules=Rules(stop={"z": np.ones((2, 2, 3, 4))})), ValueError, "behind the axis of a family"),
@@ -232,7 +287,7 @@ def test_its_plan_says_what_more_there_is_to_run() -> None:
 )
 def test_what_cannot_be_is_refused(given: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        attribution_patching(tiny_llama(), CLEAN, CORRUPTED, METRIC, "z", **given)
+        attribution_patching(tiny_llama(), CLEAN, CORRUPTED, METRIC, **{"sites": "z", **given})
 
 
 def test_rules_are_data_and_map() -> None:

@@ -15,6 +15,7 @@ import oculi_jax
 from oculi_jax import SITES, forward, generate, load
 from oculi_jax.analysis import CircuitDetection
 from oculi_jax.cli.interventions import KINDS, parse
+from oculi_jax.cli.without import Logits
 from oculi_jax.diagnostics import head_scores
 from oculi_jax.embedded import embedded_directory
 from oculi_jax.intervention import Ablation, HeadAblation, KScaler, QScaler, SpectraScaler, Steer
@@ -108,6 +109,38 @@ def test_oculi_attribute(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_h
     parts = [float(value) for value in re.findall(r"^(?:L\d\S*|\w+) +([+-]\d+\.\d+)", out, re.M)]
     assert len(parts) >= 5 and abs(parts[0]) == max(map(abs, parts)) > 0.5
     assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+def test_oculi_attribute_says_what_is_lost_without_each_part(trained: LlamaAttentionAdapter, oculi_here) -> None:
+    """Beside what it adds: a forward pass with that head, or that MLP, set to zero."""
+    ids, paris = trained.tokenizer.encode(FRANCE), trained.to_single_token("Paris")
+    given = ("attribute", FRANCE, "--target", "Paris", "--top", "5")
+    found = strict(oculi_here(*given, "--verify", "4", "--json")[1])
+    entries = found["verification"]["entries"]
+    assert [entry["top"] for entry in entries] == [True] * 5 + [False] * 4
+
+    def logit(*items: HeadAblation | Ablation) -> float:
+        return float(forward(trained.model, ids, items, logits="last").logits[paris])
+
+    for entry in entries:
+        layer, kind = re.fullmatch(r"L(\d)(?: MLP|H(\d))", entry["part"]).groups()
+        part = Ablation("mlp_out", int(layer)) if kind is None else HeadAblation(int(layer), int(kind))
+        adds = found["mlps"][int(layer)] if kind is None else found["heads"][int(layer)][int(kind)]
+        assert entry["estimate"] == pytest.approx(adds) and abs(entry["exact"] - (logit() - logit(part))) < 1e-3
+    out = oculi_here(*given, "--verify", "4")[1]
+    assert re.search(r"9 runs, of these 5 and of 4 others drawn at\s+random", out)
+    for entry in entries[:5]:  # those that are shown
+        row = re.search(rf"^{entry['part']} +(\S+) +(\S+)", out, re.M)
+        assert row and abs(float(row[1]) - entry["estimate"]) < 2e-3 and abs(float(row[2]) - entry["exact"]) < 2e-3
+    silent = strict(oculi_here(*given, "--verify", "0", "--json")[1])
+    assert "verification" not in silent and "lost" not in oculi_here(*given, "--verify", "0")[1]
+
+
+def test_a_logit_that_a_family_caps_is_taken_before_its_cap() -> None:
+    x = np.random.default_rng(0).normal(0, 15, (3, 61)).astype(np.float32)
+    out = oculi_jax.Output(30 * np.tanh(x / 30), {}, np.zeros(0, np.int32), None)
+    for ids, wanted in (([3, 17], x[-1, 3] - x[-1, 17]), ([3], x[-1, 3])):
+        assert abs(float(Logits((-1,), np.array(ids, np.int32), 30.0)(out)) - wanted) < 1e-3
 
 
 def test_oculi_generate(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_here) -> None:

@@ -215,7 +215,7 @@ def test_oculi_attribute_of_a_set(
     monkeypatch.setattr("oculi_jax.cli.sets.AT_ONCE", 2)
     rows = rows_of(against)
     picture = ("-o", str(tmp_path / "x.png")) if against else ()
-    found = run("attribute", "--prompts", written(tmp_path / "x.jsonl", rows), *picture)
+    found = run("attribute", "--prompts", written(tmp_path / "x.jsonl", rows), "--top", "28", *picture)
     output = np.asarray(runs.model.layers.attn.o.weight[...], np.float64)  # [L, E, H, D]
     answer = runs.adapter.to_single_token
     want: dict[str, list[Any]] = {name: [] for name in ("logit", "embedding", "heads", "mlps")}
@@ -230,6 +230,15 @@ def test_oculi_attribute_of_a_set(
     for name, each in want.items():
         assert_over_prompts(found[name], each, 10 * ROUTES)
     assert np.abs(found["completeness_error"]).max() < 1e-3
+    # What is lost without each head, on average over prompts with their own answers.
+    lost = {entry["part"]: entry["exact"] for entry in found["verification"]["entries"]}
+    assert len(lost) == 28
+    wanted = np.zeros((4, 6))
+    for row in rows:
+        less = runs.logits(row["prompt"]) - runs.without(row["prompt"])
+        wanted += less[..., answer(row["target"])] - (less[..., answer(row["against"])] if against else 0.0)
+    found_lost = [[lost[f"L{n}H{h}"] for h in range(6)] for n in range(4)]
+    np.testing.assert_allclose(found_lost, wanted / len(rows), atol=10 * ROUTES)
     assert not against or (tmp_path / "x.png").stat().st_size > 10_000
 
 

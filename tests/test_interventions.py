@@ -245,6 +245,11 @@ def test_patch_at_a_head_and_positions(model: Llama, clean: dict) -> None:
             for h in range(K) if v[1] is None else [v[1]]:
                 want[h, [2, -1]] = value[1, h, [2, -1]]
             near(got[site][1], want, ROUNDING)
+    neurons = np.random.default_rng(1).normal(size=(L, T, 40)).astype(np.float32)
+    got = run(model, ActivationPatch("act", 1, PerLayer(neurons), positions=[2, -1], index=[3, 8])).activations
+    want = clean["act"][1].copy()
+    want[np.ix_([2, -1], [3, 8])] = neurons[1][np.ix_([2, -1], [3, 8])]
+    near(got["act"][1], want, ROUNDING)
     bools = np.arange(T) == 4
     a, b = (run(model, ActivationPatch("resid_pre", 1, 0.0, positions=p)).logits for p in (bools, 4))
     np.testing.assert_array_equal(a, b)
@@ -398,7 +403,7 @@ AS_ARGUMENTS = {
     "HeadAblation": lambda: HeadAblation(1, 2, [0.5] * D),
     "Steer": lambda: Steer(1, [1.0] * E, 2.0, positions=[3, -1]),
     "AttentionKnockout": lambda: AttentionKnockout(1, 2, query=[5, -1], key=[0, 1]),
-    "ActivationPatch": lambda: ActivationPatch("v", 1, np.ones((T, D)), head=1, positions=[3]),
+    "ActivationPatch": lambda: ActivationPatch("v", 1, np.ones((T, D)), head=1, positions=[3], index=2),
     "DirectionAblation": lambda: DirectionAblation("resid_mid", 1, np.ones(E), positions=4),
     "Blend": lambda: Blend("z", np.arange(L * H).reshape(L, H) % 2),
     "SpectraScaler": lambda: SpectraScaler(1, 2, 1.5),

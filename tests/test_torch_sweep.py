@@ -34,6 +34,7 @@ FAMILIES: dict[str, Any] = {
         Steer(0, RNG.normal(size=24), 0.3),
     ],
     "positions": [ActivationPatch("resid_pre", np.arange(3)[:, None], PerLayer(RNG.normal(size=(3, 13, 24))), positions=np.arange(9)[None])],
+    "neurons": [ActivationPatch("act", np.arange(3)[:, None], PerLayer(RNG.normal(size=(3, 13, 40))), positions=-1, index=np.arange(5))],
     "late positions": [Steer(1, RNG.normal(size=24), np.linspace(0, 2, 4), positions=[-1, -2])],
     "values": [Steer(2, RNG.normal(size=(5, 24)), np.ones(5), "mlp_out")],
     "edges": [AttentionKnockout(np.array([0, 2]), 1, -1, [0, 1]), KScaler(1, 0, np.array([0.5, 2.0]))],
@@ -54,6 +55,26 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Llama]:
     directory = tmp_path_factory.mktemp("pair")
     hf = make(directory, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
     return hf, Llama.from_pretrained(directory)
+
+
+def test_a_patch_of_one_neuron_is_a_hook_on_hugging_faces_module(pair: tuple[Any, Llama]) -> None:
+    import torch
+
+    value, tokens = RNG.normal(size=(13, 40)).astype(np.float32), TOKENS[0]
+
+    def hook(_: Any, given: Any) -> Any:
+        act = given[0].clone()
+        act[0, 4, 17] = float(value[4, 17])
+        return (act,)
+
+    handle = pair[0].model.layers[1].mlp.down_proj.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        wanted = pair[0](torch.tensor(tokens)[None]).logits[0].numpy()
+    handle.remove()
+    for model in pair:
+        found = forward(model, tokens, ActivationPatch("act", 1, value, positions=4, index=17)).logits
+        np.testing.assert_allclose(found, wanted, atol=ROUTES, rtol=ROUTES)
+    assert np.abs(np.asarray(forward(pair[0], tokens).logits) - wanted).max() > 100 * ROUTES
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -87,6 +87,7 @@ INTERVENTIONS = {
     "kv head": (KScaler(0, 2, 1.0), ValueError, "kv_head is 2, but there are 2 key/value heads"),
     "head of v": (ActivationPatch("v", 0, 0.0, head=2), ValueError, "head is 2, but there are 2 key/value heads"),
     "head of a stream": (ActivationPatch("resid_pre", 0, 0.0, head=2), ValueError, "'resid_pre' has no heads"),
+    "neuron of a patch": (ActivationPatch("act", 0, 0.0, index=40), ValueError, "index is 40, but there are 40 neurons"),
     "float layer": (HeadAblation(1.0, 0), TypeError, "layer is 1.0, and an integer"),
     "bool head": (HeadAblation(1, True), TypeError, "head is True, and an integer, a list of integers or a bool mask"),
     "device float layer": (HeadAblation(jnp.float32(1), 0), TypeError, "and an integer is needed"),

@@ -15,19 +15,20 @@ from jaxtyping import Float
 
 from ..arrays import integer, listing
 from ..pytrees import pytree, static
-from .verification import entries_of, number_of
+from .entries import entries_of, number_of
 
 
 @pytree
 class AttributionResult:
-    """What `attribution_patching` returns. An entry is what one patch would replace: all of the site's last axis.
+    """What `attribution_patching` returns. An entry is what one patch would replace: all of the site's last axis, or one of it.
 
     A pytree of its arrays. `verify` measures how poor the estimates are.
 
     Attributes:
         values: site → float32, the site's axes less the last, after `L` for a site of the layers: `[L, H, T]` for `z`,
             `[L, T]` for `resid_pre`, `[T]` for `embed`, `[L]` for `attn_scale` (all tokens' scales together). `[B, …]` for
-            several pairs. The axis `T` is that of the token array; `T` of `pattern` and `scores` is the query.
+            several pairs. The axis `T` is that of the token array; `T` of `pattern` and `scores` is the query. With the last
+            axis where `each` named the site: `[L, T, F]` for the neurons of `act`.
         clean, corrupted: the metric of the two runs, float32 `[]` or `[B]`.
         n_rules: how many rules `values` lead with; None for no axis of these. Static.
         signed: whether values have the sign of an effect, or are magnitudes. Static.
@@ -92,7 +93,8 @@ class AttributionResult:
             prompt: which pair, of several.
 
         Returns:
-            Dicts of `"site"`, then `"layer"`, `"head"`, `"position"` as far as the site has them, and `"value"`.
+            Dicts of `"site"`, then `"layer"`, `"head"`, `"position"` as far as the site has them, of a site in `each` its
+            `"neuron"`, `"dimension"` or `"key"`, and `"value"`.
 
         Raises:
             ValueError, TypeError: a site or a pair that there is not.

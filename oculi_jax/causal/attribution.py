@@ -19,7 +19,7 @@ from ..metrics import check_metric
 from ..prompts import bucket as rung
 from ..prompts import check_prompts
 from ..rules import check_family
-from ..sites import find_site
+from ..sites import Site, find_site
 from ..sweeps.planning import Call, Cost, Part, Plan, plans
 from ..sweeps.sweeping import cost_of
 from .attributed import AttributionResult
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # How much of a backward pass is kept at once: prompts beyond it run in turn, one prompt beyond it recomputes its layers.
 _KEPT_BYTES = 1 << 30
-# Of `rules`, `steps`, `at` and `correct`.
-DEFAULT: tuple[Any, ...] = (None, 1, "corrupted", None)
+# Of `rules`, `steps`, `at`, `correct` and `each`.
+DEFAULT: tuple[Any, ...] = (None, 1, "corrupted", None, ())
 
 
 def attribution_patching(
@@ -50,13 +50,15 @@ def attribution_patching(
     steps: int = 1,
     at: Literal["corrupted", "clean"] = "corrupted",
     correct: Literal["qk"] | None = None,
+    each: str | Sequence[str] = (),
 ) -> AttributionResult:
     """Estimates what patching each clean activation into the corrupted run would do to the metric, all at once.
 
-    `Σ (clean − corrupted) · ∂ metric / ∂ site`, the gradient on the corrupted run, summed over the site's last axis: the
-    first-order term of `activation_patching`'s `patched − corrupted` (Nanda 2023, neelnanda.io/attribution-patching; Syed,
-    Rager and Conmy 2023, arXiv:2310.10348). Two forward passes side by side and one backward pass, whatever the number of
-    sites; no parameter's gradient is computed. The gradient is with respect to zeros that are added to every site.
+    `Σ (clean − corrupted) · ∂ metric / ∂ site`, the gradient on the corrupted run, summed over the site's last axis (`each` of
+    it alone, where asked): the first-order term of `activation_patching`'s `patched − corrupted` (Nanda 2023,
+    neelnanda.io/attribution-patching; Syed, Rager and Conmy 2023, arXiv:2310.10348). Two forward passes side by side and one
+    backward pass, whatever the number of sites; no parameter's gradient is computed. The gradient is with respect to zeros that
+    are added to every site.
 
     The metric is not linear in the sites. The estimate is poor for large changes (a whole residual stream early on), for
     queries and keys where attention is saturated, so that the softmax has no gradient, and where direct and indirect effects
@@ -76,6 +78,7 @@ def attribution_patching(
         correct: `"qk"` for AtP*'s correction (Kramár et al. 2024): what other queries and keys make of the pattern is computed
             exactly, the softmax whole, and only what follows is a gradient. It changes `q` and `k`, a key's over all
             queries that see it, and nothing else.
+        each: those of `sites` whose last axis is kept: `"act"` for every neuron at every token, `[L, T, F]`; static.
 
     Returns:
         An `AttributionResult`: `.values["z"]` `[L, H, T]`, `[B, L, H, T]` for several pairs; all behind an axis of R rules.
@@ -86,29 +89,38 @@ def attribution_patching(
     Examples:
         >>> attribution_patching(model, ids, other, metric, "z").values["z"].shape
         (4, 6, 6)
+        >>> attribution_patching(model, ids, other, metric, "act", each="act").top(1)
+        [{'site': 'act', 'layer': 3, 'position': 5, 'neuron': 77, 'value': 0.909528911113739}]
     """
-    pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct))
+    pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct, each))
     found = _in_buckets(model, pairs) if pairs.in_buckets(model) else _together(model, pairs)
     return AttributionResult(*found, n_rules=pairs.how.n_rules)
 
 
-def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
-    sites = (sites,) if isinstance(sites, str) else sites
-    if not isinstance(sites, list | tuple) or not all(isinstance(name, str) for name in sites):
-        raise TypeError(f"sites is {sites!r}, and a site name or a tuple of those is needed.")
-    if not sites:
-        raise ValueError("sites is empty; name at least one, such as 'z'.")
-    found = [find_site(name, config.sites) for name in sites]
-    for name, (site, layer) in zip(sites, found, strict=True):
+def _named(names: Any, what: str, config: Any) -> list[Site]:
+    """The sites that an argument names; ValueError or TypeError where it names none that is there."""
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"{what} is {names!r}, and a site name or a tuple of those is needed.")
+    found = [find_site(name, config.sites) for name in names]
+    for name, (site, layer) in zip(names, found, strict=True):
         if layer is not None:
             raise ValueError(
                 f"The site {name!r} names layer {layer}, and every layer is attributed: give {site.name!r}."
             )
+    return [site for site, _ in found]
+
+
+def _readings(sites: Any, config: Any) -> tuple[Reading, ...]:
+    found = _named(sites, "sites", config)
+    if not found:
+        raise ValueError("sites is empty; name at least one, such as 'z'.")
+    for site in found:
         if site.dtype == "bool":
             raise ValueError(
                 f"{site.name!r} is a table of yes and no, and has no gradient; 'scores' and 'pattern' have."
             )
-    return readings_of(tuple(site.name for site, _ in found), config, 1)
+    return readings_of(tuple(site.name for site in found), config, 1)
 
 
 @plans(attribution_patching)
@@ -123,8 +135,9 @@ def _plan_of_attribution(
     steps: int,
     at: str,
     correct: str | None,
+    each: str | Sequence[str],
 ) -> Plan:
-    pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct))
+    pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct, each))
     how = pairs.how
     n_prompts, n_tokens = pairs.clean.shape
     config, batches = model.config, pairs.batches(model)
@@ -136,7 +149,8 @@ def _plan_of_attribution(
         # The two runs read weights together, and so do the rules that run side by side.
         passes = -(-n_rows // at_once) * how.in_turn * how.steps * (3 if remat else 2)
         reading += passes * config.num_hidden_layers * cost.flops_of_reading
-        held = max(held, _bytes_of(model, pairs.readings, how, bucket.n_tokens, at_once, remat))
+        units = n_rows * _bytes_of_units(model, pairs.readings, how, bucket.n_tokens)
+        held = max(held, units + _bytes_of(model, pairs.readings, how, bucket.n_tokens, at_once, remat))
         n = len(bucket.prompts)
         call = Call(
             np.arange(n), np.zeros((n, 1), int), start=0, n_rows=bucket.n_tokens, shared=False, slots=n_rows, size=1
@@ -179,6 +193,12 @@ def _bytes_of(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens:
         found += how.rules_at_once * _bytes_of_rule(model, readings, n_tokens)
     found += 6 * 4 * math.prod(config.sizes[letter] for letter in "LH") * n_tokens**2 * how.exact
     return sum(weights_of(config)) * itemsize + at_once * (kept + found)
+
+
+def _bytes_of_units(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens: int) -> int:
+    """What a call returns of a pair at sites whose last axis is kept; the others' is next to nothing."""
+    kept = (math.prod(x.shape(model.config, n_tokens)) for x in readings if x.site.name in how.each)
+    return wide(model.dtype).itemsize * (how.n_rules or 1) * sum(kept)
 
 
 class _Pairs(NamedTuple):
@@ -303,19 +323,25 @@ def _in_buckets(model: Decoder, pairs: _Pairs) -> tuple[dict[str, Array], Array,
         ends[:, bucket.prompts] = np.stack(metrics)[:, :n]
         for reading in pairs.readings:
             value, name = np.moveaxis(np.asarray(found[reading.site.name]), n_leads, 0)[:n], reading.site.name
-            axis = 1 + n_leads + int(reading.site.layered) + reading.site.axes.index("T")
-            shape = tuple(n_tokens if i == axis else size for i, size in enumerate(value.shape[1:], 1))
-            all_columns = values.setdefault(name, np.zeros((n_prompts, *shape), value.dtype))
-            if axis == value.ndim:  # a number for each token, and those of all are added up
-                all_columns[bucket.prompts] = value
-            else:
-                bucket.put(all_columns, value, axis)
+            lead = 1 + n_leads + int(reading.site.layered)
+            letters = reading.site.axes[: value.ndim - lead]  # of scales summed over tokens, none
+            for axis in [lead + i for i, letter in enumerate(letters) if letter in "TS"]:
+                value = bucket.spread(value, axis, n_tokens)
+            all_columns = values.setdefault(name, np.zeros((n_prompts, *value.shape[1:]), value.dtype))
+            all_columns[bucket.prompts] = value
     values = {name: np.moveaxis(x, 0, n_leads) for name, x in values.items()}
     return jax.device_put(values), *jax.device_put(tuple(ends))
 
 
 def _how(
-    model: Decoder, readings: tuple[Reading, ...], n_tokens: int, rules: Any, steps: Any, at: Any, correct: Any
+    model: Decoder,
+    readings: tuple[Reading, ...],
+    n_tokens: int,
+    rules: Any,
+    steps: Any,
+    at: Any,
+    correct: Any,
+    each: Any,
 ) -> tuple[Rules | None, How]:
     """Rules and options, checked."""
     steps = integer(steps, "steps", 1)
@@ -330,11 +356,23 @@ def _how(
         raise ValueError(f"correct is {correct!r}; it can be 'qk', AtP*'s exact softmax, or None.")
     if correct and not {"q", "k"} & {reading.site.name for reading in readings}:
         raise ValueError("correct='qk' changes the sites 'q' and 'k', and sites names neither of them.")
+    units = _units(model, readings, each)
+    if correct and {"q", "k"} & set(units):
+        raise ValueError("correct='qk' is of whole queries and keys: each can name neither of them.")
     if rules is None:
-        return None, How(at, steps, correct == "qk")
+        return None, How(at, steps, correct == "qk", each=units)
     rules, n_rules = check_family(rules, model.config)
     at_once = min(n_rules or 1, max(1, _KEPT_BYTES // _bytes_of_rule(model, readings, n_tokens)))
-    return rules, How(at, steps, correct == "qk", n_rules, at_once)
+    return rules, How(at, steps, correct == "qk", n_rules, at_once, units)
+
+
+def _units(model: Decoder, readings: tuple[Reading, ...], each: Any) -> tuple[str, ...]:
+    """The names of the sites whose last axis is kept."""
+    own, asked = [reading.site.name for reading in readings], [site.name for site in _named(each, "each", model.config)]
+    for name in asked:
+        if name not in own:
+            raise ValueError(f"each names {name!r}, and sites {', '.join(own)}: what is not attributed has no units.")
+    return tuple(name for name in own if name in asked)
 
 
 def _schedule(model: Decoder, n_prompts: int, n_tokens: int) -> tuple[int, bool]:

@@ -38,6 +38,7 @@ class How(NamedTuple):
         exact: whether what queries and keys do to the softmax is not its gradient.
         n_rules: how many rules there are, one after another; None for one, or none.
         rules_at_once: how many of these run side by side.
+        each: the sites whose last axis is not summed.
     """
 
     at: str = "corrupted"
@@ -45,6 +46,7 @@ class How(NamedTuple):
     exact: bool = False
     n_rules: int | None = None
     rules_at_once: int = 1
+    each: tuple[str, ...] = ()
 
     @property
     def in_turn(self) -> int:
@@ -144,6 +146,7 @@ class _Pair(NamedTuple):
         differs = jnp.cumsum((self.tokens[0] != self.tokens[1]) & (True if self.real is None else self.real)) > 0
         sites = {name: x if x.dtype == bool else x.astype(dtype) for name, x in sites.items()}
         found = {name: _along(reading.site, sites[name], slope[name], differs) for name, reading in wanted.items()}
+        found = {name: x if name in how.each else jnp.sum(x, axis=-1) for name, x in found.items()}
         if how.exact:
             found |= corrected(config, sites, slope["pattern"], differs, RUNS.index(how.at), tuple(wanted))
         # Of a metric that has no value here there are none.
@@ -175,11 +178,11 @@ class _Pair(NamedTuple):
 
 
 def _along(site: Site, both: Array, slope: Array, differs: Array) -> Array:
-    """What the change from the corrupted run to the clean one does along a gradient, over the site's last axis."""
+    """What the change from the corrupted run to the clean one does along a gradient."""
     shape = (-1, *(1,) * (len(site.axes) - 1 - site.axes.index("T")))
     # Where there is no gradient there is no effect, whatever stands there: not so for ∞ · 0.
     counts = jnp.broadcast_to(differs.reshape(shape), slope.shape) & (slope != 0)
-    return jnp.sum(jnp.where(counts, (both[0] - both[1]) * slope, 0.0), axis=-1)
+    return jnp.where(counts, (both[0] - both[1]) * slope, 0.0)
 
 
 def _check_scalar(value: Any) -> None:

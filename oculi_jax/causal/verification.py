@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,13 @@ from ..prompts import check_prompts
 from ..run import forward
 from ..sites import SITES, Site
 from ..sweeps.sweeping import Progress, sweep
+from .attributed import AttributionResult
+from .entries import WORDS, Entries, axes_of, entries_of, number_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..models.decoder.model import Decoder
-    from .attributed import AttributionResult
 
 # Effects below this share of the metric are rounding of float32, and have no sign.
 ROUNDING = 1e-5
@@ -32,10 +33,10 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Verification:
-    """Estimates beside exact effects, `patched − corrupted` of single patches by `sweep`.
+    """Estimates beside exact effects: of patches `patched − corrupted`, of edges what corrupting them takes from the metric.
 
-    An entry is a dict as in `AttributionResult.top`, with `"estimate"`, `"exact"` and `"top"` (whether it was one of the
-    largest, or drawn at random) for `"value"`.
+    An entry is a dict as in `AttributionResult.top`, or with an edge's name as `"edge"`, and with `"estimate"`, `"exact"` and
+    `"top"` (whether it was one of the largest, or drawn at random) for `"value"`.
 
     Attributes:
         rank_correlation: Spearman's, of estimates and exact effects of all entries (of their sizes, where estimates are
@@ -65,64 +66,6 @@ class Verification:
         )
 
 
-def number_of(result: AttributionResult, prompt: int | None) -> int:
-    """The number of a pair; 0 where there is but one."""
-    if result.clean.ndim == 0:
-        if prompt is not None:
-            raise ValueError(f"prompt is {prompt!r}, and this result is of one pair of prompts: leave it out.")
-        return 0
-    n = result.clean.shape[0]
-    return integer(prompt, "prompt", 0, n - 1, note=f": this result is of {n} pairs of prompts")
-
-
-def entries_of(result: AttributionResult, site: str | None, number: int) -> Entries:
-    """The values of one pair, of one site or of all."""
-    if result.n_rules is not None:
-        raise ValueError(
-            f"This result is of {result.n_rules} rules: take one of them, such as result.rule(0), or result.grad_drop()."
-        )
-    if site is not None and site not in result.values:
-        raise ValueError(f"There are no values of {site!r}; there are those of {', '.join(result.values)}.")
-    arrays = {
-        name: np.asarray(x if result.clean.ndim == 0 else x[number])
-        for name, x in result.values.items()
-        if site in (None, name)
-    }
-    return Entries({name: x.shape for name, x in arrays.items()}, np.concatenate([*map(np.ravel, arrays.values())]))
-
-
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """The entries of some sites in a row: the shape of each site's values, and all values `[N]`."""
-
-    shapes: dict[str, tuple[int, ...]]
-    values: np.ndarray
-
-    @property
-    def _ends(self) -> np.ndarray:
-        return np.cumsum([np.prod(shape, dtype=int) for shape in self.shapes.values()])
-
-    def site_of(self, numbers: np.ndarray | int) -> np.ndarray:
-        return np.array(list(self.shapes))[np.searchsorted(self._ends, numbers, side="right")]
-
-    def index(self, numbers: np.ndarray | int) -> dict[str, np.ndarray]:
-        """`"layer"`, `"head"` and `"position"` of entries of one site, as far as it has them."""
-        name = str(np.ravel(self.site_of(numbers))[0])
-        at = list(self.shapes).index(name)
-        start = self._ends[at - 1] if at else 0
-        shape = self.shapes[name]
-        places = np.unravel_index(numbers - start, shape) if shape else ()
-        return dict(zip(_index_names(SITES[name]), places, strict=True))
-
-    def place(self, number: int) -> dict[str, Any]:
-        return {"site": str(self.site_of(number)), **{name: int(i) for name, i in self.index(number).items()}}
-
-
-def _index_names(site: Site) -> list[str]:
-    names = ["position" if letter == "T" else "head" for letter in site.axes[:-1]]
-    return ["layer", *names] if site.layered else names
-
-
 def verify(
     result: AttributionResult,
     model: Decoder,
@@ -140,10 +83,12 @@ def verify(
 ) -> Verification:
     """Reruns the entries of largest |value|, and some others at random, as exact patches. Host function.
 
-    Entries where the two runs do not differ at all, and padding, are left out: a patch there changes nothing.
+    The exact effect is the same whatever the estimate was made by: rules, steps, `correct`, either run's gradient. Entries where
+    the two runs do not differ at all, and padding, are left out: a patch there changes nothing.
 
     Args:
-        result: of `attribution_patching`.
+        result: of `attribution_patching`; of a family of rules one of them, `.rule(i)`, or `.grad_drop()` of one pair, magnitudes
+            that are judged by the size of the effects.
         model, clean, corrupted, metric, mask: what it was given.
         top: how many of the largest.
         sample: how many of the others, drawn without replacement; fewer where there are no more.
@@ -156,7 +101,8 @@ def verify(
         A `Verification`.
 
     Raises:
-        ValueError: other prompts than the result is of; nothing to verify.
+        ValueError: other prompts than the result is of; nothing to verify; a family of rules, or means over pairs.
+        TypeError: other estimates, as of edges, which `oculi_jax.circuits.verify` takes.
 
     Examples:
         >>> guess = attribution_patching(model, ids, other, metric, "z")
@@ -165,26 +111,28 @@ def verify(
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((result, model, clean, corrupted))):
         raise TypeError("verify runs on the host, and was called inside a trace (jit, vmap, grad): call it outside.")
+    if not isinstance(result, AttributionResult):
+        raise TypeError(
+            f"result is a {type(result).__name__}, and an AttributionResult is needed: attribution_patching(…). Scores of edges "
+            "are verified by oculi_jax.circuits.verify."
+        )
     config = check_model(model)
     number = number_of(result, prompt)
     clean, real, single = check_prompts(config, clean, mask)
     corrupted, _, _ = check_prompts(config, corrupted, None)
     entries = entries_of(result, site, number)
-    sizes = {**config.sizes, "T": clean.shape[1]}
+    sizes = {**config.sizes, "T": clean.shape[1], "S": clean.shape[1]}
     _check_own(result, entries, clean, corrupted, single, sizes)
     clean_value, corrupted_value = (float(np.ravel(np.asarray(x))[number]) for x in (result.clean, result.corrupted))
-    top, sample = integer(top, "top", 0), integer(sample, "sample", 0)
     clean, corrupted, mask = clean[number], corrupted[number], None if real is None else real[number]
     metric = of_prompt(metric, number)
     sites = list(entries.shapes)
     source, before = (
         forward(model, tokens, capture=sites, logits="none", mask=mask).activations for tokens in (clean, corrupted)
     )
-    possible = np.flatnonzero(np.concatenate([_differs(SITES[s], source[s], before[s], mask) for s in sites]))
-    ranked = possible[np.argsort(-np.abs(entries.values[possible]), kind="stable")]
-    # The others in the order of their places, since that of their values is up to rounding: a seed is one sample everywhere.
-    others = np.random.default_rng(seed).permutation(np.sort(ranked[top:]))
-    chosen = np.concatenate([ranked[:top], others[:sample]])
+    differs = [_differs(SITES[s], source[s], before[s], mask, entries.shapes[s]) for s in sites]
+    possible = np.flatnonzero(np.concatenate(differs))
+    chosen, n_top = drawn(entries.values, possible, top, sample, seed)
     if not len(chosen):
         raise ValueError(
             "There is nothing to verify: the two runs are the same at these sites, or top and sample are 0."
@@ -207,7 +155,17 @@ def verify(
         done += len(mine)
     rounding = ROUNDING * max(1.0, abs(clean_value), abs(corrupted_value))
     exact = patched - np.float32(corrupted_value)
-    return _compare(entries, chosen, exact, min(top, len(ranked)), rounding, result.signed)
+    places = [entries.place(number) for number in chosen]
+    return compared(places, entries.values[chosen], exact, n_top, rounding, result.signed)
+
+
+def drawn(values: np.ndarray, possible: np.ndarray, top: int, sample: int, seed: int) -> tuple[np.ndarray, int]:
+    """Which of some entries are rerun, those of largest |value| first, and how many these are."""
+    top, sample = integer(top, "top", 0), integer(sample, "sample", 0)
+    ranked = possible[np.argsort(-np.abs(values[possible]), kind="stable")]
+    # The others in the order of their places, since that of their values is up to rounding: a seed is one sample everywhere.
+    others = np.random.default_rng(seed).permutation(np.sort(ranked[top:]))
+    return np.concatenate([ranked[:top], others[:sample]]), min(top, len(ranked))
 
 
 def _check_own(
@@ -219,11 +177,15 @@ def _check_own(
     sizes: Mapping[str, int],
 ) -> None:
     """ValueError for prompts `[B, T]` that are not those of a result, as far as shapes tell."""
+    if not (result.signed or single):
+        raise ValueError(
+            "These magnitudes are means over pairs of prompts, and a patch is of one pair: make them of one, from "
+            "attribution_patching(model, clean[i], corrupted[i], …).grad_drop()."
+        )
     n_prompts = len(np.atleast_1d(result.clean))
     own = single == (result.clean.ndim == 0) and len(clean) == n_prompts and clean.shape == corrupted.shape
     for name, shape in entries.shapes.items():
-        letters = (*("L" * SITES[name].layered), *SITES[name].axes[:-1])
-        own = own and shape == tuple(sizes[letter] for letter in letters)
+        own = own and shape == tuple(sizes[letter] for letter in axes_of(SITES[name], shape))
     if not own:
         given = " and ".join(listing(x.shape[int(single) :]) for x in (clean, corrupted))
         raise ValueError(
@@ -232,13 +194,13 @@ def _check_own(
         )
 
 
-def _differs(site: Site, clean: Array, corrupted: Array, mask: Any) -> np.ndarray:
-    """For each entry of a site, flat, whether a patch there puts in anything new."""
-    differs = np.any(np.asarray(clean) != np.asarray(corrupted), axis=-1)
-    if mask is not None and "T" in site.axes[:-1]:
+def _differs(site: Site, clean: Array, corrupted: Array, mask: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """For each entry of a site's values, flat, whether a patch there puts in anything new."""
+    differs = np.asarray(clean) != np.asarray(corrupted)
+    if mask is not None:
         axis = site.axes.index("T") + site.layered
         differs = differs & np.asarray(mask).reshape(-1, *(1,) * (differs.ndim - 1 - axis))
-    return differs.ravel()
+    return (differs if differs.shape == shape else differs.any(axis=-1)).ravel()
 
 
 def _patches(site: Site, index: dict[str, np.ndarray], value: Array, n_tokens: int) -> ActivationPatch:
@@ -248,16 +210,27 @@ def _patches(site: Site, index: dict[str, np.ndarray], value: Array, n_tokens: i
     if "position" in index:
         positions = np.arange(n_tokens) == index["position"][:, None]
     given = PerLayer(value) if site.layered else value
-    return ActivationPatch(site.name, index.get("layer"), given, index.get("head"), positions)
+    unit = None if site.axes[-1] == "T" else index.get(WORDS[site.axes[-1]])
+    return ActivationPatch(site.name, index.get("layer"), given, index.get("head"), positions, unit)
 
 
-def _compare(
-    entries: Entries, chosen: np.ndarray, exact: np.ndarray, n_top: int, rounding: float, signed: bool
+def compared(
+    places: Sequence[dict[str, Any]],
+    estimate: np.ndarray,
+    exact: np.ndarray,
+    n_top: int,
+    rounding: float,
+    signed: bool = True,
 ) -> Verification:
-    estimate = entries.values[chosen]
+    """The verification of entries at these places, of which the first `n_top` are the largest estimates.
+
+    Args:
+        rounding: a difference of effects that means nothing.
+        signed: whether estimates have signs, or are magnitudes.
+    """
     listed = [
-        {**entries.place(number), "estimate": float(guess), "exact": float(effect), "top": i < n_top}
-        for i, (number, guess, effect) in enumerate(zip(chosen, estimate, exact, strict=True))
+        {**place, "estimate": float(guess), "exact": float(effect), "top": i < n_top}
+        for i, (place, guess, effect) in enumerate(zip(places, estimate, exact, strict=True))
     ]
     one, other = (_ranks(x, rounding) for x in (estimate, exact if signed else np.abs(exact)))
     varies = np.ptp(one) > 0 and np.ptp(other) > 0

@@ -7,6 +7,7 @@ from .edges import EdgeScores, edge_attribution
 from .graph import Graph
 from .paths import PathEffects, direct_effect, indirect_effect, path_patching, total_effect
 from .running import run_circuit
+from .verification import verify
 
 __all__ = [
     "MIB_SIZES",
@@ -22,4 +23,5 @@ __all__ = [
     "path_patching",
     "run_circuit",
     "total_effect",
+    "verify",
 ]

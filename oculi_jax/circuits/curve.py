@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ..arrays import integer, listing, under_trace
 from ..backends.jax.compiled import compiled
@@ -88,14 +88,7 @@ def faithfulness(
     given: Any = dict.fromkeys(("edges", "nodes", "neurons")) | {kind: every[0][0]}
     _, _, grouped = share_of(model.config, **given)
     other = ablation_of(model, pairs, kind, ablation)
-    masks = np.concatenate(every).astype(np.float32)
-    values = np.zeros((len(masks) + 1, len(pairs.clean)), np.float32)
-    size = partial(_bytes, model)
-    for chunk in pairs.calls(model, size, KEPT_BYTES):
-        at_once = max(1, min(len(masks), KEPT_BYTES // (chunk.size * size(chunk.bucket.n_tokens))))
-        batch = pairs.of_call(chunk)
-        found = _judged(model, batch, masks, other, kind=kind, grouped=grouped, at_once=at_once)
-        values[:, chunk.prompts] = np.asarray(found)[:, : len(chunk.prompts)]
+    values = judged(model, pairs, np.concatenate(every), other, kind, grouped)
     n = len(chosen)
     return Curve(
         sizes=shares, by_prompt=values[2 : n + 2].T, empty=values[1], whole=values[0], counts=counts,
@@ -268,11 +261,25 @@ def _bytes(model: Decoder, n_tokens: int) -> int:
     return 4 * n_tokens * c["E"] * (2 * (1 + c["L"] * (c["H"] + 1)) + 4 * (3 * c["H"] + 1))
 
 
+def judged(
+    model: Decoder, pairs: Pairs, masks: Bool[np.ndarray, "R ..."], other: Ablated | None, kind: str, grouped: bool
+) -> Float[np.ndarray, "R B"]:
+    """The metric of the plain run of each pair, and then of what each mask keeps, all by one program for prompts of a length."""
+    values = np.zeros((1 + len(masks), len(pairs.clean)), np.float32)
+    size = partial(_bytes, model)
+    for chunk in pairs.calls(model, size, KEPT_BYTES):
+        at_once = max(1, min(len(masks), KEPT_BYTES // (chunk.size * size(chunk.bucket.n_tokens))))
+        batch = pairs.of_call(chunk)
+        found = _judged(model, batch, masks, other, kind=kind, grouped=grouped, at_once=at_once)
+        values[:, chunk.prompts] = np.asarray(found)[:, : len(chunk.prompts)]
+    return values
+
+
 @compiled("kind", "grouped", "at_once")
 def _judged(
     model: Decoder,
     batch: Batch,
-    masks: Float[Any, "R ..."],
+    masks: Bool[Any, "R ..."],
     other: Ablated | None,
     *,
     kind: str,
@@ -301,7 +308,7 @@ def _judged(
         assert plain is not None
 
         def run(share: Array) -> Array:
-            return value(masked(model, prompt, share, own, kind, grouped))
+            return value(masked(model, prompt, share.astype(jnp.float32), own, kind, grouped))
 
         found = jax.lax.map(run, jnp.asarray(masks), batch_size=at_once)
         return jnp.concatenate([value(plain)[None], found])

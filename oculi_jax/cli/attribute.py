@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,10 @@ from .sets import (
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.console import Console
 
     from ..analysis.result import Result
+    from ..causal import Verification
     from ..models.llama import LlamaAttentionAdapter
 
 
@@ -60,6 +63,13 @@ def attribute(
         typer.Option(help="Another token: attribute the difference of the two logits.", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option(help="How many heads and MLPs to show.", min=1)] = 12,
+    verify: Annotated[
+        int,
+        typer.Option(
+            help="Beside those shown, so many others, drawn at random, are set to zero to see what the logit loses; 0: no part is.",
+            min=0,
+        ),
+    ] = 10,
     output: Picture = None,
     as_json: Json = False,
     chat: Chat = False,
@@ -70,10 +80,11 @@ def attribute(
     """Which heads and MLPs an answer comes from: direct logit attribution at the last token.
 
     Every part of the residual stream goes through the final norm, with its scale in this run, and the unembedding; the
-    parts sum to the logit; where the family caps logits, to the logit before the cap.
+    parts sum to the logit; where the family caps logits, to the logit before the cap. Beside it stands what the logit loses
+    where a part is set to zero, which others may make up for, or need.
     """
     check_one(prompts, text=text)
-    asked = Asked(top, check_picture(output), as_json, chat, longer=allow_longer)
+    asked = _Asked(top, check_picture(output), as_json, chat, allow_longer, verify)
     if prompts is not None:
         rows = read_rows(prompts, ("prompt",), {"target": target, "against": against}, needed=("target",))
         adapter = open_adapter(model, dtype, *(row["prompt"] for row in rows), chat=chat)
@@ -82,6 +93,27 @@ def attribute(
         goal = check_target(target)
         adapter = open_adapter(model, dtype, text, chat=chat)
         _of_one(adapter, text, goal, against, asked)
+
+
+@dataclass(frozen=True)
+class _Asked(Asked):
+    """What a line asks of attribution beside that: how many parts that are not shown are set to zero too."""
+
+    verify: int
+
+    def verified(
+        self,
+        adapter: LlamaAttentionAdapter,
+        tokens: np.ndarray,
+        mask: np.ndarray | None,
+        token: np.ndarray,
+        by_head: np.ndarray,
+        by_mlp: np.ndarray,
+    ) -> Verification | None:
+        """What the logit loses without parts; None where that is not asked."""
+        from .without import without
+
+        return without(adapter, tokens, mask, token, by_head, by_mlp, self.top, self.verify) if self.verify else None
 
 
 def _attributed(
@@ -114,7 +146,7 @@ def _program(of_set: bool) -> Callable[..., tuple[Result, Result]]:
     return jax.jit(jax.vmap(one, (None, 0, 0, 0, 0)) if of_set else one)
 
 
-def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str | None, asked: Asked) -> None:
+def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str | None, asked: _Asked) -> None:
     import numpy as np
 
     tokens = token_ids(adapter, text, asked.longer, asked.chat)
@@ -125,10 +157,11 @@ def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str
         by_head, by_mlp = np.asarray(heads.values), np.asarray(parts.values)[:, 1]
     details, missed = heads.details, heads.completeness_error
     assert missed is not None
+    checked = asked.verified(adapter, tokens, None, token, by_head, by_mlp)
     if asked.as_json:
         ends = {"logit": details["logit"], "embedding": details["embedding"], "completeness_error": missed}
         given = {"prompt": text, "chat": asked.chat, "target": target, "against": against}
-        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
+        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp, **_said(checked)})
     out = console(quiet=asked.as_json)
     what = (
         f"logit of {shown(target)}"
@@ -136,14 +169,15 @@ def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str
         + _before(adapter)
     )
     out.print(TextCell(f"{what} after {shown(prompt_label(text, asked.chat))}: {float(details['logit']):+.3f}"))
-    out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[: asked.top]]))
+    out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[: asked.top]], checked))
     rest = _summary(details["embedding"], by_head, by_mlp)
     out.print(f"{rest}; all parts together miss the logit by {float(missed):.1e}.", markup=False)
+    _note(out, checked)
     if asked.picture:
         save_picture(_draw(parts, heads, what), asked.picture, asked.as_json)
 
 
-def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: Asked) -> None:
+def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> None:
     import jax
     import numpy as np
 
@@ -157,18 +191,21 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: Asked) -> No
         parts, heads = jax.tree.map(lambda *x: np.concatenate(x), *some)
     by_head, by_mlp = mean_and_interval(heads.values), mean_and_interval(parts.values[:, :, 1])
     logit, embedding = mean_and_interval(heads.details["logit"]), mean_and_interval(heads.details["embedding"])
+    checked = asked.verified(adapter, tokens, mask, token, by_head["mean"], by_mlp["mean"])
     note_few(rows)
     if asked.as_json:
         ends = {"logit": logit, "embedding": embedding, "completeness_error": heads.completeness_error}
         given = {**as_lists(rows, "prompt", "target", "against"), "chat": asked.chat}
-        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp})
+        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp, **_said(checked)})
     out = console(quiet=asked.as_json)
     mean, interval = interval_cells(logit)
     out.print(TextCell(f"{what}, mean over {len(rows)} prompts: {mean} (95 % interval {interval})"))
     ranked = _ranked(by_head["mean"], by_mlp["mean"])[: asked.top]
-    out.print(_table([(n, v, interval_cells(by_head if len(at) > 1 else by_mlp, at)[1]) for n, v, at in ranked]))
+    cells = [(n, v, interval_cells(by_head if len(at) > 1 else by_mlp, at)[1]) for n, v, at in ranked]
+    out.print(_table(cells, checked))
     rest, missed = _summary(embedding["mean"], by_head["mean"], by_mlp["mean"]), np.abs(heads.completeness_error).max()
     out.print(f"{rest}; all parts together miss a prompt's logit by at most {missed:.1e}.", markup=False)
+    _note(out, checked)
     if asked.picture:
         parts, heads = jax.tree.map(lambda x: x.mean(axis=0), (parts, heads))
         save_picture(_draw(parts, heads, f"{what}\nmean over {len(rows)} prompts"), asked.picture, asked.as_json)
@@ -193,17 +230,46 @@ def _ranked(by_head: np.ndarray, by_mlp: np.ndarray) -> list[tuple[str, float, t
     return sorted(found, key=lambda part: -abs(part[1]))
 
 
-def _table(parts: list[tuple[str, float, str]]) -> Table:
-    """Each part's name and what it adds, with its interval over prompts where there is one, and a bar of its size."""
+def _said(checked: Verification | None) -> dict[str, Any]:
+    """A verification as JSON has it."""
+    if checked is None:
+        return {}
+    return {
+        "verification": {
+            name: getattr(checked, name) for name in ("rank_correlation", "sign_errors", "missed", "entries")
+        }
+    }
+
+
+def _note(out: Console, checked: Verification | None) -> None:
+    """How what parts add agrees with what the logit loses without them."""
+    if checked is None:
+        return
+    n_top, n = sum(entry["top"] for entry in checked.entries), len(checked.entries)
+    wrong, missed = (", ".join(entry["part"] for entry in found) for found in (checked.sign_errors, checked.missed))
+    out.print(
+        f"Lost without it: exact, the part set to zero and all else live; {n} runs, of these {n_top} and of {n - n_top} others "
+        f"drawn at random. Rank correlation {checked.rank_correlation:.2f}; of opposite sign {wrong or 'none'}; of the others, "
+        f"among the {n_top} largest losses {missed or 'none'}.",
+        markup=False,
+    )
+
+
+def _table(parts: list[tuple[str, float, str]], checked: Verification | None) -> Table:
+    """Each part's name and what it adds, its interval over prompts and what is lost without it where there are these, and a bar."""
     table = Table(box=None, pad_edge=False)
     table.add_column("part")
     table.add_column("adds to the logit", justify="right")
     if with_intervals := any(interval for _, _, interval in parts):
         table.add_column("95 % interval", justify="right")
+    lost = {} if checked is None else {entry["part"]: f"{entry['exact']:+.3f}" for entry in checked.entries}
+    if lost:
+        table.add_column("lost without it", justify="right")
     table.add_column("")
     largest = abs(parts[0][1]) or 1.0
     for name, value, interval in parts:
-        table.add_row(name, f"{value:+.3f}", *([interval] if with_intervals else []), bar(value, largest))
+        cells = [*([interval] if with_intervals else []), *([lost.get(name, "")] if lost else [])]
+        table.add_row(name, f"{value:+.3f}", *cells, bar(value, largest))
     return table
 
 

@@ -258,6 +258,8 @@ class ActivationPatch:
         head: one entry of the site's head axis (`K` for k and v), or a set; None for all.
         positions: which tokens are patched: an integer, a set, or a bool mask `[T]`; None for all. They only mask:
             `value` keeps its token axis.
+        index: which of the site's last axis (a neuron of `act`, a dimension of a stream): from 0, or a set; None for all. It
+            only masks.
 
     Examples:
         >>> patch = ActivationPatch("resid_pre", 2, PerLayer(run["resid_pre"]), positions=4)  # France for Italy
@@ -270,12 +272,13 @@ class ActivationPatch:
     value: Any = field(Values(head="head"))
     head: Any = field(Head(), default=None)
     positions: Any = field(Positions(optional=True), default=None)
+    index: Any = field(Last(), default=None)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         value = self.value
         if self.head is not None and not is_per_layer(value) and jnp.ndim(value):
             value = jnp.asarray(value)[None]  # room for the head axis
-        mask = _at(self.site, sizes, head=self.head, positions=self.positions)
+        mask = _at(self.site, sizes, head=self.head, positions=self.positions, last=self.index)
         return (Edit(self.site, "set", self.layer, mask, value),)
 
 
