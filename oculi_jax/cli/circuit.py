@@ -162,9 +162,8 @@ def _check_output(path: Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """The scores, the circuit, and curves of two points: the circuit, and what it leaves out."""
+    """The circuit, what it leaves out, and a curve of these two points."""
 
-    scores: EdgeScores
     circuit: Circuit
     rest: Circuit
     curve: Curve
@@ -180,13 +179,14 @@ def _found(
     with working("Scoring edges"):
         scores = tools.edge_attribution(adapter.model, *given, mask=mask, steps=asked.steps)
         chosen = asked.size.of(scores)
-    parts, how = [chosen, chosen.complement], {"ablation": asked.ablation, "nulls": asked.nulls, "mask": mask}
+        rest = chosen.complement
+    parts, how = [chosen, rest], {"ablation": asked.ablation, "nulls": asked.nulls, "mask": mask}
     announce(oculi_jax.plan(tools.faithfulness, adapter.model, parts, *given, **how))
     with working("Running the circuit"):
         curve = tools.faithfulness(adapter.model, parts, *given, **how)
     if np.mean(curve.whole) == np.mean(curve.empty):
         raise ValueError(f"The {name} is {np.mean(curve.whole):+.3f} in both runs: there is nothing to explain.")
-    return _Found(scores, *parts, curve)
+    return _Found(chosen, rest, curve)
 
 
 def _of_one(
