@@ -155,6 +155,15 @@ def test_a_network_answers_to_the_pointer(chromium: Any, tmp_path: Path) -> None
     )
     by_score = sorted(NAMES, key=lambda name: abs(SCORES[GRAPH.edge(name)]))
     assert sorted(NAMES, key=widths.__getitem__) == by_score
+    # On a box of the largest score the name is legible, in either theme.
+    nodes = np.linspace(-1, 1, len(GRAPH.writers))
+    circuit_view(Circuit(GRAPH, nodes=["input", "m2"], scores=nodes)).save(tmp_path / "nodes.html")
+    other = chromium.new_page(color_scheme="dark")
+    for scheme, ink in (("dark", "rgb(0, 0, 0)"), ("light", "rgb(255, 255, 255)")):
+        other.emulate_media(color_scheme=scheme)
+        other.goto((tmp_path / "nodes.html").as_uri())
+        assert other.locator("[data-node='input'] text").evaluate("(text) => getComputedStyle(text).fill") == ink
+    other.close()
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.close()

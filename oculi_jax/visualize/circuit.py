@@ -44,7 +44,7 @@ def plot_circuit(circuit: Circuit, n: int | None = None, ax: Axes | None = None,
     Examples:
         >>> scores = circuits.edge_attribution(model, ids, other, metric, steps=5)
         >>> plot_circuit(scores.top(40), n=12).axes[0].get_xlabel()
-        '38 of 927 edges; drawn are the 12 largest'
+        '39 of 927 edges; drawn are the 12 largest'
     """
     drawn = network(checked(circuit), n)
     width, height = (max(side, SMALLEST) for side in drawn.size)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MOST = 200  # of edges, nodes or neurons that are drawn where nobody says how many
 HIGH, LANE = 0.2, 0.09  # inches: a node, and the room of a line that passes one
-IN_A_ROW = 16  # nodes; what is more stands above them
+IN_A_ROW, IN_A_GRID = 16, 10  # nodes of circuits with edges and without; what is more stands above them
 PORTS = {"q": -0.28, "k": 0.0, "v": 0.28}  # where an edge arrives at a head, as a share of its width from the middle
 PIXELS = 96  # an inch on a page
 
@@ -152,7 +152,7 @@ def _drawn(
         levels.setdefault(_depth(name)[:2], []).append(i)
     rows, depths = [], []
     for (layer, _), level in levels.items():
-        parts = np.array_split(level, -(-len(level) // IN_A_ROW))
+        parts = np.array_split(level, -(-len(level) // (IN_A_ROW if lines else IN_A_GRID)))
         rows += [part.tolist() for part in parts]
         depths += [layer] * len(parts)
     ends = [(number[begin], number[end.partition("<")[0]]) for _, begin, end, _ in lines]
