@@ -47,6 +47,7 @@ LINES = {
     "a model to compare": (["doctor", "--model", "{tmp}/no/such"], "There is no directory"),
     "a site": (["capture", "x", "--sites", "patern", "-o", "{tmp}/x"], "did you mean 'pattern'"),
     "axes": (["patch", "a", "b", "--target", "a", "--by", "head"], "--by is 'head'"),
+    "an ablation": (["circuit", "a", "b", "--target", "a", "--ablation", "means"], "Did you mean 'mean'?"),
     "a dtype": (["lens", "x", "--dtype", "float33"], "--dtype"),
     "a message": (["heads", "--chat"], "there is no --text"),
 }
@@ -111,6 +112,7 @@ def library() -> float:
             "There is no head L99H0: this model has layers 0 to 3",
         ),
         (["capture", "x", "--sites", "q", "--layers", "9", "-o", "{tmp}/x"], "this model has 4 layers"),
+        (["circuit", "a", "b", "--target", "a", "--edges", "928"], "--edges is 928, and this model has 927"),
     ],
 )
 def test_what_a_model_cannot_have_is_told_before_it_is_loaded(arguments, message, tmp_path: Path, library) -> None:

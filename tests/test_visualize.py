@@ -16,9 +16,11 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch
 
 from oculi_jax import visualize as v
 from oculi_jax.analysis.result import Result
+from oculi_jax.circuits import Circuit, Graph
 from oculi_jax.visualize.canvas import LINES, MISSING, NEGATIVE, POSITIVE, token_labels
 
 BAD = "$_$"  # matplotlib cannot draw this as mathematics
@@ -32,6 +34,10 @@ ONE = [
     {"layer": 4, "predictions": [(" the", 0.5), (BAD, 0.25)]},
     {"layer": 9, "predictions": [("\t", 0.875), (" of", 0.125)]},
 ]
+GRAPH = Graph(3, 4, 4, 16)
+SCORES = np.where(GRAPH.edges, RNG.normal(size=GRAPH.edges.shape) ** 3, 0.0)
+PATH = ("input->m0", "m0->a1.h2<q>", "m0->a1.h2<v>", "a1.h2->a2.h0<k>", "a2.h0->logits", "m0->logits")
+CIRCUIT = Circuit(GRAPH, edges=PATH, scores=SCORES)
 # One call of each public function, drawing into `ax` where it takes one.
 CALLS: dict[str, Any] = {
     "alpha_curve": lambda **k: v.alpha_curve([0.5, 1.0, 2.0], {BAD: [1.0, 3.0, 2.0]}, **k),
@@ -42,6 +48,7 @@ CALLS: dict[str, Any] = {
     "head_heatmap": lambda **k: v.head_heatmap(HEADS, BAD, **k),
     "layer_profile": lambda **k: v.layer_profile(HEADS, labels=["_a", BAD, "c"], ylabel=BAD, **k),
     "lens_table": lambda **k: v.lens_table(ONE, **k),
+    "plot_circuit": lambda **k: v.plot_circuit(CIRCUIT, **k),
     "probability_trajectory": lambda **k: v.probability_trajectory({" a": [0.1, 0.9], BAD: [0.2, 0.0]}, **k),
     "sweep_heatmap": lambda **k: v.sweep_heatmap(HEADS[:, :4], tokens=TOKENS, **k),
 }
@@ -69,7 +76,7 @@ def bar_label(figure: Figure) -> str:
 
 
 def test_every_public_function_is_called_here() -> None:
-    views = {"attention_view", "lens_view", "token_view"}  # HTML: tests/test_views.py
+    views = {"attention_view", "circuit_view", "lens_view", "token_view"}  # HTML: tests/test_views.py
     assert set(CALLS) == set(v.__all__) - {"panels"} - views
 
 
@@ -113,6 +120,7 @@ def test_the_axes_and_colours_are_named(name: str) -> None:
         "head_heatmap": ("head", "layer", BAD),
         "layer_profile": ("layer", BAD, None),
         "lens_table": ("rank of the prediction", "layer", "probability"),
+        "plot_circuit": ("6 of 262 edges", "", None),
         "probability_trajectory": ("layer", "P(token)", None),
         "sweep_heatmap": ("token", "layer", "effect on the metric"),
     }
@@ -367,9 +375,103 @@ def test_an_alpha_curve_marks_no_change_and_the_best() -> None:
         v.alpha_curve([1.0, 2.0], [5.0, 4.0], best=7.0)
 
 
+def lines_of(ax: Any) -> list[Any]:
+    return [patch for patch in ax.patches if type(patch) is PathPatch]
+
+
+def test_a_circuits_edges_are_as_wide_as_their_scores_and_lead_upwards() -> None:
+    figure = v.plot_circuit(CIRCUIT)
+    drawn(figure)
+    ax = figure.axes[0]
+    places = {text.get_text(): text.get_position() for text in ax.texts}
+    assert set(places) == {"input", "m0", "a1.h2", "a2.h0", "logits"}
+    heights = [places[name][1] for name in ("input", "m0", "a1.h2", "a2.h0", "logits")]
+    assert heights == sorted(set(heights))
+    assert texts(ax.get_yticklabels()) == ["input", "layer 0", "layer 1", "layer 2", "logits"]
+    sizes = {abs(SCORES[GRAPH.edge(name)]): SCORES[GRAPH.edge(name)] for name in PATH}
+    lines = sorted(lines_of(ax), key=lambda line: line.get_linewidth())
+    assert len(lines) == 6
+    for line, (size, score) in zip(lines, sorted(sizes.items()), strict=True):
+        assert line.get_linewidth() == pytest.approx(0.5 + 3.5 * size / max(sizes))
+        assert line.get_edgecolor()[:3] == to_rgba(NEGATIVE if score < 0 else POSITIVE)[:3]
+        heights = line.get_path().vertices[:, 1]
+        assert (np.diff(heights) >= 0).all() and heights[-1] > heights[0]
+    marks = [(line.get_marker(), *line.get_xydata()[0]) for line in ax.lines]
+    x, y = places["a1.h2"]
+    (queries,), (values,), (keys,) = ([mark for mark in marks if mark[0] == kind] for kind in "o^s")
+    assert queries[1] < x < values[1] and queries[2] == values[2] < y < keys[2]
+    said = texts(ax.get_legend().get_texts())
+    assert "arrives at queries" in said and any(text.startswith("raises the metric: +") for text in said)
+    # What passes a row passes beside its nodes.
+    (passing,) = [line for line in lines if len(line.get_path().vertices) > 10]
+    low, high = 0.0, 0.0
+    for name in ("a1.h2", "a2.h0"):
+        (box,) = [
+            b
+            for b in ax.patches
+            if type(b) is FancyBboxPatch and abs(b.get_y() + b.get_height() / 2 - places[name][1]) < 1e-9
+        ]
+        low, high = box.get_y(), box.get_y() + box.get_height()
+        inside = [x for x, y in passing.get_path().vertices if low <= y <= high]
+        assert inside and all(abs(x - places[name][0]) > box.get_width() / 2 for x in inside)
+
+
+@pytest.mark.parametrize("n", [10, 200])
+def test_no_name_of_a_circuit_covers_another(n: int) -> None:
+    graph = Graph(12, 9, 9, 64)
+    scores = np.where(graph.edges, np.random.default_rng(1).normal(size=graph.edges.shape), 0.0)
+    scores[0] += 3  # so that a circuit of the largest hangs together
+    scores[:, -1] += 3
+    order = np.argsort(-scores, axis=None)[:400]
+    edges = np.zeros(graph.edges.size, bool)
+    edges[order] = True
+    figure = v.plot_circuit(Circuit(graph, edges=edges.reshape(scores.shape) & graph.edges, scores=scores), n)
+    drawn(figure)
+    ax = figure.axes[0]
+    assert len(lines_of(ax)) == n and ax.get_xlabel().endswith(f"; drawn are the {n} largest")
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) > n / 10
+    for i, a in enumerate(boxes):
+        assert not any(a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1 for b in boxes[:i])
+
+
+def test_circuits_of_nodes_and_neurons_and_of_next_to_nothing() -> None:
+    own = np.linspace(-2.0, 1.0, len(GRAPH.writers))
+    own[2] = np.nan
+    ax = v.plot_circuit(Circuit(GRAPH, nodes=["input", "a0.h1", "m0", "a2.h3"], scores=own)).axes[0]
+    colours = {name.get_text(): box.get_facecolor() for name, box in zip(ax.texts, [p for p in ax.patches if type(p) is FancyBboxPatch], strict=True)}  # fmt: skip
+    assert not lines_of(ax) and ax.get_xlabel() == "4 of 16 nodes, and all edges between them"
+    assert colours["a0.h1"] == to_rgba("0.75") and "no score" in texts(ax.get_legend().get_texts())
+    assert colours["input"][2] > 2 * colours["input"][0] and colours["a2.h3"][0] > colours["a2.h3"][2]  # blue, red
+    neurons = np.zeros((3, 40), bool)
+    neurons[1, :30] = True
+    figure = v.plot_circuit(Circuit(GRAPH, neurons=neurons))
+    names = texts(figure.axes[0].texts)
+    assert (
+        names == [f"m1.n{i}" for i in range(30)]
+        and figure.axes[0].get_xlabel() == "30 of 120 neurons"
+        and drawn(figure)
+    )
+    one = v.plot_circuit(Circuit(GRAPH, edges=["input->logits"]))
+    (line,) = lines_of(one.axes[0])
+    assert line.get_linewidth() == 1.0 and texts(one.axes[0].get_legend().get_texts()) == ["no score"] and drawn(one)
+    empty = v.plot_circuit(Circuit(GRAPH, edges=np.zeros_like(GRAPH.edges)))
+    assert texts(empty.axes[0].texts) == ["nothing is kept"] and drawn(empty)
+    assert empty.axes[0].get_xlabel() == "empty: 0 of 262 edges"
+
+
+def test_keys_that_heads_share_are_told_to_each_of_them_that_is_kept() -> None:
+    graph = Graph(3, 4, 2, 16, grouped=True)
+    edges = ["input->a1.g0<k>", "a1.h0->logits", "a1.h1->logits"]
+    assert len(lines_of(v.plot_circuit(Circuit(graph, edges=edges)).axes[0])) == 4
+    assert len(lines_of(v.plot_circuit(Circuit(graph, edges=edges[:2])).axes[0])) == 2
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
+        (lambda: v.plot_circuit(CIRCUIT, n=0), "n is 0, and must be at least 1"),
+        (lambda: v.plot_circuit(PATTERN), "circuit is a ndarray, and a Circuit is needed"),
         (lambda: v.attention_heatmap(np.zeros((2, 3, 3))), r"pattern has shape \[2, 3, 3\], and \[T, S\].*head_grid"),
         (lambda: v.attention_heatmap(PATTERN, TOKENS[:2]), "tokens has 2 texts, and 4"),
         (lambda: v.attention_heatmap(PATTERN, "text"), "tokens is of type str"),

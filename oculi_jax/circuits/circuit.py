@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from ..arrays import as_array, listing
 from ..pytrees import pytree, static
 from ..utils.files import write_aside
+from ..webpage.network import circuit_view
 from .graph import Graph
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ KINDS = ("edges", "nodes", "neurons")
 class Circuit:
     """A part of a model: some of a graph's edges, of its nodes with all edges between them, or of its neurons.
 
-    One of the three is given. What leads nowhere, or is led to by nothing, is pruned. Host arrays.
+    One of the three is given. What leads nowhere, or is led to by nothing, is pruned. Host arrays. A notebook shows a network that
+    answers to the pointer; `oculi_jax.visualize.plot_circuit` draws it.
 
     Args:
         graph: of the model; static.
@@ -136,6 +138,10 @@ class Circuit:
     def __repr__(self) -> str:
         n = self.graph.n_edges if self.kind == "edges" else self.mask.size
         return f"Circuit({int(self.mask.sum())} of {n} {self.kind})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the network of `oculi_jax.visualize.circuit_view`."""
+        return circuit_view(self)._repr_html_()
 
     def _edges(self) -> Bool[np.ndarray, "N M"]:
         if self.kind == "edges":

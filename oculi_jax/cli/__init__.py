@@ -1,4 +1,4 @@
-"""The command line: `oculi lens`, `heads`, `patch`, `paths` and the other commands of `COMMANDS`."""
+"""The command line: `oculi lens`, `heads`, `patch`, `circuit` and the other commands of `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ COMMANDS = {
     "patch": "Where two prompts' runs carry what makes their answers differ: one run's values are put into the other, place by "
     "place.",
     "paths": "Which components tell others, by paths that lead through no other head, what makes two prompts' answers differ.",
+    "circuit": "The part of the model that makes two prompts' answers differ: its edges, how much of the difference it keeps, and "
+    "how much is left without it.",
     "generate": "Continues a text, plain and, with --intervene, under interventions, side by side.",
     "report": "A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.",
     "sites": "The sites: every value of the forward pass that can be read and edited, with its axes.",
@@ -49,6 +51,8 @@ def load(command: str) -> Callable[..., Any]:
             from .patch import patch as found
         case "paths":
             from .paths import paths as found
+        case "circuit":
+            from .circuit import circuit as found
         case "generate":
             from .generate import generate as found
         case "report":

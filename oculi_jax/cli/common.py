@@ -54,6 +54,7 @@ Dtype = Annotated[
 Picture = Annotated[
     Path | None, typer.Option("--output", "-o", help="Draw it to this .png, .svg or .pdf.", show_default=False)
 ]
+PICTURES = (".png", ".svg", ".pdf")
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as JSON, and nothing else.")]
 Longer = Annotated[bool, typer.Option("--allow-longer", help="Go beyond the length that the model was made for.")]
 
@@ -171,7 +172,7 @@ def check_output(path: Path, *suffixes: str) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"Cannot write {str(path)!r}: no permission to write in {str(path.parent)!r}.")
     if suffixes and path.suffix.lower() not in suffixes:
-        raise ValueError(f"Cannot draw {str(path)!r}: its name must end in {', '.join(suffixes)}.")
+        raise ValueError(f"Cannot write {str(path)!r}: its name must end in {', '.join(suffixes)}.")
     return path
 
 
@@ -179,7 +180,7 @@ def check_picture(path: Path | None) -> Path | None:
     """The same for a picture, which matplotlib draws."""
     if path is None:
         return None
-    path = check_output(path, ".png", ".svg", ".pdf")
+    path = check_output(path, *PICTURES)
     from ..visualize.canvas import door
 
     door()

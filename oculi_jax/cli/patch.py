@@ -25,13 +25,13 @@ from .common import (
     console,
     open_adapter,
     print_json,
-    prompt_label,
     save_picture,
     shown,
 )
 from .effects import Against, Target, announce, bar, column, counting, heading, measure, strongest
-from .prompts import PairFile, Row, check_one, check_target, read_rows, token_ids
-from .sets import as_lists, encoded, interval_cells, mean_and_interval, measure_set, note_few, with_row
+from .pairs import Clean, Corrupted, aligned, check_aligned, print_ends, print_mean_ends, read_pairs
+from .prompts import PairFile, Row, check_one, check_target, token_ids
+from .sets import as_lists, interval_cells, mean_and_interval, measure_set, note_few
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,13 +50,8 @@ VARIES = "…"  # a position's token, where prompts differ
 
 
 def patch(
-    clean: Annotated[
-        str | None, typer.Argument(help="The prompt with the answer; or give --prompts.", show_default=False)
-    ] = None,
-    corrupted: Annotated[
-        str | None,
-        typer.Argument(help="The same prompt but for some tokens, which change the answer.", show_default=False),
-    ] = None,
+    clean: Clean = None,
+    corrupted: Corrupted = None,
     prompts: PairFile = None,
     target: Target = None,
     against: Against = None,
@@ -100,8 +95,7 @@ def patch(
         )
     asked = _Asked(top, picture, as_json, chat, allow_longer, SITES[site], axes, free=by is None, direction=direction)
     if prompts is not None:
-        rows = read_rows(prompts, ("clean", "corrupted"), {"target": target, "against": against}, needed=("target",))
-        texts = [row[field] for row in rows for field in ("clean", "corrupted")]
+        rows, texts = read_pairs(prompts, target, against)
         _of_set(open_adapter(model, dtype, *texts, chat=chat), rows, asked)
     elif clean is not None and corrupted is not None:
         goal = check_target(target)
@@ -167,8 +161,7 @@ def _of_one(
     effects = recovery if asked.denoising else 1.0 - recovery
     run, source = texts[::-1] if asked.denoising else texts
     out = console(quiet=asked.as_json)
-    for text, kind, value in ((clean, "clean", found.clean), (corrupted, "corrupted", found.corrupted)):
-        out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(prompt_label(text, asked.chat))}"))
+    print_ends(out, (clean, corrupted), (found.clean, found.corrupted), asked.chat)
     columns = {"metric": lambda place: f"{float(patched[place]):+.3f}"}
     _print(out, name, effects, asked, (run, source), columns)
     if asked.picture:
@@ -177,10 +170,8 @@ def _of_one(
 
 
 def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> None:
-    (clean, mask), (corrupted, other) = (encoded(adapter, rows, field, asked) for field in ("clean", "corrupted"))
-    pairs = [(a[m], b[n]) for a, m, b, n in zip(clean, mask, corrupted, other, strict=True)]
-    for row, pair in zip(rows, pairs, strict=True):
-        with_row(row, lambda row, pair=pair: check_aligned(adapter, *pair))
+    clean, corrupted, mask = aligned(adapter, rows, asked)
+    pairs = [(a[m], b[m]) for a, b, m in zip(clean, corrupted, mask, strict=True)]
     asked = replace(asked, axes=_axes_of_set(asked, mask, rows))
     metric, name = measure_set(adapter, clean, mask, rows)
     found = _patched(adapter, (clean, corrupted), mask, metric, asked)
@@ -203,10 +194,7 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> N
     ]
     run, source = tokens[::-1] if asked.denoising else tokens
     out = console(quiet=asked.as_json)
-    out.print(f"Means over {len(rows)} pairs of prompts, with 95 % intervals:")
-    for kind in ("clean", "corrupted"):
-        mean, interval = interval_cells(runs[kind])
-        out.print(f"{kind:9} {mean} ({interval})", markup=False)
+    print_mean_ends(out, rows, {kind: runs[kind] for kind in ("clean", "corrupted")})
     columns = {
         "mean change": lambda at: interval_cells(change, at)[0],
         "95 % interval": lambda at: interval_cells(change, at)[1],
@@ -262,18 +250,6 @@ def _print(
 def _pair(run: str, source: str) -> str:
     a, b = (text if text == VARIES else shown(text) for text in (run, source))
     return a if a == b else f"{a}→{b}"
-
-
-def check_aligned(adapter: LlamaAttentionAdapter, clean: np.ndarray, corrupted: np.ndarray) -> None:
-    """Raises for a pair of prompts that cannot be put side by side, or that are one."""
-    texts = [adapter.str_tokens(tokens) for tokens in (clean, corrupted)]
-    if len(clean) != len(corrupted):
-        raise ValueError(
-            "Patching puts the prompts' tokens side by side, and there are not as many of them: the clean prompt has "
-            f"{len(clean)}, {texts[0]}, and the corrupted one {len(corrupted)}, {texts[1]}."
-        )
-    if (clean == corrupted).all():
-        raise ValueError(f"Both prompts are the tokens {texts[0]}: there is nothing to patch.")
 
 
 def _axes(site: Site, by: str | None) -> tuple[str, ...]:

@@ -24,14 +24,12 @@ from .common import (
     console,
     open_adapter,
     print_json,
-    prompt_label,
     save_picture,
-    shown,
 )
 from .effects import Against, Target, announce, bar, heading, measure, strongest
-from .patch import check_aligned
-from .prompts import PairFile, Row, check_one, check_target, read_rows, token_ids
-from .sets import as_lists, encoded, interval_cells, mean_and_interval, measure_set, note_few, with_row
+from .pairs import Clean, Corrupted, aligned, check_aligned, print_ends, print_mean_ends, read_pairs
+from .prompts import PairFile, Row, check_one, check_target, token_ids
+from .sets import as_lists, interval_cells, mean_and_interval, measure_set, note_few
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,13 +47,8 @@ WORDS = {"direction": tuple(DIRECTIONS), "mlps": ("live", "frozen"), "norms": ("
 
 
 def paths(
-    clean: Annotated[
-        str | None, typer.Argument(help="The prompt with the answer; or give --prompts.", show_default=False)
-    ] = None,
-    corrupted: Annotated[
-        str | None,
-        typer.Argument(help="The same prompt but for some tokens, which change the answer.", show_default=False),
-    ] = None,
+    clean: Clean = None,
+    corrupted: Corrupted = None,
     prompts: PairFile = None,
     target: Target = None,
     against: Against = None,
@@ -104,8 +97,7 @@ def paths(
         raise ValueError("A picture is of every head alone, and --senders are patched together: leave out one of them.")
     asked = _Asked(top, picture, as_json, chat, allow_longer, _names(senders), _names(receivers) or (), how)
     if prompts is not None:
-        rows = read_rows(prompts, ("clean", "corrupted"), {"target": target, "against": against}, needed=("target",))
-        texts = [row[field] for row in rows for field in ("clean", "corrupted")]
+        rows, texts = read_pairs(prompts, target, against)
         _of_set(open_adapter(model, dtype, *texts, chat=chat), rows, asked)
     elif clean is not None and corrupted is not None:
         goal = check_target(target)
@@ -154,8 +146,7 @@ def _of_one(
         values = {"clean": found.clean, "corrupted": found.corrupted, "patched": found.patched, "change": found.values}
         _print_json({"clean_prompt": clean, "corrupted_prompt": corrupted}, name, found, asked, values)
     out = console(quiet=asked.as_json)
-    for text, kind, value in ((clean, "clean", found.clean), (corrupted, "corrupted", found.corrupted)):
-        out.print(TextCell(f"{kind:9} {float(value):+.3f}  {shown(prompt_label(text, asked.chat))}"))
+    print_ends(out, (clean, corrupted), (found.clean, found.corrupted), asked.chat)
     patched, change = np.atleast_1d(found.patched), np.atleast_1d(found.values)
     columns = {"metric": lambda at: f"{patched[at]:+.3f}", "change": lambda at: f"{change[at]:+.3f}"}
     _print(out, name, change, asked, found, columns)
@@ -167,9 +158,7 @@ def _of_one(
 def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> None:
     import numpy as np
 
-    (clean, mask), (corrupted, other) = (encoded(adapter, rows, field, asked) for field in ("clean", "corrupted"))
-    for row, a, m, b, n in zip(rows, clean, mask, corrupted, other, strict=True):
-        with_row(row, lambda row, a=a[m], b=b[n]: check_aligned(adapter, a, b))
+    clean, corrupted, mask = aligned(adapter, rows, asked)
     metric, name = measure_set(adapter, clean, mask, rows)
     found = _found(adapter, clean, corrupted, mask, metric, asked)
     runs = {kind: mean_and_interval(getattr(found, kind)) for kind in ("clean", "corrupted", "patched")}
@@ -179,10 +168,7 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> N
         prompts = {f"{kind}_prompt": [row[kind] for row in rows] for kind in ("clean", "corrupted")}
         _print_json({**prompts, **as_lists(rows, "target", "against")}, name, found, asked, {**runs, "change": change})
     out = console(quiet=asked.as_json)
-    out.print(f"Means over {len(rows)} pairs of prompts, with 95 % intervals:")
-    for kind in ("clean", "corrupted"):
-        mean, interval = interval_cells(runs[kind])
-        out.print(f"{kind:9} {mean} ({interval})", markup=False)
+    print_mean_ends(out, rows, {kind: runs[kind] for kind in ("clean", "corrupted")})
     several = change if np.ndim(change["mean"]) else {key: np.asarray(x)[None] for key, x in change.items()}
     columns = {
         "mean change": lambda at: interval_cells(several, at)[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ import oculi_jax
 from .common import Chat, Dtype, Longer, Model, Text, check_output, config_of, console, open_adapter
 from .effects import announce, answer, counting
 from .prompts import said_by_user, token_ids
+
+if TYPE_CHECKING:
+    from ..circuits import Circuit
 
 
 def report(
@@ -31,6 +34,13 @@ def report(
             show_default="all; of a large model the strongest",
         ),
     ] = None,
+    circuit: Annotated[
+        Path | None,
+        typer.Option(
+            help="A circuit of this model, as `oculi circuit -o circuit.json` writes it: the page shows it too.",
+            show_default=False,
+        ),
+    ] = None,
     chat: Chat = False,
     model: Model = None,
     dtype: Dtype = "auto",
@@ -47,6 +57,7 @@ def report(
 
         # The prompt's length, which bounds how many heads a page can hold, is known when its tokens are.
         measured.check_heads(chosen, config.num_hidden_layers, config.num_attention_heads, n_tokens=1)
+    drawn = None if circuit is None else _circuit(circuit, model)
     adapter = open_adapter(model, dtype, text, target, chat=chat)
     tokens = token_ids(adapter, text, allow_longer, chat)
     if target is not None:
@@ -56,10 +67,29 @@ def report(
     with counting("Running the model") as progress:
         prompt = said_by_user(text) if chat else text
         page = oculi_jax.report(
-            adapter, prompt, target=target, heads=chosen, progress=progress, allow_longer=allow_longer
+            adapter,
+            prompt,
+            target=target,
+            heads=chosen,
+            circuit=drawn,
+            progress=progress,
+            allow_longer=allow_longer,
         )
     page.save(path)
     console().print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser.", markup=False)
+
+
+def _circuit(path: Path, model: str | None) -> Circuit:
+    """The circuit of a file; raises for one of another model, where the config of this one is on this disk."""
+    path = path.expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"--circuit is {str(path)!r}, and there is no such file.")
+    found = oculi_jax.circuits.Circuit.load(path)
+    if (config := config_of(model)) is not None:
+        from ..pages.html import check_circuit
+
+        check_circuit(found, config)
+    return found
 
 
 def pairs(text: str | None) -> list[tuple[int, int]] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..adapter.adapter import LlamaAttentionAdapter
+from ..webpage.network import checked, network, network_data
 from ..webpage.page import Page, numbers, packed, part
 from ..webpage.page import page as web_page
 from ..webpage.visible import visible_prompt, visible_token
@@ -17,11 +18,21 @@ from .measured import Measured, measure
 
 if TYPE_CHECKING:
     from ..backends.protocol import ModelLike
+    from ..circuits import Circuit
+    from ..models.decoder.config import DecoderConfig
     from ..utils.tokens import Tokenizer
 
 # What stands below the grid of heads in a report.
 CARD = """<p class="soft small">Shaded by what its ablation does, as further below.</p>
     <dl id="head-card" class="card" aria-live="polite" aria-label="The chosen head"></dl>"""
+
+# What a report has beside, where a circuit is given.
+CIRCUIT = """  <section id="circuit" aria-labelledby="network-heading">
+    <h2 id="network-heading">Circuit</h2>
+    <p class="lead">A part of the model, layers upwards: nodes, and edges by which one tells another, as wide as their scores are
+      large. Point at a node for its edges; a click keeps it, and Escape lets it go.</p>
+{}  </section>
+"""
 
 # Score → its label, and what it is the mean of; `oculi_jax.analysis.circuits` defines them.
 SCORES = {
@@ -42,6 +53,7 @@ def report(
     tokenizer: Tokenizer | None = None,
     target: str | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
+    circuit: Circuit | None = None,
     progress: Callable[[int, int], None] | bool | None = None,
     allow_longer: bool = False,
 ) -> Page:
@@ -59,6 +71,7 @@ def report(
             for the likeliest next token.
         heads: (layer, head) pairs whose patterns the page holds; None for all of them where they take a few MB, else the
             strongest by ablation and by scores.
+        circuit: of this model, which the page then shows too, as `oculi_jax.visualize.circuit_view` does.
         progress: as in `sweep`, of the ablations.
         allow_longer: go beyond the length that the model was made for.
 
@@ -67,8 +80,8 @@ def report(
         and it may load nothing and run nothing but its own script, by a content security policy.
 
     Raises:
-        ValueError, TypeError: a prompt, target or head that cannot be; a prompt too long for a page (512 tokens, or 20,000
-            cells of the lens); inside an `InterventionContext`.
+        ValueError, TypeError: a prompt, target or head that cannot be; a circuit of another model; a prompt too long for a page
+            (512 tokens, or 20,000 cells of the lens); inside an `InterventionContext`.
 
     Examples:
         >>> page = report(model, text, tokenizer=tokenizer)
@@ -82,15 +95,41 @@ def report(
         )
     else:
         adapter = LlamaAttentionAdapter(model, tokenizer)
-    return page(measure(adapter, text, target=target, heads=heads, progress=progress, allow_longer=allow_longer))
+    if circuit is not None:
+        check_circuit(circuit, adapter.model.config)
+    measured = measure(adapter, text, target=target, heads=heads, progress=progress, allow_longer=allow_longer)
+    return page(measured, circuit)
 
 
-def page(measured: Measured) -> Page:
-    """The HTML of what was measured."""
+def check_circuit(circuit: Circuit, config: DecoderConfig) -> None:
+    """Raises for a circuit of another model."""
+    graph, c = checked(circuit).graph, config.sizes
+    if (graph.n_layers, graph.n_heads) != (c["L"], c["H"]):
+        raise ValueError(
+            f"circuit is of a model of {graph.n_layers} layers with {graph.n_heads} heads each, and this one has {c['L']} with "
+            f"{c['H']}."
+        )
+
+
+def page(measured: Measured, circuit: Circuit | None = None) -> Page:
+    """The HTML of what was measured, and of a circuit where there is one."""
     here = files("oculi_jax.pages")
     body, script = (here.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "js"))
-    filled = Template(body).substitute(lens=part("lens"), attention=part("attention", chooser=CARD))
-    return web_page("Oculi report", "report", filled, ("lens.js", "attention.js"), script, _data(measured))
+    parts = {"lens": part("lens"), "attention": part("attention", chooser=CARD), "circuit": "", "circuit_link": ""}
+    data, scripts = _data(measured), ("lens.js", "attention.js")
+    if circuit is None:
+        return web_page("Oculi report", "report", Template(body).substitute(parts), scripts, script, data)
+    parts |= {"circuit": CIRCUIT.format(part("network")), "circuit_link": '\n    <a href="#circuit">Circuit</a>'}
+    data["network"] = network_data(network(circuit))
+    return web_page(
+        "Oculi report",
+        "report",
+        Template(body).substitute(parts),
+        (*scripts, "network.js"),
+        f"{script}\ndrawNetwork();",
+        data,
+        styles=("network.css",),
+    )
 
 
 def _data(m: Measured) -> dict[str, Any]:

@@ -214,6 +214,11 @@ def draw_grid(ax: Axes, values: np.ndarray, limits: tuple[float, float], colours
                      origin="upper", interpolation="nearest")  # fmt: skip
 
 
+def ink_on(colour: ArrayLike) -> str:
+    """Black or white, whichever has more contrast with a colour (relative luminance, WCAG 2.2)."""
+    return "white" if np.dot(np.power(np.asarray(colour)[:3], 2.2), (0.2126, 0.7152, 0.0722)) < 0.179 else "black"
+
+
 def colour_bar(image: AxesImage, label: str) -> None:
     """Beside a grid, and as high. Without a layout that makes room for it, the axes give some of theirs."""
     ax, figure = image.axes, image.get_figure()

@@ -18,6 +18,7 @@ from .canvas import (
     draw_grid,
     draw_legend,
     inches,
+    ink_on,
     label_numbers,
     label_ticks,
     label_tokens,
@@ -95,7 +96,8 @@ def lens_table(
         return figure
     for i, row in enumerate(cells):
         for j, (text, shown) in enumerate(zip(row, token_labels([text for text, _ in row], letters), strict=True)):
-            style = {"fontsize": size, "va": "center", "color": _ink(image, text[1]), "clip_on": True}
+            colour = ink_on(image.cmap(image.norm(np.ma.masked_invalid(text[1]))))
+            style = {"fontsize": size, "va": "center", "color": colour, "clip_on": True}
             if many:
                 ax.text(j, i, shown, ha="center", **style, **LITERAL)
             else:
@@ -171,9 +173,3 @@ def _rows(table: Any) -> list[tuple[int, list[tuple[str, float]]]]:
     if not rows or not all(found for _, found in rows):
         raise ValueError("predictions has no layers, or a layer without predictions: there is nothing to draw.")
     return rows
-
-
-def _ink(image: Any, probability: float) -> str:
-    """Black or white, whichever has more contrast with the cell's colour (relative luminance, WCAG 2.2)."""
-    colour = image.cmap(image.norm(np.ma.masked_invalid(probability)))
-    return "white" if np.dot(np.power(colour[:3], 2.2), (0.2126, 0.7152, 0.0722)) < 0.179 else "black"

@@ -54,7 +54,14 @@ def part(name: str, **parts: str) -> str:
 
 
 def page(
-    title: str, kind: str, body: str, scripts: Sequence[str], start: str, data: dict[str, Any], height: int = 720
+    title: str,
+    kind: str,
+    body: str,
+    scripts: Sequence[str],
+    start: str,
+    data: dict[str, Any],
+    height: int = 720,
+    styles: Sequence[str] = (),
 ) -> Page:
     """A page that draws itself.
 
@@ -66,10 +73,11 @@ def page(
         start: a script of its own, which runs last.
         data: what they read; it may hold any texts, which are never markup.
         height: of its frame in a notebook, in pixels.
+        styles: names of this package's styles that it needs, beside that of every page.
     """
     here = files("oculi_jax.webpage")
-    style, *shared = (here.joinpath(name).read_text("utf-8") for name in ("page.css", "basis.js", *scripts))
-    script = "\n".join([*shared, start])
+    style = "\n".join(here.joinpath(name).read_text("utf-8") for name in ("page.css", *styles))
+    script = "\n".join([*(here.joinpath(name).read_text("utf-8") for name in ("basis.js", *scripts)), start])
     # "<" alone could end the element that holds the data; what else JSON escapes leaves nothing but ASCII.
     written = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     named = {"style": style, "style_hash": _hash(style), "script": script, "script_hash": _hash(script)}
