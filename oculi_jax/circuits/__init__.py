@@ -7,6 +7,7 @@ from .edges import EdgeScores, edge_attribution
 from .graph import Graph
 from .paths import PathEffects, direct_effect, indirect_effect, path_patching, total_effect
 from .running import run_circuit
+from .searching import acdc, minimal
 
 __all__ = [
     "MIB_SIZES",
@@ -15,10 +16,12 @@ __all__ = [
     "EdgeScores",
     "Graph",
     "PathEffects",
+    "acdc",
     "direct_effect",
     "edge_attribution",
     "faithfulness",
     "indirect_effect",
+    "minimal",
     "path_patching",
     "run_circuit",
     "total_effect",
