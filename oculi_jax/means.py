@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
-from .arrays import under_trace
+from .arrays import under_trace, wide
 from .backends import find_model, programs_of
 from .buckets import buckets_of, columns_of_a_program, weights_of
 from .capture import CaptureSpec, Reading, readings_of
@@ -139,8 +139,8 @@ def _sums(
         axis = 1 + lead + reading.site.axes.index("T")
         shape = [counts.shape[0], *(1,) * (value.ndim - 1)]
         shape[axis] = counts.shape[1]
-        wide = jnp.promote_types(value.dtype, jnp.float32)
-        kept = jnp.where(counts.reshape(shape), value.astype(wide), jnp.zeros((), wide))
+        dtype = wide(value.dtype)
+        kept = jnp.where(counts.reshape(shape), value.astype(dtype), jnp.zeros((), dtype))
         if n_tokens is None:
             total = kept.sum(axis=(0, axis))
         else:

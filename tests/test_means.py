@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -78,6 +79,15 @@ def test_by_position_it_is_of_the_prompts_that_reach_it(batch: tuple[np.ndarray,
             width = max(x.shape[-1] for x in there) if site == "pattern" else there[0].shape[-1]
             want = sum(np.pad(x, ((0, 0), (0, 0), (0, width - x.shape[-1]))) for x in there) / len(there)
             np.testing.assert_allclose(np.asarray(found[site])[:, :, t, :width], want, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_of_half_precision_it_is_summed_in_float32() -> None:
+    half, row = tiny_llama(dtype=jnp.bfloat16), prompt(9, 2)
+    found = mean_activations(half, row, "resid_post")["resid_post"]
+    seen = forward(half, row, capture="resid_post", logits="none")["resid_post"]
+    assert seen.dtype == jnp.bfloat16 and found.dtype == np.float32
+    want = np.asarray(seen, np.float64).mean(axis=1)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)  # sums in bfloat16 are wrong by 1e-2
 
 
 @pytest.mark.torch

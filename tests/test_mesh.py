@@ -13,11 +13,12 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from oculi_jax import forward, generate
-from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler
+from oculi_jax.intervention import AttentionKnockout, HeadAblation, SpectraScaler, Steer
 from oculi_jax.models.decoder import checkpoint as checkpoint_module
 from oculi_jax.models.decoder.checkpoint import named_parameters
 from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama
+from oculi_jax.rules import Rules
 
 from .margins import assert_leads
 from .test_forward_laws import near
@@ -109,6 +110,23 @@ def test_a_sharded_run_is_the_single_device_run(sharded, saved: Path) -> None:
         assert ours.applied.tolist() == want.applied.tolist()
         for name in ALL:
             near(ours.activations[name], want.activations[name])
+
+
+def test_rules_are_obeyed_on_a_mesh(sharded, saved: Path) -> None:
+    """The gradient of a logit by what is added to the stream, under every kind of rule."""
+
+    def slope(model: Llama, rules: Rules | None) -> jax.Array:
+        def value(added: jax.Array) -> jax.Array:
+            return forward(model, prompt(), Steer(0, added), logits="last", rules=rules).logits[3]
+
+        return jax.grad(value)(jnp.zeros(model.config.hidden_size))
+
+    single = Llama.from_pretrained(saved)
+    rules = Rules(
+        {"pattern": 0.5, "attn_scale": 1.0}, {"z": 0.3, "act": np.array([0.1, 0.5, 0.9])}, 0.7, np.full((3, 8), 2.0)
+    )
+    near(slope(sharded[1], rules), slope(single, rules))
+    assert np.abs(slope(single, rules) - slope(single, None)).max() > 1e-2
 
 
 def test_a_sharded_model_writes_what_one_device_writes(sharded, saved: Path) -> None:

@@ -13,8 +13,7 @@ import pytest
 
 from oculi_jax import forward, from_pretrained
 from oculi_jax.causal import activation_patching
-from oculi_jax.circuits import PathEffects, direct_effect, indirect_effect, path_patching, total_effect
-from oculi_jax.circuits.names import readers_of, writers_of
+from oculi_jax.circuits import Graph, PathEffects, direct_effect, indirect_effect, path_patching, total_effect
 from oculi_jax.metrics import logit_difference
 from oculi_jax.models.llama import Llama
 
@@ -23,7 +22,7 @@ from .test_patching import CLEAN, CORRUPTED, METRIC, T, close, pair
 from .tiny import tiny_config, tiny_llama
 from .tolerances import ROUTES
 
-WRITERS = tuple(writers_of(tiny_config()))
+WRITERS = Graph.of(tiny_config()).writers
 SEVERAL = ("a1.h2<q>", "a2.h1<k>", "a2.g0<v>", "m1")
 
 
@@ -348,13 +347,10 @@ def test_a_torch_model_is_refused_in_a_sentence(hf_trained: Any) -> None:
 
 
 @pytest.mark.quick
-def test_names_are_those_of_a_graph() -> None:
-    """1 + L (H + 1) writers and, grouped and not, L (H + 2 (H + K) + 1) + 1 readers, each in order of depth."""
-    config = tiny_config()
-    readers = readers_of(config)
-    assert len(WRITERS) == 1 + 3 * 5 and len(readers) == 3 * (4 + 2 * (4 + 2) + 1) + 1
+def test_names_are_those_of_both_graphs(model: Llama) -> None:
+    """1 + L (H + 1) writers; L (3 H + 1) + 1 readers, L (H + 2 K + 1) + 1 of groups: each may be named."""
+    plain, grouped = (Graph.of(model.config, grouped).readers for grouped in (False, True))
+    assert (len(WRITERS), len(plain), len(grouped)) == (16, 40, 28)
     assert WRITERS[:7] == ("input", "a0.h0", "a0.h1", "a0.h2", "a0.h3", "m0", "a1.h0")
-    for places in (writers_of(config), readers):
-        depths = [place.depth for place in places.values()]
-        assert depths == sorted(depths)
-    assert readers["a1.g1<v>"].heads == (2, 3) and readers["a1.h2<v>"].heads == (2,)
+    inner = sorted({*plain, *grouped} - {"logits"})
+    assert path_patching(model, CLEAN, CORRUPTED, METRIC, "input", inner).receivers == tuple(inner)

@@ -65,12 +65,14 @@ def x64() -> Iterator[None]:
         yield
 
 
-def difference(model: Llama, embed: Any, rules: Rules | None, mask: Any = None, added: Any = None) -> jax.Array:
+def difference(
+    model: Llama, embed: Any, rules: Rules | None, mask: Any = None, added: Any = None, remat: bool = False
+) -> jax.Array:
     """The metric as a function of the embeddings `[T, E]`, and of what is added to other sites in every layer."""
     tokens = TOKENS if mask is None else np.zeros(len(mask), np.int32)
     edits = [Edit("embed", "set", None, True, embed)]
     edits += [Edit(name, "add", None, True, x) for name, x in (added or {}).items()]
-    logits = forward(model, tokens, edits, logits="last", mask=mask, rules=rules).logits
+    logits = forward(model, tokens, edits, logits="last", mask=mask, rules=rules, remat=remat).logits
     return logits[ANSWER] - logits[AGAINST]
 
 
@@ -111,6 +113,13 @@ def test_gradients_are_those_of_the_papers_formulas(name: str, wide: Llama, x64:
     found, slope = jax.value_and_grad(lambda e: difference(wide, e, make(wide.config)))(embed)
     np.testing.assert_allclose(found, value, rtol=EXACT)
     assert_exact(slope, gradient)
+
+
+@pytest.mark.torch
+def test_layers_that_run_again_in_the_backward_pass_obey_them_too(wide: Llama, x64: None) -> None:
+    rules, said = drawn(0)
+    slope = jax.grad(lambda e: difference(wide, e, rules, remat=True))(wide.embed[...][TOKENS])
+    assert_exact(slope, by_autograd(wide, said)[1])
 
 
 @pytest.mark.torch

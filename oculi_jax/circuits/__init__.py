@@ -7,6 +7,7 @@ from .edges import EdgeScores, edge_attribution
 from .graph import Graph
 from .paths import PathEffects, direct_effect, indirect_effect, path_patching, total_effect
 from .running import run_circuit
+from .searching import acdc, minimal
 from .verification import verify
 
 __all__ = [
@@ -16,10 +17,12 @@ __all__ = [
     "EdgeScores",
     "Graph",
     "PathEffects",
+    "acdc",
     "direct_effect",
     "edge_attribution",
     "faithfulness",
     "indirect_effect",
+    "minimal",
     "path_patching",
     "run_circuit",
     "total_effect",

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from ..arrays import integer, listing, under_trace
-from ..backends.jax.compiled import compiled
-from ..backends.jax.layout import lay_out
-from ..backends.jax.programs import measure, passed
-from ..backends.jax.taps import Taps
 from ..intervals import Interval
-from ..metrics import of_prompt
 from ..pytrees import pytree
-from .ablation import Ablated, ablated, ablation_of
+from .ablation import ablation_of
 from .circuit import Circuit
-from .edges import KEPT_BYTES, EdgeScores, largest
-from .pairs import Batch, Pairs
-from .running import masked, share_of
+from .edges import EdgeScores, largest
+from .pairs import Pairs
+from .running import share_of
+from .trials import values_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -88,7 +83,7 @@ def faithfulness(
     given: Any = dict.fromkeys(("edges", "nodes", "neurons")) | {kind: every[0][0]}
     _, _, grouped = share_of(model.config, **given)
     other = ablation_of(model, pairs, kind, ablation)
-    values = judged(model, pairs, np.concatenate(every), other, kind, grouped)
+    values = values_of(model, pairs, np.concatenate(every), other, kind=kind, grouped=grouped)
     n = len(chosen)
     return Curve(
         sizes=shares, by_prompt=values[2 : n + 2].T, empty=values[1], whole=values[0], counts=counts,
@@ -253,64 +248,3 @@ def _nulls(
             drawn[i, j] = Circuit(graph, **one).mask
             found[i, j] = n, drawn[i, j].sum()
     return drawn, found
-
-
-def _bytes(model: Decoder, n_tokens: int) -> int:
-    """What a run of one circuit holds of one prompt: what every writer wrote, before and after, and what a layer reads."""
-    c = model.config.sizes
-    return 4 * n_tokens * c["E"] * (2 * (1 + c["L"] * (c["H"] + 1)) + 4 * (3 * c["H"] + 1))
-
-
-def judged(
-    model: Decoder, pairs: Pairs, masks: Bool[np.ndarray, "R ..."], other: Ablated | None, kind: str, grouped: bool
-) -> Float[np.ndarray, "R B"]:
-    """The metric of the plain run of each pair, and then of what each mask keeps, all by one program for prompts of a length."""
-    values = np.zeros((1 + len(masks), len(pairs.clean)), np.float32)
-    size = partial(_bytes, model)
-    for chunk in pairs.calls(model, size, KEPT_BYTES):
-        at_once = max(1, min(len(masks), KEPT_BYTES // (chunk.size * size(chunk.bucket.n_tokens))))
-        batch = pairs.of_call(chunk)
-        found = _judged(model, batch, masks, other, kind=kind, grouped=grouped, at_once=at_once)
-        values[:, chunk.prompts] = np.asarray(found)[:, : len(chunk.prompts)]
-    return values
-
-
-@compiled("kind", "grouped", "at_once")
-def _judged(
-    model: Decoder,
-    batch: Batch,
-    masks: Bool[Any, "R ..."],
-    other: Ablated | None,
-    *,
-    kind: str,
-    grouped: bool,
-    at_once: int,
-) -> Float[Array, "R C"]:
-    """The metric of the plain run of each prompt, and of each circuit."""
-
-    def one(number: Array) -> Float[Array, "R"]:
-        def of(x: Any) -> Any:
-            return None if x is None else jnp.asarray(x)[number]
-
-        prompt, spoilt = (of(batch.clean), of(batch.mask)), (of(batch.corrupted), of(batch.corrupted_mask))
-        window, metric = jax.tree.map(of, batch.window), of_prompt(batch.metric, number)
-        first = None if window is None else window.first
-        own = ablated(model, kind, prompt, spoilt, other, first)
-
-        def value(normalised: Array) -> Array:
-            found = measure(model, normalised, prompt[1], metric, window)
-            if not hasattr(found, "shape") or found.shape != ():
-                raise TypeError("The metric must give one number for each run.")
-            return found.astype(jnp.float32)
-
-        layout = lay_out(model.config, *prompt)
-        plain = passed(model, Taps.of((), model.config, layout), (), to_end=True).normalised
-        assert plain is not None
-
-        def run(share: Array) -> Array:
-            return value(masked(model, prompt, share.astype(jnp.float32), own, kind, grouped))
-
-        found = jax.lax.map(run, jnp.asarray(masks), batch_size=at_once)
-        return jnp.concatenate([value(plain)[None], found])
-
-    return jax.vmap(one, out_axes=1)(jnp.arange(len(batch.clean)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -70,12 +71,12 @@ class Graph:
     def readers(self) -> tuple[str, ...]:
         """The names of the columns of edges: of each layer its queries, keys, values and its MLP; then logits."""
         letter, n = "g" if self.grouped else "h", self.n_shared
-        found = []
+        names = []
         for i in range(self.n_layers):
-            found += [f"a{i}.h{h}<q>" for h in range(self.n_heads)]
-            found += [f"a{i}.{letter}{k}<{what}>" for what in "kv" for k in range(n)]
-            found.append(f"m{i}")
-        return (*found, "logits")
+            names += [f"a{i}.h{h}<q>" for h in range(self.n_heads)]
+            names += [f"a{i}.{letter}{k}<{what}>" for what in "kv" for k in range(n)]
+            names.append(f"m{i}")
+        return (*names, "logits")
 
     @cached_property
     def edges(self) -> Bool[np.ndarray, "N M"]:
@@ -119,7 +120,7 @@ class Graph:
         writer, arrow, reader = name.partition("->")
         if not arrow:
             raise ValueError(f"{name!r} is no edge: give a writer and a reader, such as {self.names[0]!r}.")
-        row, column = self.node(writer), _place(reader, self.readers, "reader")
+        row, column = self.node(writer), found(reader, self.readers, "readers")
         if not self.edges[row, column]:
             raise ValueError(f"There is no edge {name!r}: {writer} does not stand before {reader}.")
         return row, column
@@ -131,7 +132,7 @@ class Graph:
             >>> Graph.of(model.config).node("m0")
             7
         """
-        return _place(name, self.writers, "writer")
+        return found(name, self.writers, "writers")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -175,20 +176,28 @@ class Graph:
             >>> int(Graph.of(model.config).random(10, np.random.default_rng(0)).sum())
             10
         """
-        found = np.zeros_like(self.edges)
+        some = np.zeros_like(self.edges)
         places = np.flatnonzero(self.edges)
-        found.reshape(-1)[rng.choice(places, integer(n, "n", 0, len(places)), replace=False)] = True
-        return found
+        some.reshape(-1)[rng.choice(places, integer(n, "n", 0, len(places)), replace=False)] = True
+        return some
 
     def __repr__(self) -> str:
         kind = ", grouped" if self.grouped else ""
         return f"Graph({len(self.writers)} writers, {len(self.readers)} readers, {self.n_edges} edges{kind})"
 
 
-def _place(name: Any, names: Iterable[str], what: str) -> int:
-    names = tuple(names)
+def found(name: str, names: Sequence[str], what: str) -> int:
+    """The place of a name among `what`; ValueError where it is none of them."""
     if name in names:
         return names.index(name)
-    near = difflib.get_close_matches(str(name), names, 2, 0.5)
+    near = difflib.get_close_matches(name, names, 3, 0.5)
     hint = f": did you mean {' or '.join(map(repr, near))}?" if near else "."
-    raise ValueError(f"There is no {what} {name!r} in this graph{hint} They are {names[0]} to {names[-1]}.")
+    raise ValueError(f"There is no {name!r} among {what}{hint} They are {listed(names)}.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Of each kind of names the first and the last."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+|<.>", "", name), []).append(name)
+    return ", ".join(some[0] if len(some) == 1 else f"{some[0]} to {some[-1]}" for some in kinds.values())

@@ -57,16 +57,23 @@ class Pairs(NamedTuple):
         config = check_model(model)
         clean, real, single = check_prompts(config, clean, mask)
         given = mask if corrupted_mask is None else corrupted_mask
-        corrupted, other_real, other = check_prompts(config, corrupted, given)
+        corrupted, _, other = check_prompts(
+            config, corrupted, None if given is None else np.ones(np.shape(corrupted), bool)
+        )
         if (single, clean.shape) != (other, corrupted.shape):
             shapes = (listing(x.shape[int(alone) :]) for x, alone in ((clean, single), (corrupted, other)))
             raise ValueError(
                 "clean has shape {}, and corrupted {}: what is written at each token takes the place of what is written at the "
                 "one in its place, so they must have one shape. Choose prompts of as many tokens.".format(*shapes)
             )
+        rows = corrupted[0] if other else corrupted
+        other_real = None if given is None else check_prompts(config, rows, given)[1]
         if real is None and other_real is not None:
             real = np.ones(clean.shape, bool)
-        checked = (None, ()) if metric is None else check_metric(metric, config.vocab_size, clean, real)
+        checked: Any = (None, ())
+        if metric is not None:
+            check_metric(metric, config.vocab_size, corrupted, other_real)
+            checked = check_metric(metric, config.vocab_size, clean, real)
         return cls(clean, corrupted, real, other_real, single, *checked)
 
     def calls(self, model: Decoder, bytes_of_prompt: Callable[[int], int], budget: int) -> Iterator[Chunk]:

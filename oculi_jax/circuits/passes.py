@@ -1,10 +1,10 @@
-"""The two runs of path patching: what is asked, checked; what senders tell receivers; what comes of it."""
+"""The two runs of path patching: what senders tell receivers, and what comes of it; and the plan of both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,29 +12,21 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import AnyArray, listing, under_trace
-from ..backends import check_model, programs_of
+from ..arrays import AnyArray, under_trace
+from ..backends import programs_of
 from ..capture import Reading
-from ..causal.setting import Runs, reading_of
+from ..causal.setting import reading_of
 from ..intervention import Edit, PerPrompt
 from ..intervention.frame import Frame
 from ..intervention.rows import Rows
-from ..metrics import check_metric
-from ..prompts import check_prompts
 from ..sites import SITES
 from ..sweeps.planning import MOST_ROWS, MOST_ROWS_ELSEWHERE, SweepPlan, after_runs
 from ..sweeps.sweeping import cost_of, plan_prompts, sweep_prompts
-from .names import Place, places_of, readers_of, writers_of
-from .ungrouping import ungrouped
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from ..metrics import MetricLike
     from ..models.decoder.config import DecoderConfig
-    from ..models.decoder.model import Decoder
+    from .setting import Setting
 
-DIRECTIONS = ("noising", "denoising")
 # Site → what it is captured as: what enters the first layer is the embedding.
 CAPTURED = {"z": "z", "mlp_out": "mlp_out", "resid_pre": "embed"}
 # So many senders run side by side at least, however many prompts there are.
@@ -55,116 +47,16 @@ def held_sites(config: DecoderConfig, mlps: bool, norms: bool) -> tuple[str, ...
     return ("z", *(("mlp_out",) if mlps else ()), *scales)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What path patching is given, checked.
-
-    Attributes:
-        model: in which query heads that share keys and values have them alone, where a receiver asks for that.
-        base, source: the runs.
-        single: whether there is one pair of prompts.
-        direction: as given.
-        senders, receivers: name → place.
-        each: whether every sender is patched alone.
-        masked: whether the two runs may differ in which tokens are real.
-    """
-
-    model: Decoder
-    base: Runs
-    source: Runs
-    single: bool
-    direction: str
-    senders: dict[str, Place]
-    receivers: dict[str, Place]
-    each: bool
-    masked: bool
-
-    @classmethod
-    def of(
-        cls,
-        model: Decoder,
-        clean: ArrayLike,
-        corrupted: ArrayLike,
-        metric: MetricLike,
-        senders: str | Sequence[str] | None,
-        receivers: str | Sequence[str],
-        direction: str,
-        mask: ArrayLike | None,
-        corrupted_mask: ArrayLike | None,
-    ) -> Setting:
-        config = check_model(model)
-        if direction not in DIRECTIONS:
-            raise ValueError(
-                f"direction is {direction!r}, and must be 'noising' (corrupted into clean) or 'denoising'."
-            )
-        tokens, real, single = check_prompts(config, clean, mask)
-        masked = mask is not None or corrupted_mask is not None
-        others, _, alone = check_prompts(config, corrupted, np.ones(np.shape(corrupted), bool) if masked else None)
-        if (single, tokens.shape) != (alone, others.shape):
-            shapes = (listing(x.shape[one:]) for x, one in ((tokens, single), (others, alone)))
-            raise ValueError(
-                "clean has shape {}, and corrupted {}: the two must be aligned token by token. Choose words of as many "
-                "tokens.".format(*shapes)
-            )
-        other_real = real if corrupted_mask is None else check_prompts(config, corrupted, corrupted_mask)[1]
-        check_metric(metric, config.vocab_size, others, other_real)
-        metric, _ = check_metric(metric, config.vocab_size, tokens, real)
-        known = writers_of(config)
-        given = known if senders is None else places_of(senders, known, "senders", config)
-        read = places_of(receivers, readers_of(config), "receivers", config)
-        _check_paths({} if senders is None else given, read)
-        runs = Runs(tokens, real, (), metric), Runs(others, other_real, (), metric)
-        base, source = runs if direction == "noising" else runs[::-1]
-        if any(place.site in ("k", "v") and len(place.heads) == 1 for place in read.values()):
-            model = ungrouped(model)
-        return cls(model, base, source, single, direction, given, read, senders is None, corrupted_mask is not None)
-
-    @property
-    def before(self) -> list[str]:
-        """The senders from which paths lead to a receiver."""
-        end = max(place.depth for place in self.receivers.values())
-        return [name for name, place in self.senders.items() if place.depth < end]
-
-    @property
-    def axes(self) -> tuple[int, ...]:
-        """Those of the senders that run."""
-        return (len(self.before),) if self.each else ()
-
-    def swept(self, interventions: tuple[Any, ...], progress: bool | None = None) -> Array:
-        """The metric of the base runs under interventions, `[B, N]`; `[B]` where they have no axis."""
-        base = self.base
-        return sweep_prompts(self.model, base.tokens, base.mask, interventions, base.metric, progress=progress)
-
-    def planned(self, interventions: tuple[Any, ...], held: int) -> SweepPlan:
-        """The plan of that, where so many bytes are held."""
-        base = self.base
-        return plan_prompts(self.model, base.tokens, base.mask, interventions, base.metric, held=held)
-
-
-def _check_paths(senders: Mapping[str, Place], receivers: Mapping[str, Place]) -> None:
-    """ValueError for a sender that no path leads from, and for receivers that would count for nothing."""
-    if "logits" in receivers and len(receivers) > 1:
-        others = ", ".join(name for name in receivers if name != "logits")
-        raise ValueError(
-            f"receivers names 'logits' and {others}: patched, the end is what it was told, whatever the others made of theirs. "
-            "Ask for 'logits' by itself."
-        )
-    last, end = max(receivers.items(), key=lambda item: item[1].depth)
-    late = [name for name, place in senders.items() if place.depth >= end.depth]
-    if late:
-        raise ValueError(f"{late[0]!r} writes after the last of the receivers, {last!r}, reads: no path leads from it.")
-
-
 def run_paths(setting: Setting, held: tuple[str, ...]) -> Found:
     """What the senders do where some sites are held to the base run."""
     readings = _readings(setting, held)  # of both runs alike, which are one program
     base_value, base = setting.base.observe(setting.model, readings)
     source_value, source = setting.source.observe(setting.model, readings)
-    if setting.masked and setting.source.mask is not None:
+    if setting.source.mask is not None:
         source = {site: _where_real(site, setting.source.mask, x, base[site]) for site, x in source.items()}
     names = setting.before
     if "logits" in setting.receivers:
-        patched = setting.swept(_first(setting, held, base, source, names))
+        patched = _swept(setting, _first(setting, held, base, source, names))
     else:
         parts = [_through(setting, _first(setting, held, base, source, part)) for part in _parts(setting, names)]
         patched = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
@@ -186,23 +78,35 @@ def plan_paths(setting: Setting, held: tuple[str, ...]) -> SweepPlan:
     cost = cost_of(model, n_tokens, n_prompts, setting.base.metric)
     names = setting.before
     if "logits" in setting.receivers:
-        swept = setting.planned(_first(setting, held, base, source, names), kept)
+        swept = _planned(setting, _first(setting, held, base, source, names), kept)
         return after_runs(swept, cost, 0, 2 * n_prompts, kept)
     parts, reads = [*_parts(setting, names)], _reads(setting)
     told = {name: x[:, None] for name, x in _nothing(setting, reads).items()}
     told = {name: x.repeat(len(parts[0]), axis=1) for name, x in told.items()}
     # Each part is planned alike: a sweep after runs up to the last layer that is read.
-    one, n_layers = setting.planned(_second(setting, told), kept), max(max(read.layers) for read in reads) + 1
+    one, n_layers = _planned(setting, _second(setting, told), kept), max(max(read.layers) for read in reads) + 1
     n_parts, n_runs = len(parts), len(parts) * len(parts[0]) * n_prompts
     flops = n_runs * n_layers * cost.flops_of_layer(n_tokens)
     held_there = cost.bytes_of_call(len(parts[0]) * n_prompts, n_tokens)
     swept = replace(
-        one, axes=setting.axes, parts=one.parts * n_parts, n_runs=n_parts * one.n_runs + n_runs,
+        one, axes=(len(names),) if setting.each else (), parts=one.parts * n_parts, n_runs=n_parts * one.n_runs + n_runs,
         flops=n_parts * one.flops + flops, naive_flops=n_parts * one.naive_flops + flops,
         layer_evaluations=n_parts * one.layer_evaluations + n_runs * n_layers, bytes=max(one.bytes, held_there),
         reading=n_parts * (one.reading + n_layers * cost.flops_of_reading),
     )  # fmt: skip
     return after_runs(swept, cost, 0, 2 * n_prompts, kept)
+
+
+def _swept(setting: Setting, interventions: tuple[Any, ...], progress: bool | None = None) -> Array:
+    """The metric of the base runs under interventions, `[B, N]`; `[B]` where they have no axis."""
+    base = setting.base
+    return sweep_prompts(setting.model, base.tokens, base.mask, interventions, base.metric, progress=progress)
+
+
+def _planned(setting: Setting, interventions: tuple[Any, ...], held: int) -> SweepPlan:
+    """The plan of that, where so many bytes are held."""
+    base = setting.base
+    return plan_prompts(setting.model, base.tokens, base.mask, interventions, base.metric, held=held)
 
 
 def _readings(setting: Setting, held: tuple[str, ...]) -> tuple[Reading, ...]:
@@ -289,7 +193,7 @@ def _through(setting: Setting, edits: tuple[Edit, ...]) -> Array:
     rows, axes = Rows.of(edits, [Frame(model.config, model.dtype, tokens.shape[1], row) for row in masks])
     run = programs_of(model).run_variants
     told = run(model, tokens, mask, rows, size=math.prod(axes), readings=_reads(setting)).activations
-    return setting.swept(_second(setting, told), progress=False)
+    return _swept(setting, _second(setting, told), progress=False)
 
 
 def _second(setting: Setting, told: Mapping[str, Any]) -> tuple[Edit, ...]:

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from ..arrays import listing
 from ..pytrees import pytree, static
 from ..sweeps.planning import SweepPlan, plans
-from .passes import Setting, held_sites, plan_paths, run_paths
+from .passes import held_sites, plan_paths, run_paths
+from .setting import Setting
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -1,4 +1,4 @@
-"""What `edge_attribution` and `faithfulness` will do, for `plan`."""
+"""What `edge_attribution`, `faithfulness`, `acdc` and `minimal` will do, for `plan`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ..prompts import bucket as rung
 from ..sweeps.planning import Call, Cost, Part, Plan, plans
 from ..sweeps.sweeping import cost_of
 from .circuit import Circuit
-from .curve import _bytes as bytes_of_run
 from .curve import _chosen, faithfulness
 from .edges import KEPT_BYTES, EdgeScores, _asked, _bytes, edge_attribution
 from .graph import Graph
 from .pairs import Chunk, Pairs
 from .readers import spans_of
+from .searching import acdc, minimal
+from .trials import at_once, bytes_of_run
 
 if TYPE_CHECKING:
     from jax import Array
@@ -81,25 +82,75 @@ def _plan_of_curve(
 ) -> Plan:
     pairs = Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask)
     kind, shares, _, _ = _chosen(circuits_or_scores, sizes, absolute)
-    n_circuits = 1 + len(shares) * (1 + nulls)
-    chunks = list(pairs.calls(model, partial(bytes_of_run, model), KEPT_BYTES))
     first: Any = circuits_or_scores if isinstance(circuits_or_scores, EdgeScores | Circuit) else circuits_or_scores[0]
-    c = model.config.sizes
+    n_circuits = 1 + len(shares) * (1 + nulls)
+    note = f"{n_circuits} circuits and the two plain runs of each pair"
+    return _plan_of_trials(model, pairs, first.graph, kind, n_circuits, 1, note)
+
+
+@plans(acdc)
+def _plan_of_search(
+    model: Decoder,
+    clean: ArrayLike,
+    corrupted: ArrayLike,
+    metric: MetricLike,
+    threshold: float,
+    within: Circuit | None,
+    ablation: str | Mapping[str, ArrayLike],
+    mask: ArrayLike | None,
+    corrupted_mask: ArrayLike | None,
+    progress: object,
+) -> Plan:
+    whole = Graph.of(model.config)
+    start = Circuit(whole, edges=whole.edges) if within is None else within
+    return _plan_of_removals(model, start, Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask), 1)
+
+
+@plans(minimal)
+def _plan_of_minimal(
+    model: Decoder,
+    circuit: Circuit,
+    clean: ArrayLike,
+    corrupted: ArrayLike,
+    metric: MetricLike,
+    tolerance: float,
+    ablation: str | Mapping[str, ArrayLike],
+    mask: ArrayLike | None,
+    corrupted_mask: ArrayLike | None,
+    progress: object,
+) -> Plan:
+    return _plan_of_removals(model, circuit, Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask), 2)
+
+
+def _plan_of_removals(model: Decoder, start: Circuit, pairs: Pairs, n_times: int) -> Plan:
+    """Of a trial for each edge so many times, as many side by side as there is room for."""
+    n, n_edges = at_once(model, pairs), int(start.edges.sum())
+    n_calls = n_times * -(-n_edges // n) + 2  # and the ends, and where it begins
+    times = "" if n_times == 1 else f" {n_times} times"
+    note = f"each of {n_edges} edges tried{times}, {n} at once: fewer where edges go with others, more where one is misjudged"
+    return _plan_of_trials(model, pairs, start.graph, "edges", n, n_calls, note)
+
+
+def _plan_of_trials(
+    model: Decoder, pairs: Pairs, graph: Graph, kind: str, n_circuits: int, n_calls: int, note: str
+) -> Plan:
+    """Of so many calls, each of two plain runs and circuits."""
+    c, n_runs = model.config.sizes, 2 + n_circuits
 
     def flops(cost: Cost) -> float:
         whole = c["L"] * cost.flops_of_layer(cost.n_tokens) + 2.0 * cost.n_logits * c["E"]
         if kind != "edges":
-            return (2 + n_circuits) * whole
+            return n_runs * whole
         # Of heads that read their own: keys and values of each, and what each writes.
-        more = 2.0 * cost.n_tokens * c["E"] * c["D"] * c["L"] * 2 * (first.graph.n_shared - c["K"])
-        return 2 * whole + n_circuits * (whole + more + _products(first.graph, cost.n_tokens))
+        more = 2.0 * cost.n_tokens * c["E"] * c["D"] * c["L"] * 2 * (graph.n_shared - c["K"])
+        return 2 * whole + n_circuits * (whole + more + _products(graph, cost.n_tokens))
 
-    held = partial(_bytes_of_curve, model, n_circuits)
-    note = f"{n_circuits} circuits and the two plain runs of each pair"
-    return _plan(model, pairs, chunks, flops, 2 + n_circuits, 2 + n_circuits, held, note)
+    chunks = n_calls * list(pairs.calls(model, partial(bytes_of_run, model), KEPT_BYTES))
+    held = partial(_bytes_of_trials, model, n_circuits)
+    return _plan(model, pairs, chunks, flops, n_calls * n_runs, n_runs, held, note)
 
 
-def _bytes_of_curve(model: Decoder, n_circuits: int, n_tokens: int) -> int:
+def _bytes_of_trials(model: Decoder, n_circuits: int, n_tokens: int) -> int:
     own = bytes_of_run(model, n_tokens)
     return own * max(1, min(n_circuits, KEPT_BYTES // own))
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from ..arrays import under_trace
 from ..causal.verification import ROUNDING, Verification, compared, drawn
-from .curve import judged
 from .edges import EdgeScores
 from .pairs import Pairs
 from .running import share_of
+from .trials import values_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -78,7 +78,8 @@ def verify(
     masks = np.ones((2 + len(chosen), graph.edges.size), bool)
     masks[1] = False
     masks[2 + np.arange(len(chosen)), chosen] = False
-    found = judged(model, pairs, masks.reshape(-1, *graph.edges.shape), None, kind, grouped)[1:].astype(np.float64)
+    masks = masks.reshape(-1, *graph.edges.shape)
+    found = values_of(model, pairs, masks, None, kind=kind, grouped=grouped)[1:].astype(np.float64)
     exact = (found[0] - found[2:]).mean(axis=1)
     rounding = ROUNDING * max(1.0, *np.abs(found[:2]).mean(axis=1).tolist())
     places = [

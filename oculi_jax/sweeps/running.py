@@ -88,7 +88,7 @@ def execute(prepared: Prepared, plan: SweepPlan, progress: Progress | bool | Non
             results[number][prompts[:, None], call.variants] = leaf[: len(prompts)]
         return len(prompts) + int((np.diff(call.variants, axis=1) != 0).sum())
 
-    with _progress(progress, plan.n_prompts * prepared.size) as advance:
+    with told("sweep", progress, plan.n_prompts * prepared.size) as advance:
         for part in plan.parts:
             made = _Made.of(prepared, part)
             for call in part.calls:
@@ -229,11 +229,17 @@ def _rows_of(rows: Rows, which: np.ndarray, variants: np.ndarray, grid: bool, me
     return replace(rows, leaves=leaves, by_prompt=tuple(by_prompts))
 
 
+def check_progress(progress: object) -> None:
+    """TypeError for what is no `progress`."""
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress is {progress!r}, and must be None, a bool, or a function of (done, total).")
+
+
 @contextmanager
-def _progress(progress: Any, total: int) -> Iterator[Callable[[int], None]]:
+def told(label: str, progress: Progress | bool | None, total: int) -> Iterator[Callable[[int], None]]:
     """`advance(n)`, which draws a bar, calls the user's function, or does nothing."""
     if progress is None or progress is True:
-        with progress_bar("sweep", total) as advance:
+        with progress_bar(label, total) as advance:
             yield advance
         return
     done = 0

@@ -24,7 +24,7 @@ from ..prompts import check_prompts
 from .grouping import make_plan
 from .planning import PLANNERS, Cost, Plan, SweepPlan, plans
 from .reach import Needs, Reach, needs_of, reaches_of
-from .running import Prepared, Progress, execute
+from .running import Prepared, Progress, check_progress, execute
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -85,8 +85,7 @@ def sweep(
         >>> effects.shape, bool((effects < metric(forward(model, ids))).any())
         ((4, 6), True)
     """
-    if not (progress is None or isinstance(progress, bool) or callable(progress)):
-        raise TypeError(f"progress is {progress!r}, and must be None, a bool, or a function of (done, total).")
+    check_progress(progress)
     model = find_model(model)
     tokens, mask, single = check_prompts(model.config, tokens, mask)
     return sweep_prompts(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
@@ -13,6 +15,7 @@ from .model import Attention, Block, Linear, RMSNorm
 
 if TYPE_CHECKING:
     from .config import DecoderConfig
+    from .model import Decoder
 
 
 def ungrouped(attn: Attention, config: DecoderConfig, *, projected: bool = False) -> Attention:
@@ -35,6 +38,17 @@ def ungrouped(attn: Attention, config: DecoderConfig, *, projected: bool = False
         norm = RMSNorm(repeat(norm.weight[...]))
     k, v = (attn.k, attn.v) if projected else (linear(attn.k), linear(attn.v))
     return Attention(attn.q, k, v, attn.o, attn.q_norm, norm)
+
+
+def without_groups(model: Decoder) -> Decoder:
+    """The same function in which every query head has keys and values of its own; all other parameters are the model's arrays."""
+    config = model.config
+    if config.num_attention_heads == config.num_key_value_heads:
+        return model
+    made = jax.tree.map(lambda x: x, model)  # an object of its own
+    made.config = replace(config, num_key_value_heads=config.num_attention_heads)
+    made.layers.attn = jax.vmap(lambda attn: ungrouped(attn, config))(model.layers.attn)
+    return made
 
 
 def head_writes(

@@ -1,8 +1,8 @@
 """Rotary position embedding: frequencies of every type that Llama configs name, and the rotation itself.
 
 The rotation is Su et al. (2021), arXiv:2104.09864, in the half-split layout of Hugging Face checkpoints. Frequencies
-and angles are float32 whatever the weights, computed in the order of operations of `transformers.modeling_rope_utils`,
-which is what published checkpoints were validated against.
+and angles are float32 whatever the weights, those of a float64 model too, as they are in transformers: computed in the order of
+operations of `transformers.modeling_rope_utils`, which is what published checkpoints were validated against.
 """
 
 from __future__ import annotations

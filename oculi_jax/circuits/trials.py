@@ -1,0 +1,96 @@
+"""The metric of many circuits on pairs of prompts: their masks are data of one program."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float
+
+from ..backends import programs_of
+from ..backends.jax.compiled import compiled
+from ..backends.jax.layout import lay_out
+from ..backends.jax.programs import measure, passed
+from ..backends.jax.taps import Taps
+from ..metrics import of_prompt
+from ..sweeps.planning import MOST_ROWS, MOST_ROWS_ELSEWHERE
+from .ablation import Ablated, ablated
+from .edges import KEPT_BYTES
+from .pairs import Batch, Pairs
+from .running import masked
+
+if TYPE_CHECKING:
+    from ..models.decoder.model import Decoder
+
+FEWEST, MOST = 4, 32  # so many circuits side by side, where one is the next one's condition
+
+
+def values_of(
+    model: Decoder, pairs: Pairs, masks: Bool[np.ndarray, "R ..."], other: Ablated | None, *, kind: str, grouped: bool
+) -> Float[np.ndarray, "R B"]:
+    """The metric of the plain run of each prompt, and then of what each mask keeps, by one program for prompts of a length."""
+    values, size = np.zeros((len(masks) + 1, len(pairs.clean)), np.float32), partial(bytes_of_run, model)
+    for chunk in pairs.calls(model, size, KEPT_BYTES):
+        at_once = max(1, min(len(masks), KEPT_BYTES // (chunk.size * size(chunk.bucket.n_tokens))))
+        batch = pairs.of_call(chunk)
+        found = _judged(model, batch, masks, other, kind=kind, grouped=grouped, at_once=at_once)
+        values[:, chunk.prompts] = np.asarray(found)[:, : len(chunk.prompts)]
+    return values
+
+
+def at_once(model: Decoder, pairs: Pairs) -> int:
+    """How many circuits to try side by side, of which each counts only where those before it turned out as foreseen."""
+    platform, _ = programs_of(model).room(model)
+    most = MOST_ROWS.get(platform, MOST_ROWS_ELSEWHERE) // pairs.clean.size
+    return min(max(most, FEWEST), MOST)
+
+
+def bytes_of_run(model: Decoder, n_tokens: int) -> int:
+    """What a run of one circuit holds of one prompt: what every writer wrote, before and after, and what a layer reads."""
+    c = model.config.sizes
+    return 4 * n_tokens * c["E"] * (2 * (1 + c["L"] * (c["H"] + 1)) + 4 * (3 * c["H"] + 1))
+
+
+@compiled("kind", "grouped", "at_once")
+def _judged(
+    model: Decoder,
+    batch: Batch,
+    masks: Bool[Any, "R ..."],
+    other: Ablated | None,
+    *,
+    kind: str,
+    grouped: bool,
+    at_once: int,
+) -> Float[Array, "R C"]:
+    """The metric of the plain run of each prompt, and of each circuit."""
+
+    def one(number: Array) -> Float[Array, "R"]:
+        def of(x: Any) -> Any:
+            return None if x is None else jnp.asarray(x)[number]
+
+        prompt, spoilt = (of(batch.clean), of(batch.mask)), (of(batch.corrupted), of(batch.corrupted_mask))
+        window, metric = jax.tree.map(of, batch.window), of_prompt(batch.metric, number)
+        first = None if window is None else window.first
+        own = ablated(model, kind, prompt, spoilt, other, first)
+
+        def value(normalised: Array) -> Array:
+            found = measure(model, normalised, prompt[1], metric, window)
+            if not hasattr(found, "shape") or found.shape != ():
+                raise TypeError("The metric must give one number for each run.")
+            return found.astype(jnp.float32)
+
+        layout = lay_out(model.config, *prompt)
+        plain = passed(model, Taps.of((), model.config, layout), (), to_end=True).normalised
+        assert plain is not None
+
+        def run(share: Array) -> Array:
+            return value(masked(model, prompt, share.astype(jnp.float32), own, kind, grouped))
+
+        found = jax.lax.map(run, jnp.asarray(masks), batch_size=at_once)
+        return jnp.concatenate([value(plain)[None], found])
+
+    return jax.vmap(one, out_axes=1)(jnp.arange(len(batch.clean)))
