@@ -75,6 +75,11 @@ def test_the_indirect_object_circuit_is_found_judged_and_written(run, trained, s
     assert found["faithfulness"] > 0.85 and abs(found["rest"]["faithfulness"]) < 0.1
     assert len(found["nulls"]) == 3 and max(map(abs, found["nulls"])) < 0.1
     assert found["rest"]["edges"] == int(wanted.complement.mask.sum())
+    (checked,) = (entry for entry in found["verification"]["entries"] if entry["edge"] == "m3->logits")
+    without = scores.graph.edges.copy()
+    without[u, v] = False
+    alone = lead(trained, run_circuit(trained.model, clean, corrupted, edges=without).logits)
+    assert checked["top"] and checked["exact"] == pytest.approx(whole - alone, abs=1e-3)
 
     written = json.loads(file.read_text(encoding="utf-8"))
     assert set(written) == {"cfg", "nodes", "edges"} and len(written["edges"]) == 927

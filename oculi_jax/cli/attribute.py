@@ -30,7 +30,7 @@ from .common import (
     shown,
     working,
 )
-from .effects import Target, answer_ids, bar
+from .effects import Target, answer_ids, as_fields, bar, print_check
 from .prompts import OneText, PromptFile, Row, check_one, check_target, read_rows, token_ids
 from .sets import (
     answers,
@@ -47,11 +47,13 @@ from .sets import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from rich.console import Console
 
     from ..analysis.result import Result
     from ..causal import Verification
     from ..models.llama import LlamaAttentionAdapter
+
+
+LOST = "Lost without it: exact, the part set to zero and all else live"
 
 
 def attribute(
@@ -161,7 +163,7 @@ def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str
     if asked.as_json:
         ends = {"logit": details["logit"], "embedding": details["embedding"], "completeness_error": missed}
         given = {"prompt": text, "chat": asked.chat, "target": target, "against": against}
-        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp, **_said(checked)})
+        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp, **as_fields(checked)})
     out = console(quiet=asked.as_json)
     what = (
         f"logit of {shown(target)}"
@@ -172,7 +174,7 @@ def _of_one(adapter: LlamaAttentionAdapter, text: str, target: str, against: str
     out.print(_table([(name, value, "") for name, value, _ in _ranked(by_head, by_mlp)[: asked.top]], checked))
     rest = _summary(details["embedding"], by_head, by_mlp)
     out.print(f"{rest}; all parts together miss the logit by {float(missed):.1e}.", markup=False)
-    _note(out, checked)
+    print_check(out, LOST, checked, "part")
     if asked.picture:
         save_picture(_draw(parts, heads, what), asked.picture, asked.as_json)
 
@@ -196,7 +198,7 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> N
     if asked.as_json:
         ends = {"logit": logit, "embedding": embedding, "completeness_error": heads.completeness_error}
         given = {**as_lists(rows, "prompt", "target", "against"), "chat": asked.chat}
-        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp, **_said(checked)})
+        print_json({**given, **ends, "heads": by_head, "mlps": by_mlp, **as_fields(checked)})
     out = console(quiet=asked.as_json)
     mean, interval = interval_cells(logit)
     out.print(TextCell(f"{what}, mean over {len(rows)} prompts: {mean} (95 % interval {interval})"))
@@ -205,7 +207,7 @@ def _of_set(adapter: LlamaAttentionAdapter, rows: list[Row], asked: _Asked) -> N
     out.print(_table(cells, checked))
     rest, missed = _summary(embedding["mean"], by_head["mean"], by_mlp["mean"]), np.abs(heads.completeness_error).max()
     out.print(f"{rest}; all parts together miss a prompt's logit by at most {missed:.1e}.", markup=False)
-    _note(out, checked)
+    print_check(out, LOST, checked, "part")
     if asked.picture:
         parts, heads = jax.tree.map(lambda x: x.mean(axis=0), (parts, heads))
         save_picture(_draw(parts, heads, f"{what}\nmean over {len(rows)} prompts"), asked.picture, asked.as_json)
@@ -228,31 +230,6 @@ def _ranked(by_head: np.ndarray, by_mlp: np.ndarray) -> list[tuple[str, float, t
     found = [(f"L{n}H{h}", float(v), (n, h)) for (n, h), v in np.ndenumerate(by_head)]
     found += [(f"L{n} MLP", float(v), (n,)) for n, v in enumerate(by_mlp)]
     return sorted(found, key=lambda part: -abs(part[1]))
-
-
-def _said(checked: Verification | None) -> dict[str, Any]:
-    """A verification as JSON has it."""
-    if checked is None:
-        return {}
-    return {
-        "verification": {
-            name: getattr(checked, name) for name in ("rank_correlation", "sign_errors", "missed", "entries")
-        }
-    }
-
-
-def _note(out: Console, checked: Verification | None) -> None:
-    """How what parts add agrees with what the logit loses without them."""
-    if checked is None:
-        return
-    n_top, n = sum(entry["top"] for entry in checked.entries), len(checked.entries)
-    wrong, missed = (", ".join(entry["part"] for entry in found) for found in (checked.sign_errors, checked.missed))
-    out.print(
-        f"Lost without it: exact, the part set to zero and all else live; {n} runs, of these {n_top} and of {n - n_top} others "
-        f"drawn at random. Rank correlation {checked.rank_correlation:.2f}; of opposite sign {wrong or 'none'}; of the others, "
-        f"among the {n_top} largest losses {missed or 'none'}.",
-        markup=False,
-    )
 
 
 def _table(parts: list[tuple[str, float, str]], checked: Verification | None) -> Table:

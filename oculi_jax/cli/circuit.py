@@ -30,7 +30,7 @@ from .common import (
     save_picture,
     working,
 )
-from .effects import Against, Target, announce, bar, heading, measure
+from .effects import Against, Target, announce, as_fields, bar, heading, measure, print_check
 from .pairs import Clean, Corrupted, aligned, check_aligned, print_ends, print_mean_ends, read_pairs
 from .prompts import PairFile, Row, check_one, check_target, token_ids
 from .sets import as_lists, mean_and_interval, measure_set, note_few
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from rich.console import Console
 
+    from ..causal import Verification
     from ..circuits import Circuit, Curve, EdgeScores
     from ..metrics import Metric
     from ..models.llama import LlamaAttentionAdapter
@@ -77,6 +78,13 @@ def circuit(
         int, typer.Option(help="How many random circuits of as many edges to compare it with.", min=0)
     ] = 20,
     top: Annotated[int, typer.Option(help="How many edges to show.", min=1)] = 12,
+    verify: Annotated[
+        int,
+        typer.Option(
+            help="Beside the largest, so many other edges, drawn at random, are corrupted to see what scores miss; 0: none is.",
+            min=0,
+        ),
+    ] = 20,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -108,7 +116,7 @@ def circuit(
         raise ValueError(f"--ablation is {ablation!r}, and must be {', '.join(ABLATIONS)}.{hint}")
     size = _Size(edges, fraction, absolute)
     size.check(model)
-    asked = _Asked(top, path, as_json, chat, allow_longer, size, steps, ablation, nulls)
+    asked = _Asked(top, path, as_json, chat, allow_longer, size, steps, ablation, nulls, verify)
     if prompts is not None:
         rows, texts = read_pairs(prompts, target, against)
         _of_set(open_adapter(model, dtype, *texts, chat=chat), rows, asked)
@@ -151,6 +159,7 @@ class _Asked(Asked):
     steps: int
     ablation: str
     nulls: int
+    verify: int
 
 
 def _check_output(path: Path | None) -> Path | None:
@@ -162,11 +171,12 @@ def _check_output(path: Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class _Found:
-    """The circuit, what it leaves out, and a curve of these two points."""
+    """The circuit, what it leaves out, a curve of these two points, and exact effects of some edges."""
 
     circuit: Circuit
     rest: Circuit
     curve: Curve
+    checked: Verification | None
 
 
 def _found(
@@ -186,7 +196,11 @@ def _found(
         curve = tools.faithfulness(adapter.model, parts, *given, **how)
     if np.mean(curve.whole) == np.mean(curve.empty):
         raise ValueError(f"The {name} is {np.mean(curve.whole):+.3f} in both runs: there is nothing to explain.")
-    return _Found(chosen, rest, curve)
+    if not asked.verify:
+        return _Found(chosen, rest, curve, None)
+    with working("Corrupting single edges"):
+        checked = tools.verify(scores, adapter.model, *given, mask=mask, top=asked.top, sample=asked.verify)
+    return _Found(chosen, rest, curve, checked)
 
 
 def _of_one(
@@ -235,7 +249,7 @@ def _print_json(prompts: dict[str, Any], metric: str, found: _Found, asked: _Ask
                  "by_prompt": curve.by_prompt[:, 1], "nulls": curve.nulls[:, 1]},
     }  # fmt: skip
     how = {"steps": asked.steps, "ablation": asked.ablation}
-    print_json({**prompts, "chat": asked.chat, "metric": metric, **how, **values})
+    print_json({**prompts, "chat": asked.chat, "metric": metric, **how, **values, **as_fields(found.checked)})
 
 
 def _ranked(chosen: Circuit) -> list[tuple[str, float]]:
@@ -260,11 +274,15 @@ def _print(out: Console, metric: str, found: _Found, asked: _Asked) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("edge", no_wrap=True)
     table.add_column("score", justify="right")
+    exact = {} if found.checked is None else {entry["edge"]: entry["exact"] for entry in found.checked.entries}
+    if exact:
+        table.add_column("exact", justify="right")
     table.add_column("", no_wrap=True, overflow="crop")
     for name, score in edges[: asked.top]:
-        table.add_row(name, f"{score:+.3f}", bar(score, abs(edges[0][1]) or 1.0))
+        own = [f"{exact[name]:+.3f}" if name in exact else ""] if exact else []
+        table.add_row(name, f"{score:+.3f}", *own, bar(score, abs(edges[0][1]) or 1.0))
     out.print(table)
-    # Here belongs what exact effects of a sample of edges say of the scores.
+    print_check(out, "Exact: what the metric loses where that edge alone is corrupted", found.checked, "edge")
     out.print("faithfulness 1: as the whole model; 0: as with everything ablated", style="dim")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,7 +18,9 @@ from .common import console, shown
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
+    from rich.console import Console
 
+    from ..causal import Verification
     from ..metrics import Metric
     from ..models.llama import LlamaAttentionAdapter
     from ..sweeps.planning import Plan
@@ -145,3 +147,25 @@ def heading(figure: Figure, *lines: str) -> None:
     letters = int(figure.get_size_inches()[0] * 72 / (0.55 * MEDIUM))
     wrapped = (textwrap.wrap(legible(line), letters, max_lines=3, placeholder=" …") for line in lines)
     figure.suptitle("\n".join(part for some in wrapped for part in some), fontsize=MEDIUM, **LITERAL)
+
+
+def as_fields(checked: Verification | None) -> dict[str, Any]:
+    """A verification as JSON has it."""
+    if checked is None:
+        return {}
+    names = ("rank_correlation", "sign_errors", "missed", "entries")
+    return {"verification": {name: getattr(checked, name) for name in names}}
+
+
+def print_check(out: Console, what: str, checked: Verification | None, key: str) -> None:
+    """How estimates agree with exact effects; `what` these are, and `key` what an entry's name is under."""
+    if checked is None:
+        return
+    n_top, n = sum(entry["top"] for entry in checked.entries), len(checked.entries)
+    wrong, missed = (", ".join(entry[key] for entry in found) for found in (checked.sign_errors, checked.missed))
+    text = (
+        f"{what}; {n} runs, of these {n_top} and of {n - n_top} others drawn at random. Rank correlation "
+        f"{checked.rank_correlation:.2f}; of opposite sign {wrong or 'none'}; of the others, among the {n_top} largest losses "
+        f"{missed or 'none'}."
+    )
+    out.print(text, markup=False)
