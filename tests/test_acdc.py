@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from oculi_jax import plan
-from oculi_jax.circuits import Circuit, Graph, acdc, faithfulness, minimal
+from oculi_jax.circuits import Circuit, Graph, acdc, edge_attribution, faithfulness, minimal
 from oculi_jax.circuits.searching import thinned
 from oculi_jax.metrics import kl_divergence, logit_difference
 
@@ -117,10 +117,33 @@ def test_no_edge_of_a_minimal_circuit_can_go(graph: Graph, ablation: str) -> Non
     found = minimal(MODEL, start, *PAIRS, tolerance=0.1, mask=MASK, ablation=ablation)
     assert (found.edges <= start.edges).all() and 0 < found.edges.sum() < start.edges.sum()
     np.testing.assert_array_equal(found.scores, start.scores)
-    fewer = [Circuit(graph, edges=found.edges & ~one) for one in np.eye(found.edges.size, dtype=bool).reshape(-1, *edges.shape)
-             if (one & found.edges).any()]  # fmt: skip
-    f = faithfulness(MODEL, [start, found, *fewer], *PAIRS, mask=MASK, ablation=ablation).faithfulness
+    f = faithfulness(MODEL, [start, found, *without_one(found)], *PAIRS, mask=MASK, ablation=ablation).faithfulness
     assert abs(f[1] - f[0]) < 0.1 + 1e-4 and np.abs(f[2:] - f[0]).min() > 0.1 - 1e-4
+
+
+def without_one(circuit: Circuit) -> list[Circuit]:
+    """The circuits of one edge less."""
+    fewer = np.repeat(circuit.edges[None], circuit.edges.sum(), axis=0)
+    fewer[(np.arange(len(fewer)), *np.nonzero(circuit.edges))] = False
+    return [Circuit(circuit.graph, edges=edges) for edges in fewer]
+
+
+def test_the_indirect_object_circuit_of_tiny_facts_is_found_and_no_edge_of_it_can_go(embedded: Any) -> None:
+    """Of 927 edges some fifty do nine tenths of it; what they leave out, and as many random edges, do nothing."""
+    model, tokenizer = embedded
+    names = [("Mary", "John"), ("Tom", "Anna"), ("Paul", "Sarah"), ("Lucy", "Mark")]
+    text = "When {} and {} went to the store, {} gave a ring to"
+    ids = np.array([tokenizer.encode(text.format(a, b, giver)) for a, b in names for giver in (b, a)])
+    answers = [tokenizer.encode(name)[-1] for pair in names for name in pair]
+    places = np.arange(8)
+    given = ids, ids[places ^ 1], logit_difference(answers, np.array(answers)[places ^ 1])
+    most = edge_attribution(model, *given, steps=5).top(60)
+    found = minimal(model, most, *given)
+    curve = faithfulness(model, [most, found, found.complement, *without_one(found)], *given, nulls=1)
+    f = curve.faithfulness
+    assert f[0] > 0.85 and abs(f[1] - f[0]) < 0.0201 and found.edges.sum() < most.edges.sum()
+    assert np.abs(f[3:] - f[0]).min() > 0.0199  # whichever goes
+    assert abs(f[2]) < 0.05 and abs(curve.nulls[0, 1]) < 0.1
 
 
 def test_plans_count_the_trials() -> None:

@@ -202,7 +202,7 @@ def thinned(
     graph, kept, scores = circuit.graph, circuit.edges, np.zeros(circuit.edges.shape, np.float32)
     distance, done, at = float(distances([kept])[0]), [foreseen], 0
     while at < len(order):
-        foreseen, begin, base, trials = np.mean(done[-n:]) >= 0.5, at, kept, []
+        foreseen, begin, base, trials = bool(np.mean(done[-n:]) >= 0.5), at, kept, []
         while at < len(order) and len(trials) < n:
             edge, at = tuple(order[at]), at + 1
             if base[edge]:  # and has not gone with another
