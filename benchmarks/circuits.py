@@ -54,7 +54,7 @@ def edges_row(model: Any, pairs: PromptPairs) -> Row:
     return side_by_side(
         lambda: jax.block_until_ready(edge_attribution(model, **given(pairs)).values),
         lambda: jax.block_until_ready(slopes(model, pairs.clean, pairs.mask, answers)),
-        bar=3.0, pairs=5,
+        bar=3.0, pairs=3,
     )  # fmt: skip
 
 
@@ -63,9 +63,15 @@ def curve_row(model: Any, pairs: PromptPairs, scores: EdgeScores) -> Row:
 
     def plain() -> None:
         for _ in range(10):
-            jax.block_until_ready(forward(model, pairs.clean, mask=pairs.mask, logits="last").logits)
+            jax.block_until_ready(last_logits(model, pairs.clean, pairs.mask))
 
-    return side_by_side(lambda: faithfulness(model, scores, **given(pairs)), plain, bar=4.0, pairs=3)
+    return side_by_side(lambda: faithfulness(model, scores, **given(pairs)), plain, bar=4.0, pairs=1)
+
+
+@jax.jit
+def last_logits(model: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Of the last real token of each prompt, `[B, V]`."""
+    return jax.vmap(lambda *row: forward(model, row[0], mask=row[1], logits="last").logits)(tokens, mask)
 
 
 def methods_of(model: Any, pairs: PromptPairs) -> dict[str, EdgeScores]:
@@ -96,9 +102,11 @@ def mib_row(model: Any, methods: dict[str, EdgeScores], pairs: PromptPairs, of: 
 
 def completeness_row(model: Any, pairs: PromptPairs) -> Row:
     """What the input's edges have together, beside the difference of the metric, summed over pairs, at 5, 20 and 100 steps."""
-    runs = [forward(model, x, mask=pairs.mask, logits="last") for x in (pairs.clean, pairs.corrupted)]
     rows = np.arange(len(pairs))
-    clean, corrupted = (np.asarray(x.logits).reshape(len(pairs), -1)[rows, [pairs.answers, pairs.others]] for x in runs)
+    clean, corrupted = (
+        np.asarray(last_logits(model, x, pairs.mask))[rows, [pairs.answers, pairs.others]]
+        for x in (pairs.clean, pairs.corrupted)
+    )
     difference = ((clean[0] - clean[1]) - (corrupted[0] - corrupted[1])).mean()
     errors = {}
     for steps in (5, 20, 100):
@@ -138,7 +146,7 @@ def pearson_row(model: Any, pairs: PromptPairs, site: str) -> Row:
 
 def memory_row() -> Row:
     """EAP-IG of one prompt at the shape of Llama 3.1 8B, by the compiler's account; float32, beside the weights."""
-    n_tokens, config = 20, LlamaConfig(**SHAPES["8B"])
+    n_tokens, config = 20, LlamaConfig.from_dict(SHAPES["8B"])
     params = {row.name: jax.ShapeDtypeStruct(row.shape, jnp.float32) for row in parameter_table(config)}
     ids = np.arange(n_tokens, dtype=np.int32)[None]
     metric, _ = check_metric(logit_difference(3, 4), config.vocab_size, ids, None)

@@ -212,7 +212,7 @@ def _bytes(model: Decoder, graph: Graph, steps: int, n_tokens: int) -> int:
     """What a call holds of one prompt: a backward pass, the differences of all writers, the gradients of all steps."""
     c, some = model.config.sizes, min(steps, STEPS_AT_ONCE)
     own = (graph.n_heads + 2 * graph.n_shared) * c["D"] + 3 * c["E"]
-    readers = 2 * graph.n_readers * c["E"]
+    readers = (1 + max(end - begin for begin, end in spans_of(c["L"]))) * graph.n_readers * c["E"]
     backward = min(_bytes_of_backward(model, n_tokens), KEPT_BYTES)
     return backward + 4 * n_tokens * (len(graph.writers) * c["E"] + some * c["L"] * own + readers)
 
@@ -309,7 +309,8 @@ class _Passes:
         """Differences of writers times gradients of readers, summed over pairs, tokens, and steps where there are any."""
         config, graph = self.model.config, self.graph
         dtype = self.model.dtype
-        flat = between.astype(dtype).reshape(len(between), -1)
+        # Made once, and not again for each slice of it.
+        flat = jax.lax.optimization_barrier(between.astype(dtype).reshape(len(between), -1))
 
         def read(one: Any, steps: Any) -> Float[Array, "R X"]:
             """A reader's gradient, from that of one run."""
@@ -320,12 +321,11 @@ class _Passes:
                 found = jnp.sum(found * weights[:, None, None, None, None], axis=0)
             return found.astype(dtype).reshape(len(found), -1)
 
-        def layer(n: int, number: Array) -> Float[Array, "N R"]:
+        def layer(number: Array) -> Float[Array, "R X"]:
             # Indexed: slices of a few layers' weights would be copies of them.
             block, own, before, after = jax.tree.map(lambda x: x[number], (self.model.layers, *xs))
             back = partial(pulled, block, config, self._rules_at(number), split=not graph.grouped)
-            readers = read(lambda own, before, after: back(own, before, after), (own, before, after))
-            return einsum("nx,rx->nr", flat[:n], readers, dtype=jnp.float32)
+            return read(lambda own, before, after: back(own, before, after), (own, before, after))
 
         lead = 1 if weights is None else 2
         own = {site: slope for site, slope in slopes.items() if site != "final_norm"}
@@ -333,8 +333,10 @@ class _Passes:
         columns = []
         for begin, end in spans_of(graph.n_layers):
             n = min(len(flat), 1 + (graph.n_heads + 1) * end)  # writers behind it are no edges of it
-            found = jax.lax.map(partial(layer, n), jnp.arange(begin, end))
-            columns.append(jnp.pad(jnp.moveaxis(found, 0, 1).reshape(n, -1), [(0, len(flat) - n), (0, 0)]))
+            # Those of several layers together, since products with one layer's would be thin.
+            readers = jax.lax.map(layer, jnp.arange(begin, end)).reshape(-1, flat.shape[1])
+            found = einsum("nx,rx->nr", flat[:n], readers, dtype=jnp.float32)
+            columns.append(jnp.pad(found, [(0, len(flat) - n), (0, 0)]))
         last = read(
             lambda slope, x: through_norm("final", self.model.norm, config, self._rules_at(None), x, slope[None]),
             (slopes["final_norm"], there["last"]),
