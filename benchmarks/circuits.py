@@ -126,10 +126,14 @@ def pearson_row(model: Any, pairs: PromptPairs, site: str) -> Row:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for row, real in enumerate(pairs.mask):
         metric = logit_difference(pairs.answers[row], pairs.others[row])
-        tokens = pairs.clean[row, real], pairs.corrupted[row, real]
-        guesses = {name: attribution_patching(model, *tokens, metric, site, **way) for name, way in ways.items()}
+        tokens = pairs.clean[row], pairs.corrupted[row]
+        guesses = {
+            name: attribution_patching(model, *tokens, metric, site, mask=real, **way) for name, way in ways.items()
+        }
         guesses["GradDrop"] = guesses["GradDrop"].grad_drop()
-        entries = verify(guesses["gradient"], model, *tokens, metric, top=10**9, sample=0, progress=False).entries
+        entries = verify(
+            guesses["gradient"], model, *tokens, metric, mask=real, top=10**9, sample=0, progress=False
+        ).entries
         exact = np.array([entry["exact"] for entry in entries])
         places = [tuple(entry[k] for k in ("layer", "head", "position") if k in entry) for entry in entries]
         for name, guess in guesses.items():
