@@ -21,7 +21,15 @@ DOCS = ROOT / "docs"
 MAC = "mac.md"
 CARD = "../weights/tiny-facts/README.md"
 COMING = "coming-from.md"
-DOCUMENTS = (("guide.md", "troubleshooting.md"), ("causal.md",), ("batch-jobs.md",), (MAC,), (COMING,), (CARD,))
+DOCUMENTS = (
+    ("guide.md", "troubleshooting.md"),
+    ("causal.md",),
+    ("circuits.md",),
+    ("batch-jobs.md",),
+    (MAC,),
+    (COMING,),
+    (CARD,),
+)
 COUNTS = "batch-jobs.md"  # how often its programs were compiled, so they stay
 MARKS = {MAC: [pytest.mark.real, pytest.mark.torch]} | {
     page: [] for page in (CARD, COMING, COUNTS)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..utils.tokens import Tokenizer
 
 # What MIB makes its prompts of (Mueller et al. 2025, arXiv:2504.13151).
-_MIB = json.loads(files(__package__).joinpath("ioi.json").read_text(encoding="utf-8"))
+_MIB = json.loads(files("oculi_jax.tasks").joinpath("ioi.json").read_text(encoding="utf-8"))
 _TRIES = 100  # for each pair, to find one that is not there yet
 
 
@@ -58,15 +58,19 @@ def indirect_object(
         When Anna and John were about to leave the park, John gave a key to | Anna gave a key to
     """
     n, rng = integer(n, "n", 1), np.random.default_rng(seed)
+
+    def one_of(things: Sequence[str]) -> str:
+        return things[int(rng.integers(len(things)))]
+
     names = _single(tokenizer, names)
     found: dict[str, tuple[str, str, str]] = {}
     for _ in range(_TRIES * n):
         if len(found) == n:
             break
-        template = templates[rng.integers(len(templates))]
+        template = one_of(templates)
         one, two = (names[i] for i in rng.choice(len(names), 2, replace=False))
         giver, other = (one, two) if rng.integers(2) else (two, one)
-        words = {"place": places[rng.integers(len(places))], "object": objects[rng.integers(len(objects))]}
+        words = {"place": one_of(places), "object": one_of(objects)}
         text, corrupted = (_filled(template, name_A=one, name_B=two, name_C=who, **words) for who in (giver, other))
         found.setdefault(text, (corrupted, other, giver))
     if len(found) < n:
