@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import memory
-from .tolerances import assert_parity, beyond, parity
+from .tolerances import assert_parity, beyond, parity, record
 
 NAME = "oculi_reference"
 
@@ -196,9 +197,18 @@ def products_of_xla() -> Iterator[None]:
         torch.nn.functional.linear = own
 
 
+@cache
+def xla_sums_are_long() -> bool:
+    """Whether XLA sums some 2000 terms in a row here: their rounding is then three times that of sums in pieces."""
+    x, w = np.random.default_rng(0).normal(size=(2, 64, 2048)).astype(np.float32)
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    found = np.asarray(jnp.einsum("te,fe->tf", x, w, precision=jax.lax.Precision.HIGHEST), np.float64)
+    return bool(np.std(found - exact) > 5e-7 * np.std(exact))
+
+
 def assert_near(hf: PreTrainedModel, out: Any, tokens: Any, mask: np.ndarray) -> None:
-    """That a run is within the contract's bounds of Hugging Face's code: in float32, or else, whose rounding is in these too, in
-    float64; or, where XLA's products alone bring Hugging Face's own code beyond them, no further than twice as far as that.
+    """That a run is within the contract's bounds of Hugging Face's code: in float32, or else, since its rounding is in these too,
+    in float64. Where XLA's sums are long, a site may be twice as far from that as XLA's products bring Hugging Face's own code.
 
     Args:
         hf: the model, in eval mode.
@@ -212,7 +222,8 @@ def assert_near(hf: PreTrainedModel, out: Any, tokens: Any, mask: np.ndarray) ->
             exact = reference_sites(exact_hf, tokens, real)
         from_exact = parity(out.activations, out.logits, exact, mask)
         errors |= {site: from_exact[site] for site in noisy}
-        if noisy := beyond(errors):
+        if (noisy := beyond(errors)) and xla_sums_are_long():
+            record(errors)
             with products_of_xla():
                 theirs = reference_sites(hf, tokens, real)
             rounding = parity({site: theirs[site] for site in out.activations}, theirs["logits"], exact, mask)

@@ -378,7 +378,7 @@ def test_smollm2_at_every_site(directory: Path, hf: Any, adapter: Any) -> None:
 
 @pytest.mark.real
 def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
-    from .reference import products_of_xla
+    from .reference import products_of_xla, xla_sums_are_long
 
     ids = np.array(adapter.tokenizer.encode("When Mary and John went to the store, John gave a drink to"))
     rng, keep = np.random.default_rng(0), np.ones((30, 9))
@@ -404,7 +404,7 @@ def test_interventions_on_smollm2(hf: Any, adapter: Any) -> None:
         with products_of_xla():
             rough = forward(hf, ids, some, capture=tuple(SITES))
         for name, error in errors.items():
-            noise = row_error(name, rough.activations[name], ours.activations, real)
+            noise = row_error(name, rough.activations[name], ours.activations, real) if xla_sums_are_long() else 0.0
             assert error <= 2 * max(ROW, noise), (some, name, error, noise)
         assert np.abs(np.asarray(ours.logits) - np.asarray(want.logits)).max() <= 2 * LOGITS
         assert ours.applied.tolist() == want.applied.tolist() and ours.applied.all()

@@ -309,8 +309,7 @@ class _Passes:
         """Differences of writers times gradients of readers, summed over pairs, tokens, and steps where there are any."""
         config, graph = self.model.config, self.graph
         dtype = self.model.dtype
-        # Made once, and not again for each slice of it.
-        flat = jax.lax.optimization_barrier(between.astype(dtype).reshape(len(between), -1))
+        flat = between.astype(dtype).reshape(len(between), -1)
 
         def read(one: Any, steps: Any) -> Float[Array, "R X"]:
             """A reader's gradient, from that of one run."""
