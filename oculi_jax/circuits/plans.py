@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from ..backends import programs_of
@@ -179,6 +180,9 @@ def _plan(
         first = chunk.bucket.first[chunk.places]
         parts.append(Part(chunk.prompts, first, columns, rung(chunk.size), reuse=False, calls=(call,)))
     most = max(chunk.size * held(chunk.bucket.n_tokens) for chunk in chunks)
+    most += (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(model.layers)) // n_layers
+    )  # of one at a time, a copy
     return Plan(
         n_prompts=n_prompts, n_tokens=n_tokens, n_layers=n_layers, n_runs=n_runs * n_prompts, parts=tuple(parts),
         flops=total, bytes=int(most), reading=reading, note=note, rate=partial(programs_of(model).rate, model),

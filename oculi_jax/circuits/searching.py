@@ -168,8 +168,13 @@ def _judge(
     other, n = ablation_of(model, pairs, "edges", ablation), at_once(model, pairs)
 
     def judge(masks: Sequence[Edges]) -> Float[np.ndarray, "R B"]:
-        room = np.stack([*masks, *[masks[-1]] * (n - len(masks))])
-        return values_of(model, pairs, room, other, kind="edges", grouped=grouped)[: len(masks) + 1]
+        found: list[np.ndarray] = []
+        for begin in range(0, len(masks), n):
+            some = masks[begin : begin + n]
+            room = np.stack([*some, *[some[-1]] * (n - len(some))])
+            plain, *values = values_of(model, pairs, room, other, kind="edges", grouped=grouped)[: len(some) + 1]
+            found = found + values if found else [plain, *values]
+        return np.stack(found)
 
     return judge, n
 

@@ -17,7 +17,7 @@ from ..backends.jax.layout import lay_out
 from ..backends.jax.programs import measure, passed
 from ..backends.jax.taps import Taps
 from ..metrics import of_prompt
-from ..sweeps.planning import MOST_ROWS, MOST_ROWS_ELSEWHERE
+from ..sweeps.planning import MOST_ROWS_ELSEWHERE
 from .ablation import Ablated, ablated
 from .edges import KEPT_BYTES
 from .pairs import Batch, Pairs
@@ -26,7 +26,9 @@ from .running import masked
 if TYPE_CHECKING:
     from ..models.decoder.model import Decoder
 
-FEWEST, MOST = 4, 32  # so many circuits side by side, where one is the next one's condition
+# Where one circuit is the next one's condition, those side by side are run in part for nothing: so many at most, and no more
+# tokens than fill the device.
+MOST, FILL = 32, {"cpu": 256}
 
 
 def values_of(
@@ -45,8 +47,7 @@ def values_of(
 def at_once(model: Decoder, pairs: Pairs) -> int:
     """How many circuits to try side by side, of which each counts only where those before it turned out as foreseen."""
     platform, _ = programs_of(model).room(model)
-    most = MOST_ROWS.get(platform, MOST_ROWS_ELSEWHERE) // pairs.clean.size
-    return min(max(most, FEWEST), MOST)
+    return min(max(FILL.get(platform, MOST_ROWS_ELSEWHERE) // pairs.clean.size, 1), MOST)
 
 
 def bytes_of_run(model: Decoder, n_tokens: int) -> int:
