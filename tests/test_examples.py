@@ -20,7 +20,7 @@ from .test_guide import DOCS, blocks, difference, run
 ROOT = Path(__file__).parents[1]
 PAGE = "reference/index.md"  # whose block is what examples begin from
 MODULES = (
-    "oculi_jax", "oculi_jax.intervention", "oculi_jax.metrics", "oculi_jax.causal", "oculi_jax.circuits", "oculi_jax.analysis",
+    "oculi_jax", "oculi_jax.intervention", "oculi_jax.metrics", "oculi_jax.causal", "oculi_jax.circuits", "oculi_jax.data", "oculi_jax.analysis",
     "oculi_jax.tasks", "oculi_jax.visualize", "oculi_jax.training", "oculi_jax.rules", "oculi_jax.models.llama", "oculi_jax.diagnostics",
     "oculi_jax.utils",
 )  # fmt: skip

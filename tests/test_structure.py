@@ -113,6 +113,7 @@ ALLOWED = {
         "utils",
         "webpage",
     },
+    "data": {*CORE, "backends", "data", "sweeps", "utils"},
     "analysis": {"adapter.structures", "analysis", "capture", "utils"},
     "diagnostics.py": {"analysis", "backends", "intervention", "run"},
     "training": {"arrays", "backends", "capture", "prompts", "run", "training", "utils"},

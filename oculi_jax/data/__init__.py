@@ -1,0 +1,9 @@
+"""Whole data sets: run chunk by chunk, kept in files that are whole or not there, and read back."""
+
+from .batches import Batch
+from .dataset import Dataset
+from .jobs import capture_dataset, map_dataset, sum_dataset
+from .store import Rows, Store
+from .streams import order
+
+__all__ = ["Batch", "Dataset", "Rows", "Store", "capture_dataset", "map_dataset", "order", "sum_dataset"]

@@ -1,0 +1,89 @@
+"""`Batch`: rows of a chunk that run together; a chunk is cut into them by the lengths of its own rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from ..arrays import AnyArray
+from ..prompts import bucket
+from ..pytrees import pytree, static
+from .dataset import padded_columns
+
+if TYPE_CHECKING:
+    from .dataset import Dataset
+
+# Tokens that run together. On a CPU more are no faster; elsewhere a layer's products should fill the device.
+TOKENS_AT_ONCE = {"cpu": 1024}
+TOKENS_AT_ONCE_ELSEWHERE = 32768
+
+
+@pytree
+class Batch:
+    """Rows that run together, of one length and a number that the length decides: few programs run a whole set.
+
+    Where fewer rows are left, the last one is repeated; whatever is made of these is dropped.
+
+    Attributes:
+        rows: their numbers in the data set, int32 `[B]`.
+        columns: name → `[B]` of numbers, or ids int32 `[B, T]`, padded on the right, of one `T` for all columns.
+        masks: name → bool `[B, T]`, True at real tokens, of the columns of ids.
+        weights: float32 `[B]`: 1 for a row, 0 for a repeated one.
+        column: the name of the one that models run on. Static.
+
+    Examples:
+        >>> def lengths(model, batch):
+        ...     assert batch.tokens.shape == batch.mask.shape
+        ...     return {"clean": batch.mask.sum(axis=1), "other": batch.mask_of("other").sum(axis=1)}
+        >>> rows = [{"text": text, "other": "Rome"}, {"text": "Rome", "other": "Rome is in"}]
+        >>> store = data.map_dataset(model, rows, lengths, "lengths", tokenizer=tokenizer)
+        >>> np.array(store["clean"]).tolist(), np.array(store["other"]).tolist()
+        ([6, 2], [2, 4])
+    """
+
+    rows: Int[AnyArray, "B"]
+    columns: Mapping[str, AnyArray]
+    masks: Mapping[str, Bool[AnyArray, "B T"]]
+    weights: AnyArray
+    column: str = static()
+
+    @property
+    def tokens(self) -> Int[AnyArray, "B T"]:
+        return self.columns[self.column]
+
+    @property
+    def mask(self) -> Bool[AnyArray, "B T"]:
+        return self.masks[self.column]
+
+    def __getitem__(self, name: str) -> AnyArray:
+        """A column; KeyError where there is none."""
+        return self.columns[name]
+
+    def mask_of(self, name: str) -> Bool[AnyArray, "B T"]:
+        """Which tokens of a column are real; KeyError where it is no column of ids."""
+        return self.masks[name]
+
+
+def batches_of(
+    dataset: Dataset, rows: list[dict[str, Any]], first: int, tokens_at_once: int
+) -> Iterator[tuple[Batch, Int[np.ndarray, "P"]]]:
+    """The batches of a chunk's rows, the longest first, and the places of theirs in the chunk."""
+    lengths = np.array([max(len(row[name]) for name in dataset.sequences) for row in rows])
+    order, begin = np.argsort(-lengths, kind="stable"), 0
+    while begin < len(order):
+        length = bucket(int(lengths[order[begin]]))
+        size = min(rows_of(length, tokens_at_once), 1 << (len(rows) - 1).bit_length())
+        places = order[begin : begin + size]
+        filled = np.concatenate([places, np.repeat(places[-1:], size - len(places))])
+        columns, masks = padded_columns(dataset, [rows[place] for place in filled], length)
+        weights = (np.arange(size) < len(places)).astype(np.float32)
+        yield Batch((first + filled).astype(np.int32), columns, masks, weights, dataset.column), places
+        begin += size
+
+
+def rows_of(length: int, tokens_at_once: int) -> int:
+    """How many rows of a length run together: a power of two, so that what is left over wastes little."""
+    return 1 << max(0, (tokens_at_once // length).bit_length() - 1)
