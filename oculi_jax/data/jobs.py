@@ -334,7 +334,7 @@ def _names(reading: Reading) -> list[str]:
 def _captured(
     model: Any, batch: Batch, *, readings: tuple[Reading, ...], interventions: Interventions
 ) -> dict[str, Array]:
-    """Each row's sites, those of layers by layer, tokens first."""
+    """Each row's sites, layer by layer; tokens first, where they are not at some positions."""
     ids, mask, _ = check_prompts(model.config, batch.tokens, batch.mask)
     frames = [Frame(model.config, model.dtype, ids.shape[1], np.asarray(row)) for row in batch.mask]
     seen = programs_of(model).run_variants(model, ids, mask, Rows.of(interventions, frames)[0], readings=readings)
@@ -346,7 +346,7 @@ def _by_layer(found: dict[str, Array], readings: tuple[Reading, ...]) -> dict[st
     parts = {}
     for reading in readings:
         value = found[reading.site.name][:, 0]
-        axis = reading.site.axes.index("T") if "T" in reading.site.axes else 0
+        axis = reading.site.axes.index("T") if reading.positions is None and "T" in reading.site.axes else 0
         each = [value[:, i] for i in range(len(reading.layers))] if reading.site.layered else [value]
         parts |= {name: jnp.moveaxis(x, 1 + axis, 1) for name, x in zip(_names(reading), each, strict=True)}
     return parts

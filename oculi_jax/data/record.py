@@ -19,27 +19,36 @@ if TYPE_CHECKING:
     from ..backends.protocol import Model
 
 NAME, FORMAT = "index.json", "oculi_jax store 1"
-_SEEN = 1 << 12  # numbers of a weight that its fingerprint is of
+_SEEN = 16  # entries of each axis of a weight, or a few more, that its fingerprint is of
 
 
 def describe(model: Model) -> dict[str, Any]:
     """Which model it is: its family, its dtype, and a hash of its configuration and of some numbers of every weight."""
     found = hashlib.sha256(repr(model.config).encode())
-    for name, leaf in _weights(model):
-        flat = leaf.reshape(-1)
-        some = flat[:: max(1, flat.shape[0] // _SEEN)][:_SEEN]
-        values = np.asarray(some) if isinstance(some, jax.Array) else some.detach().float().cpu().numpy()
-        found.update(f"{name} {tuple(leaf.shape)} {values.dtype}".encode() + values.tobytes())
+    for name, some in _weights(model):
+        values = np.asarray(some)
+        found.update(f"{name} {values.shape} {values.dtype}".encode() + values.tobytes())
     return {"backend": model.backend, "dtype": str(model.dtype), "weights": found.hexdigest()[:32]}
 
 
 def _weights(model: Any) -> list[tuple[str, Any]]:
-    """Names and arrays, or torch's tensors."""
+    """Name → some numbers of a weight."""
     if model.backend == "jax":
-        return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model)]
+        return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(_some(model))]
     own = model.weights()
     layers = [(f"{number}.{name}", x) for number, layer in enumerate(own.layers) for name, x in sorted(layer.items())]
-    return [("embed", own.embed), ("norm", own.norm), ("head", own.head), *layers]
+    tensors = [("embed", own.embed), ("norm", own.norm), ("unembed", own.unembed), *layers]
+    return [(name, x[_spread(tuple(x.shape))].detach().float().cpu().numpy()) for name, x in tensors]
+
+
+@jax.jit
+def _some(model: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[_spread(leaf.shape)], model)
+
+
+def _spread(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """Some entries of every axis."""
+    return tuple(slice(None, None, max(1, n // _SEEN)) for n in shape)
 
 
 def named(function: Callable[..., Any]) -> dict[str, Any]:

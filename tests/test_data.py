@@ -1,0 +1,272 @@
+"""Whole data sets: each row's results are its single run's, whatever it ran beside, and a second start does what is missing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from oculi_jax import CaptureSpec, data, forward, sweep
+from oculi_jax.intervention import Ablation, HeadAblation
+from oculi_jax.metrics import logit_difference
+
+from . import slow_job
+
+TEXTS = ["The capital of Italy is", "Rome", "When Mary and John met at the park, John gave a ring to", "Paris is in"]
+MANY = [TEXTS[i * i % 4] + " a" * (i % 3) for i in range(23)]
+CAPTURE = ("resid_post", CaptureSpec("z", [1, 3], [-1]), "final_norm")
+LATE = HeadAblation(np.arange(2, 4)[:, None], np.arange(6))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=pytest.mark.torch)])
+def test_captures_are_those_of_single_runs(embedded, backend: str, request, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+    ours = model if backend == "jax" else request.getfixturevalue("hf_trained")
+    change = Ablation("mlp_out", 0)
+    store = data.capture_dataset(
+        ours, MANY, CAPTURE, tmp_path / "s", interventions=change, tokenizer=tokenizer, chunk_size=10, progress=False
+    )
+    assert store.names == ("final_norm", *(f"resid_post.{n}" for n in range(4)), "z.1", "z.3") and not store.missing
+    for number in (0, 2, 9, 10, 21, 22):
+        ids = np.array(tokenizer.encode(MANY[number]))
+        alone = forward(model, ids, change, capture=CAPTURE, logits="none")
+        assert (store.ids[number] == ids).all()
+        for layer in range(4):
+            np.testing.assert_allclose(store["resid_post", layer][number], alone["resid_post"][layer], atol=2e-4)
+        np.testing.assert_allclose(store["z", 3][number], alone["z"][1], atol=1e-4)
+        np.testing.assert_allclose(store["final_norm"][number], alone["final_norm"], atol=2e-4)
+
+
+def test_a_function_gets_columns_and_its_tokens_are_kept_as_they_are_named(embedded, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+    clean, other = (
+        ("When Mary and John met, John gave a ring to", "When Mary and John met, Mary gave a ring to"),
+        TEXTS[:2],
+    )
+    answers = [tokenizer.encode(f" {name}", add_special_tokens=False)[-1] for name in ("Mary", "John")]
+    rows = [
+        {
+            "clean": clean[i % 2],
+            "second": other[i % 2],
+            "answer": answers[i % 2],
+            "other": answers[1 - i % 2],
+            "share": i / 4,
+        }
+        for i in range(7)
+    ]
+
+    @jax.jit
+    def stream(model, tokens, mask):
+        run = jax.vmap(lambda ids, real: forward(model, ids, mask=real, capture="embed", logits="none")["embed"])
+        return run(tokens, mask)
+
+    def fn(model, batch):
+        metric = logit_difference(batch["answer"], batch["other"])
+        assert batch["second"].shape == batch["clean"].shape == batch.tokens.shape
+        return {
+            "heads": sweep(model, batch.tokens, LATE, metric, mask=batch.mask),
+            "own": (stream(model, batch.tokens, batch.mask), batch["share"]),
+            "second": batch.mask_of("second").sum(axis=1),
+            "turned": np.moveaxis(np.asarray(stream(model, batch.tokens, batch.mask)), 1, 2),
+        }
+
+    store = data.map_dataset(
+        model, rows, fn, tmp_path / "s", tokenizer=tokenizer, tokens={"own.0": 1, "turned": 2}, chunk_size=4
+    )
+    assert store.names == ("heads", "own.0", "own.1", "second", "turned")
+    assert np.array(store["own.1"]).tolist() == [i / 4 for i in range(7)]
+    assert np.array(store["second"]).tolist() == [len(tokenizer.encode(other[i % 2])) for i in range(7)]
+    for number in (0, 3, 6):
+        ids = np.array(tokenizer.encode(clean[number % 2]))
+        metric = logit_difference(rows[number]["answer"], rows[number]["other"])
+        np.testing.assert_allclose(store["heads"][number], sweep(model, ids, LATE, metric), atol=1e-4)
+        embed = np.asarray(forward(model, ids, capture="embed")["embed"])
+        np.testing.assert_array_equal(store["own.0"][number], embed)
+        np.testing.assert_array_equal(store["turned"][number], embed)
+
+
+def test_sums_are_those_of_single_runs(embedded) -> None:
+    model, tokenizer = embedded
+
+    def last(model, batch):
+        spec = CaptureSpec("resid_post", [2], [-1])
+        run = jax.vmap(lambda ids, mask: forward(model, ids, mask=mask, capture=spec)["resid_post"][0, 0])
+        return {"stream": run(batch.tokens, batch.mask), "n": np.ones(len(batch.rows), int)}
+
+    found = data.sum_dataset(model, MANY, last, tokenizer=tokenizer)
+    alone = [forward(model, tokenizer.encode(text), capture="resid_post")["resid_post"][2, -1] for text in MANY]
+    np.testing.assert_allclose(found["stream"], np.sum(np.asarray(alone, np.float64), axis=0), rtol=1e-4, atol=1e-3)
+    assert found["n"] == 23 and found["stream"].dtype == np.float64
+
+
+def test_a_second_start_does_what_is_missing_or_damaged_and_comes_to_the_same_bytes(embedded, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+    asked: list[tuple[int, int]] = []
+    run = functools.partial(
+        data.capture_dataset, model, MANY, CAPTURE, tmp_path / "s", tokenizer=tokenizer, chunk_size=5,
+        progress=lambda *at: asked.append(at),
+    )  # fmt: skip
+    store = run()
+    whole = contents(tmp_path / "s")
+    assert len(whole) == 6 and asked[-1] == (23, 23) and repr(store).startswith("Store(23 of 23 rows")
+    (tmp_path / "s" / "part-000000.safetensors").unlink()
+    assert data.Store.open(tmp_path / "s").missing == (0,)
+    with pytest.raises(IndexError, match="Chunk 0 of .* is not written yet"):
+        data.Store.open(tmp_path / "s")["resid_post", 2][3]
+    damaged, cut = (tmp_path / "s" / f"part-00000{n}.safetensors" for n in (2, 4))
+    flipped = bytearray(whole[damaged.name])
+    flipped[-1000] ^= 1
+    damaged.write_bytes(flipped)
+    cut.write_bytes(whole[cut.name][:-1])
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    from oculi_jax.utils.files import _HOST
+
+    left = (
+        tmp_path / "s" / f".part-000000.safetensors.{_HOST}.{dead.stdout.strip()}.abc.part"
+    )  # of a process that was killed
+    left.mkdir()
+    with pytest.raises(ValueError, match="part-000002.safetensors' is damaged"):
+        data.Store.open(tmp_path / "s").check()
+    with pytest.warns(UserWarning) as warned:
+        run()
+    assert [("is damaged" in str(w.message), "was cut off" in str(w.message)) for w in warned] == [
+        (True, False),
+        (False, True),
+    ]
+    assert contents(tmp_path / "s") == whole
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
+    run().check()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()} == before  # nothing was done again
+
+
+def test_a_directory_of_another_job_is_refused_with_what_differs(embedded, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+
+    def ones(model, batch):
+        return np.ones(len(batch.rows))
+
+    run = functools.partial(data.map_dataset, model, fn=ones, directory=tmp_path / "s", tokenizer=tokenizer)
+    run(TEXTS, about={"threshold": 1})
+    for message, options in {
+        "about.threshold is 1 there, and 2 here": dict(dataset=TEXTS, about={"threshold": 2}),
+        "n_rows is 4 there, and 3 here": dict(dataset=TEXTS[:3], about={"threshold": 1}),
+        "data is .* there, and .* here": dict(dataset=[*TEXTS[:3], "Berlin"], about={"threshold": 1}),
+        "chunk_size is 512 there, and 3 here": dict(dataset=TEXTS, about={"threshold": 1}, chunk_size=3),
+        "function.* there": dict(
+            dataset=TEXTS, about={"threshold": 1}, fn=lambda model, batch: np.ones(len(batch.rows))
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=f"holds the results of another job: .*{message}"):
+            run(**options)
+    with pytest.raises(ValueError, match=r"capture is None there.*version|capture is None there"):
+        data.capture_dataset(model, TEXTS, "resid_post", tmp_path / "s", tokenizer=tokenizer)
+    other = jax.tree.map(lambda x: x * 1.01, model)
+    with pytest.raises(ValueError, match=r"model\.weights is"):
+        data.map_dataset(other, TEXTS, ones, tmp_path / "s", tokenizer=tokenizer, about={"threshold": 1})
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match=r"is not empty, and holds no results of a job: thesis\.tex"):
+        data.map_dataset(model, TEXTS, ones, tmp_path / "own", tokenizer=tokenizer)
+    with pytest.raises(FileExistsError, match="Cannot make the directory"):
+        data.map_dataset(model, TEXTS, ones, tmp_path / "own" / "thesis.tex", tokenizer=tokenizer)
+
+
+def started(directory: Path, *options: object) -> subprocess.Popen[str]:
+    """A process with a job of so many rows, two in a chunk, that takes so many seconds for each."""
+    command = [sys.executable, "-m", "tests.slow_job", directory, *map(str, options)]
+    root = Path(__file__).parents[1]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_it_ends_after_the_chunk_at_hand_when_it_is_asked_to(number: int, tmp_path: Path) -> None:
+    with started(tmp_path / "s", 20, 0.5) as process:
+        assert process.stdout is not None and process.stdout.readline() == process.stdout.readline() == "chunk\n"
+        process.send_signal(number)
+        out, error = process.communicate()
+    assert process.returncode == (-signal.SIGINT if number == signal.SIGINT else 128 + signal.SIGTERM)
+    assert "ends after the chunk at hand; the same call does the rest." in error and not out
+    store = data.Store.open(tmp_path / "s")
+    assert len(store.missing) == 8  # the second was at hand
+    assert list(contents(tmp_path / "s")) == ["index.json", "part-000000.safetensors", "part-000001.safetensors"]
+
+
+def test_killed_at_any_moment_it_comes_to_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """OCULI_KILLS: how often; twenty are what is promised."""
+    slow_job.run(tmp_path / "whole", 24)
+    rng, kills = np.random.default_rng(0), int(os.environ.get("OCULI_KILLS", "2"))
+    for _ in range(kills):
+        with started(tmp_path / "s", 24, 0.02) as process:
+            assert (
+                process.stdout is not None and process.stdout.readline()
+            )  # the first chunk that is missing, if any is
+            time.sleep(float(rng.uniform(0, 0.04)))
+            process.kill()
+    assert kills > 10 or data.Store.open(tmp_path / "s").missing
+    slow_job.run(tmp_path / "s", 24)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with started(tmp_path / "s", 6, 0, 20_000) as process:
+        error = process.communicate()[1]
+    assert process.returncode == 1 and "part-000000.safetensors'" in error, error
+    assert "0 of 3 chunks are there; the same call does the rest." in error, error
+    assert list(contents(tmp_path / "s")) == ["index.json"]
+    slow_job.run(tmp_path / "s", 6)
+    slow_job.run(tmp_path / "whole", 6)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_a_store_is_read_without_this_library(embedded, tmp_path: Path) -> None:
+    model, tokenizer = embedded
+    store = data.capture_dataset(model, MANY, "mlp_out", tmp_path / "s", tokenizer=tokenizer, chunk_size=8)
+    parts = [load_file(path) for path in sorted((tmp_path / "s").glob("part-*.safetensors"))]
+    assert json.loads((tmp_path / "s" / "index.json").read_text())["n_rows"] == 23
+    begins = [np.diff(part["offsets"]) for part in parts]
+    assert np.concatenate(begins).tolist() == [len(tokenizer.encode(text)) for text in MANY]
+    whole = np.concatenate([part["mlp_out.2"] for part in parts])
+    np.testing.assert_array_equal(whole, store["mlp_out", 2].tokens())
+    np.testing.assert_array_equal(np.concatenate([part["ids"] for part in parts]), store.ids.tokens())
+    some = store["mlp_out", 2].tokens([22, 3])
+    np.testing.assert_array_equal(some, np.concatenate([store["mlp_out", 2][22], store["mlp_out", 2][3]]))
+    with pytest.raises(ValueError, match="of unequal lengths"):
+        np.array(store["mlp_out", 2])
+    with pytest.raises(KeyError, match="Did you mean 'mlp_out"):
+        store["mlp_ouch", 2]
+    with pytest.raises(IndexError, match="There is no row 23"):
+        store["mlp_out", 2][23]
+
+    trained = store["mlp_out", 2].batches(10, key=3)
+    seen = np.concatenate([next(trained) for _ in range(len(whole) // 10 + 1)])
+    first = {row.tobytes() for row in seen[: len(whole)]}
+    assert first == {row.tobytes() for row in whole}  # each once before any twice
+    again = store["mlp_out", 2].batches(10, key=3, start=4)
+    np.testing.assert_array_equal(next(again), seen[40:50])
+    assert (next(store["mlp_out", 2].batches(10, key=4)) != seen[:10]).any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1000])
+def test_an_order_is_a_permutation_over_all_hosts_and_another_each_time_through(n: int) -> None:
+    hosts = [data.order(n, 5, key=1, host=host, n_hosts=3) for host in range(3)]
+    drawn = np.concatenate([next(hosts[host]) for _ in range(2 * n // 15 + 2) for host in range(3)])
+    assert sorted(drawn[:n]) == sorted(drawn[n : 2 * n]) == list(range(n))
+    if n >= 100:
+        assert (drawn[:n] != drawn[n : 2 * n]).mean() > 0.9 and (drawn[:n] != np.arange(n)).mean() > 0.9
+        # As far from where it was as a random one: a third of n on average.
+        assert abs(np.abs(drawn[:n] - np.arange(n)).mean() / n - 1 / 3) < 0.1
