@@ -30,9 +30,8 @@ DOCUMENTS = (
     (COMING,),
     (CARD,),
 )
-COUNTS = "batch-jobs.md"  # how often its programs were compiled, so they stay
 MARKS = {MAC: [pytest.mark.real, pytest.mark.torch]} | {
-    page: [] for page in (CARD, COMING, COUNTS)
+    page: [] for page in (CARD, COMING, "batch-jobs.md")
 }  # of the embedded model
 
 CHAPTERS = (
@@ -144,7 +143,7 @@ def test_every_block_runs(
         for block in blocks(page, text):
             printed = run(block, namespace).splitlines()
             if memory.is_full():
-                (memory.trim if COUNTS in document else memory.let_go)()
+                memory.let_go()
             want = (block.printed or "").splitlines()
             where = f"{page}:{block.line}"
             if len(printed) != len(want):

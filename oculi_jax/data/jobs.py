@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import __version__
 from ..arrays import integer, listing, under_trace, wide
@@ -336,6 +337,9 @@ def _captured(
 ) -> dict[str, Array]:
     """Each row's sites, layer by layer; tokens first, where they are not at some positions."""
     ids, mask, _ = check_prompts(model.config, batch.tokens, batch.mask)
+    mesh = getattr(model.device, "mesh", None)  # prompts over `data`, where a model is on several devices
+    if mesh is not None and len(ids) % mesh.shape.get("data", 1) == 0:
+        ids, mask = jax.device_put((ids, mask), NamedSharding(mesh, PartitionSpec("data")))
     frames = [Frame(model.config, model.dtype, ids.shape[1], np.asarray(row)) for row in batch.mask]
     seen = programs_of(model).run_variants(model, ids, mask, Rows.of(interventions, frames)[0], readings=readings)
     return _by_layer(dict(seen.activations), readings)
