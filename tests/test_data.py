@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -221,9 +222,33 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(tmp_path: Path, capsys:
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
 
+def test_two_hosts_killed_and_restarted_write_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def hosts(seconds: float) -> list[subprocess.Popen[str]]:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        return [started(tmp_path / "s", 12, seconds, f"--host={n}", f"--port={port}") for n in range(2)]
+
+    first, second = hosts(0.5)
+    with first, second:
+        for process in (first, second):
+            assert process.stdout is not None and "chunk\n" in process.stdout  # each has one at hand
+            process.kill()
+    assert len(data.Store.open(tmp_path / "s").missing) == 6
+    first, second = hosts(0)
+    with first, second:
+        out = [process.communicate()[0].count("chunk") for process in (first, second)]
+    assert out == [3, 3] and first.returncode == second.returncode == 0
+    slow_job.run(tmp_path / "whole", 12)
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+    want = sum(1 / (3 + 2 * i) for i in range(1100))
+    for n in range(2):  # the whole on every host
+        np.testing.assert_allclose(np.load(f"{tmp_path / 's'}-{n}.npy"), want, rtol=1e-6)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
 def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with started(tmp_path / "s", 6, 0, 20_000) as process:
+    with started(tmp_path / "s", 6, 0, "--most-bytes=20000") as process:
         error = process.communicate()[1]
     assert process.returncode == 1 and "part-000000.safetensors'" in error, error
     assert "0 of 3 chunks are there; the same call does the rest." in error, error

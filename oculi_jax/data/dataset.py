@@ -46,7 +46,7 @@ class Dataset:
     """
 
     def __init__(self, source: DatasetLike, tokenizer: Tokenizer | None = None, *, column: str | None = None):
-        given = _read(source) if isinstance(source, str | os.PathLike) else source
+        given: Any = _read(source) if isinstance(source, str | os.PathLike) else source
         if isinstance(given, Mapping):
             raise TypeError("A data set is rows: give a list of dictionaries, and not a dictionary of lists.")
         if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):

@@ -156,6 +156,8 @@ def sum_dataset(
 ) -> Any:
     """The sum over all rows of what a function gives of each, kept on the devices until a chunk is done. Host function.
 
+    Under `jax.distributed`, as in `map_dataset`, every host sums its own chunks and has the sum of all.
+
     Args:
         fn: as in `map_dataset`; sums over tokens it makes itself, with `batch.mask`.
         model, dataset, tokenizer, progress: as in `map_dataset`.
@@ -180,8 +182,11 @@ def sum_dataset(
     if under_trace(model):
         raise TypeError("sum_dataset runs on the host and was called inside a trace (jit, vmap, grad).")
     total: Any = None
+    begins = range(0, len(given), ROWS_OF_A_CHUNK)[jax.process_index() :: jax.process_count()]
+    if jax.process_count() > len(range(0, len(given), ROWS_OF_A_CHUNK)):
+        begins = range(0, len(given), ROWS_OF_A_CHUNK)  # on each of them, where there is not one for each
     with told("sum_dataset", progress, len(given)) as advance:
-        for begin in range(0, len(given), ROWS_OF_A_CHUNK):
+        for begin in begins:
             rows = given.rows(range(begin, min(begin + ROWS_OF_A_CHUNK, len(given))))
             own: Any = None
             for batch, _ in batches_of(given, rows, begin, _at_once(found)):
@@ -191,7 +196,13 @@ def sum_dataset(
             own = jax.tree.map(lambda x: np.asarray(x, np.float64), own)
             total = own if total is None else jax.tree.map(np.add, total, own)
             advance(len(rows))
-    return total
+    return total if len(begins) == -(-len(given) // ROWS_OF_A_CHUNK) else jax.tree.map(_of_all_hosts, total)
+
+
+def _of_all_hosts(own: np.ndarray) -> np.ndarray:
+    """The sum over hosts, whose float64 travels as what JAX keeps."""
+    halves = np.stack([own.astype(np.float32), (own - own.astype(np.float32)).astype(np.float32)])
+    return multihost_utils.process_allgather(halves).astype(np.float64).sum(axis=(0, 1))
 
 
 @jax.jit
