@@ -1,4 +1,4 @@
-"""`oculi heads`, `attribute`, `generate`, `capture`, `sites`: what they print and draw, and interventions written in one line."""
+"""`oculi heads`, `attribute`, `generate`, `capture`, `sites`, `store`: what they print and draw, and interventions written in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import oculi_jax
-from oculi_jax import SITES, forward, generate, load
+from oculi_jax import SITES, data, forward, generate, load
 from oculi_jax.analysis import CircuitDetection
 from oculi_jax.cli.interventions import KINDS, parse
 from oculi_jax.cli.without import Logits
@@ -208,6 +208,26 @@ def test_oculi_capture(trained: LlamaAttentionAdapter, tmp_path: Path, oculi_her
         metadata = file.metadata()
     assert json.loads(metadata["axes"])["pattern"] == "L H T S" and json.loads(metadata["tokens"]) == ids
     assert metadata["model"] == "tiny-facts" and json.loads(metadata["layers"]) == [1, 3]
+
+
+def test_oculi_store_says_what_a_directory_holds(trained, oculi_here, tmp_path: Path) -> None:
+    texts = [FRANCE, "Rome", "Paris"]
+    data.capture_dataset(
+        trained.model, texts, "mlp_out", tmp_path / "s", tokenizer=trained.tokenizer, chunk_size=1, progress=False
+    )
+    code, out, _ = oculi_here("store", str(tmp_path / "s"), "--check")
+    assert code == 0 and "3 rows in 3 chunks of 1, all written; all as they were written." in out
+    assert "  mlp_out.3  float32 [tokens, 192]\n" in out and "(jax, float32)" in out
+    last = tmp_path / "s" / "part-000002.safetensors"
+    last.write_bytes(last.read_bytes()[:-1] + b"x")
+    (tmp_path / "s" / "part-000001.safetensors").unlink()
+    code, out, error = oculi_here("store", str(tmp_path / "s"))
+    assert code == 0 and "1 not written yet: 1." in out
+    assert json.loads(oculi_here("store", str(tmp_path / "s"), "--json")[1])["missing"] == [1]
+    code, out, error = oculi_here("store", str(tmp_path / "s"), "--check")
+    assert code == 2 and "is damaged" in " ".join(error.split())
+    code, out, error = oculi_here("store", str(tmp_path))
+    assert code == 2 and "There are no results in" in " ".join(error.split())
 
 
 def test_oculi_sites_prints_the_table(oculi_here) -> None:

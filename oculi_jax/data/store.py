@@ -57,8 +57,22 @@ class Store:
     @property
     def names(self) -> tuple[str, ...]:
         """What it holds of each row or token; none where no chunk is written."""
-        first = next((n for n in range(self.n_chunks) if file_of(self.directory, n).exists()), None)
-        return () if first is None else tuple(sorted(set(self.chunk(first).places) - {IDS, OFFSETS}, key=_by_number))
+        first = self._first()
+        return () if first is None else tuple(sorted(set(first.places) - {IDS, OFFSETS}, key=_by_number))
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...], bool]:
+        """The dtype and shape of each entry of a name, and whether these are tokens rather than rows.
+
+        Examples:
+            >>> store = data.capture_dataset(model, ["Rome", text], "mlp_out", "described", tokenizer=tokenizer)
+            >>> store.describe("mlp_out.3")
+            ('float32', (192,), True)
+        """
+        first = self._first()
+        if first is None or name not in first.places:
+            raise KeyError(self._unknown(name))
+        dtype, shape, _ = first.places[name]
+        return str(dtype), shape[1:], name in first.by_token
 
     def layers(self, site: str) -> tuple[int, ...]:
         """The layers of a site."""
@@ -69,9 +83,7 @@ class Store:
         """`store["resid_post", 3]`, a site's layer, or `store["effects"]`; KeyError where there is none."""
         full = name if isinstance(name, str) else f"{name[0]}.{name[1]}"
         if full not in self.names:
-            near = difflib.get_close_matches(full, self.names, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise KeyError(f"The store has no {full!r}, and has {', '.join(self.names) or 'nothing yet'}.{hint}")
+            raise KeyError(self._unknown(full))
         return Rows(self, full)
 
     @property
@@ -90,6 +102,17 @@ class Store:
     def ends(self) -> Int[np.ndarray, "C"]:
         """How many tokens there are up to the end of each chunk; IndexError where one is missing."""
         return np.cumsum([self.chunk(number).places[IDS][1][0] for number in range(self.n_chunks)])
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.names, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"The store has no {name!r}, and has {', '.join(self.names) or 'nothing yet'}.{hint}"
+
+    def _first(self) -> Chunk | None:
+        """The first chunk that is written."""
+        there = (n for n in range(self.n_chunks) if file_of(self.directory, n).exists())
+        number = next(there, None)
+        return None if number is None else self.chunk(number)
 
     def _chunk(self, number: int) -> Chunk:
         try:
