@@ -20,6 +20,7 @@ from .arrays import AnyArray, as_array, listing, on_device
 from .models.decoder.derivatives import Derivatives
 from .pytrees import pytree
 from .sites import SITES, Site, site_of
+from .traced import entry
 
 if TYPE_CHECKING:
     from .models.decoder.config import DecoderConfig
@@ -215,4 +216,5 @@ def of_layer(rules: Rules, layer: Array | None) -> Derivatives:
     if layer is None:
         return Derivatives({name: x for name, x in rules.stop.items() if not SITES[name].layered})
     stop = {name: x for name, x in rules.stop.items() if SITES[name].layered}
-    return Derivatives(*jax.tree.map(lambda x: x[layer], (stop, dict(rules.products), rules.secant, rules.temperature)))
+    of_layers = stop, dict(rules.products), rules.secant, rules.temperature
+    return Derivatives(*jax.tree.map(lambda x: entry(x, layer), of_layers))

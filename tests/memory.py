@@ -17,6 +17,9 @@ except ImportError:  # Windows
 # What a process may hold before it lets go of its programs: of memory, and of memory maps, of which Linux gives a process
 # 65,530, beyond which XLA's compiler crashes.
 MOST_MEMORY, MOST_MAPS = 2.2, 30_000
+# What programs have in any case, in GB, where real models alone are about as much: without programs every test makes its own anew.
+ROOM = 0.4
+stays = 0.0  # what a process held after it had last let go
 PROCESS = Path("/proc/self")
 
 
@@ -29,18 +32,24 @@ def trim() -> None:
 
 def let_go() -> None:
     """Compiled programs, and what compiling left behind."""
+    global stays
     jax.clear_caches()
     trim()
+    stays = held()
+
+
+def held() -> float:
+    """What this process holds now, in GB; 0 where the system does not say."""
+    if not PROCESS.exists() or resource is None:
+        return 0.0
+    return int((PROCESS / "statm").read_text().split()[1]) * resource.getpagesize() / 1e9
 
 
 def is_full() -> bool:
     """Whether this process holds too much; elsewhere than on Linux, letting go between files has to do."""
     if not PROCESS.exists() or resource is None:
         return False
-    pages = int((PROCESS / "statm").read_text().split()[1])
-    return (
-        pages * resource.getpagesize() / 1e9 > MOST_MEMORY or (PROCESS / "maps").read_bytes().count(b"\n") > MOST_MAPS
-    )
+    return held() > max(MOST_MEMORY, stays + ROOM) or (PROCESS / "maps").read_bytes().count(b"\n") > MOST_MAPS
 
 
 def most_held() -> float | None:

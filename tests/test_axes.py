@@ -12,7 +12,7 @@ FILES = ("axes.py", "test_forward_laws.py", "test_generate.py", "test_language.p
 
 
 def test_the_core_keeps_the_axes_that_it_names() -> None:
-    """Quick tests in a process of their own, since the checks make all tracing a third slower."""
+    """Quick tests of JAX in a process of their own, since the checks make all tracing a third slower."""
     packages = ",".join(f"oculi_jax.{name}" for name in CHECKED)
     command = [
         sys.executable,
@@ -21,7 +21,7 @@ def test_the_core_keeps_the_axes_that_it_names() -> None:
         "-n",
         "0",
         "-m",
-        "quick",
+        "quick and not torch",
         f"--jaxtyping-packages={packages},beartype.beartype",
     ]
     done = subprocess.run(

@@ -48,6 +48,7 @@ class Hooked:
         self.hf = hf.double()
         self.hf.set_attn_implementation(name)
         self.seen: dict[Any, Any] = {}
+        self.plain: dict[tuple[bytes, Any], tuple[float, dict[Any, Any]]] = {}
         self.replace: Callable[[Any, Any], Any] = lambda key, x: x
         for i, layer in enumerate(hf.model.layers):
             out = getattr(layer, "post_feedforward_layernorm", layer.mlp)
@@ -98,13 +99,20 @@ class Hooked:
         last = logits[int(np.flatnonzero(real[0].numpy())[-1])]
         return float(last[3] - last[41]), self.seen
 
+    def unpatched(self, tokens: Any, mask: Any) -> tuple[float, dict[Any, Any]]:
+        """`run` with nothing replaced, once for each prompt."""
+        key = np.asarray(tokens, np.int64).tobytes(), mask if mask is None else np.asarray(mask).tobytes()
+        if key not in self.plain:
+            self.plain[key] = self.run(tokens, mask, lambda _, x: x)
+        return self.plain[key]
+
     def patched(
         self, base: Any, source: Any, senders: Iterable[str], receivers: Iterable[str], mlps: str, norms: str, mask: Any = None,
         source_mask: Any = None,
     ) -> float:  # fmt: skip
         """Wang et al.'s two runs on the base tokens."""
-        _, at = self.run(base, mask, lambda key, x: x)
-        _, other = self.run(source, mask if source_mask is None else source_mask, lambda key, x: x)
+        _, at = self.unpatched(base, mask)
+        _, other = self.unpatched(source, mask if source_mask is None else source_mask)
         there = slice(None) if source_mask is None else np.flatnonzero(source_mask)
         share = self.hf.config.num_attention_heads // self.hf.config.num_key_value_heads
 
@@ -170,8 +178,8 @@ def rows(direction: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.numerical
 @pytest.mark.parametrize(
     ("n_kv", "mlps", "norms"),
-    [(1, "live", "live"), (1, "frozen", "frozen"), (2, "live", "live"), (2, "live", "frozen"), (2, "frozen", "live"),
-     (2, "frozen", "frozen"), (4, "live", "live"), (4, "frozen", "frozen")],
+    [(1, "frozen", "frozen"), (2, "live", "live"), (2, "live", "frozen"), (2, "frozen", "live"), (2, "frozen", "frozen"),
+     (4, "live", "live")],
 )  # fmt: skip
 def test_every_sender_alone_is_two_runs_with_hooks(hooked: Any, n_kv: int, mlps: Any, norms: Any) -> None:
     model, reference = hooked(n_kv)
@@ -183,7 +191,7 @@ def test_every_sender_alone_is_two_runs_with_hooks(hooked: Any, n_kv: int, mlps:
                 model, CLEAN, CORRUPTED, METRIC, receivers=receivers, mlps=mlps, norms=norms, direction=direction
             )
             wanted = [reference.patched(base, source, [name], receivers, mlps, norms) for name in WRITERS]
-            ends = [reference.run(tokens, None, lambda key, x: x)[0] for tokens in (CLEAN, CORRUPTED)]
+            ends = [reference.unpatched(tokens, None)[0] for tokens in (CLEAN, CORRUPTED)]
             close(found.patched, wanted)
             close([found.clean, found.corrupted], ends)
             close(found.values, np.array(wanted) - ends[direction == "denoising"])

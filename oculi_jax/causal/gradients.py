@@ -19,6 +19,7 @@ from ..intervention.each import PerLayer
 from ..intervention.edit import Edit
 from ..metrics import of_prompt
 from ..sites import SITES, Site
+from ..traced import mapped
 from .saturation import corrected
 
 if TYPE_CHECKING:
@@ -95,7 +96,10 @@ def attribute(
         return found, *values
 
     numbers = jnp.arange(len(clean))
-    found, *values = jax.vmap(one)(numbers) if len(clean) == at_once else jax.lax.map(one, numbers, batch_size=at_once)
+    if len(clean) == at_once:
+        found, *values = mapped(one, at_once)(numbers)
+    else:
+        found, *values = jax.lax.map(one, numbers, batch_size=at_once)
     if single:
         found, values = jax.tree.map(lambda x: x[0], (found, values))
     elif how.n_rules is not None:

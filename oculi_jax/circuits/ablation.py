@@ -19,6 +19,7 @@ from ..backends.jax.taps import Taps
 from ..capture import Reading
 from ..pytrees import pytree, static
 from ..sites import SITES
+from ..traced import mapped
 from .pairs import Batch, Pairs
 
 if TYPE_CHECKING:
@@ -180,5 +181,5 @@ def _sums(model: Decoder, batch: Batch, *, kind: str, n_places: int) -> tuple[di
 
     given = (batch.corrupted, batch.corrupted_mask, batch.count)
     axes = tuple(None if x is None else 0 for x in given)
-    found = jax.vmap(one, in_axes=axes)(*(None if x is None else jnp.asarray(x) for x in given))
+    found = mapped(one, len(batch.corrupted), axes)(*(None if x is None else jnp.asarray(x) for x in given))
     return jax.tree.map(lambda x: x.sum(axis=0), found)

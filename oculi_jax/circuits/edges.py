@@ -20,6 +20,7 @@ from ..models.decoder.attention import einsum
 from ..models.decoder.derivatives import Derivatives
 from ..pytrees import pytree, static
 from ..rules import Rules, check_rules, of_layer
+from ..traced import mapped
 from .circuit import Circuit, read, write
 from .graph import Graph
 from .pairs import Batch, Pairs, check_graph_of
@@ -270,7 +271,7 @@ class _Passes:
         def one(number: Array) -> dict[str, Array]:
             return observed(self.model, self.graph, self._prompt(number, corrupted))[1]
 
-        return jax.vmap(one)(self.numbers)
+        return mapped(one, len(self.numbers))(self.numbers)
 
     def slopes(
         self, embed: Array | None, *, corrupted: bool, put: Mapping[str, tuple[Array, Array]] | None = None
@@ -288,7 +289,7 @@ class _Passes:
             return jax.tree.map(lambda x: jnp.where(count > 0, x, 0.0), found), seen
 
         axes = (0, None if embed is None else 0, None if put is None else dict.fromkeys(put, (None, 0)))
-        return jax.vmap(one, in_axes=axes)(self.numbers, embed, put)
+        return mapped(one, len(self.numbers), axes)(self.numbers, embed, put)
 
     def differences(self, clean: dict[str, Array], corrupted: dict[str, Array]) -> Float[Array, "N B T E"]:
         """Clean less corrupted, of each writer."""
@@ -301,7 +302,7 @@ class _Passes:
                 differs = (differs & real) | (real != also)
             return differences(self.model, clean, corrupted, jnp.cumsum(differs) > 0)
 
-        return jax.vmap(one, out_axes=1)(self.numbers, clean, corrupted)
+        return mapped(one, len(self.numbers), out_axes=1)(self.numbers, clean, corrupted)
 
     def product(
         self, between: Float[Array, "N B T E"], slopes: Any, there: Any, weights: Array | None = None

@@ -23,6 +23,7 @@ from ..models.decoder.attention import einsum
 from ..models.decoder.model import Block
 from ..models.decoder.parts import head_writes
 from ..output import Output
+from ..traced import mapped
 from .ablation import Ablated, ablated, ablation_of
 from .graph import Graph
 from .pairs import Pairs
@@ -144,7 +145,7 @@ def _run(
         return model.logits(masked(model, (tokens, real), share, own, kind, grouped))
 
     given = [None if x is None else jnp.asarray(x) for x in (clean, corrupted, mask, corrupted_mask)]
-    return jax.vmap(one, in_axes=tuple(None if x is None else 0 for x in given))(*given)
+    return mapped(one, len(clean), tuple(None if x is None else 0 for x in given))(*given)
 
 
 def masked(

@@ -18,6 +18,7 @@ from ..backends.jax.programs import measure, passed
 from ..backends.jax.taps import Taps
 from ..metrics import of_prompt
 from ..sweeps.planning import MOST_ROWS_ELSEWHERE
+from ..traced import mapped
 from .ablation import Ablated, ablated
 from .edges import KEPT_BYTES
 from .pairs import Batch, Pairs
@@ -94,4 +95,4 @@ def _judged(
         found = jax.lax.map(run, jnp.asarray(masks), batch_size=at_once)
         return jnp.concatenate([value(plain)[None], found])
 
-    return jax.vmap(one, out_axes=1)(jnp.arange(len(batch.clean)))
+    return mapped(one, len(batch.clean), out_axes=1)(jnp.arange(len(batch.clean)))

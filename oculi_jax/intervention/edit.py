@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from ..arrays import AnyArray, wide
 from ..pytrees import pytree
 from ..sites import SITES, Site, site_of
+from ..traced import entry
 from .each import PerLayer
 from .fields import Anything, Mask, Values, field
 from .frame import Frame
@@ -171,8 +172,10 @@ def is_per_layer(x: object) -> TypeGuard[PerLayer]:
 
 
 def at_layer(tree: Any, layer: Int[Array, ""] | None) -> Any:
-    """What arrays of a `PerLayer` hold for one layer; others as they are."""
-    return jax.tree.map(lambda x: x.x[layer] if is_per_layer(x) else x, tree, is_leaf=is_per_layer)
+    """What arrays of a `PerLayer` hold for one layer; others as they are. Outside of the layers (None) there is no `PerLayer`."""
+    if layer is None:
+        return tree
+    return jax.tree.map(lambda x: entry(x.x, layer) if is_per_layer(x) else x, tree, is_leaf=is_per_layer)
 
 
 def apply_edit(
@@ -194,7 +197,7 @@ def apply_edit(
     here: Bool[Array, ""] | None = None
     if layer is not None and edit.layer is not None:
         given = jnp.asarray(edit.layer)
-        here = given[layer] if given.dtype == bool else layer == given
+        here = entry(given, layer) if given.dtype == bool else layer == given
     chosen, value = at_layer((edit.mask, edit.value), layer)
     chosen = jnp.asarray(chosen)
     chosen = _broadcast(chosen if here is None else chosen & here, x)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from ..pytrees import pytree, static
+from ..traced import mapped
 from .broadcast import Carried
 from .canonical import by_value, field_of_prompts, sweep_axes, with_leaves
 from .frame import Frame
@@ -90,9 +91,9 @@ class Rows:
         """`fn(interventions, prompt, *own)` over prompts and, inside, `size` variants.
 
         Returns:
-            A function of `prompt`; of its axes (0 for what leads with the prompts, else None; a tree of those where it is a
-            tree); of arrays `own` that lead with prompts × variants; and of `alike`, whether these lead with the variants
-            alone, and are every prompt's. What it returns leads with these two axes.
+            A function of `prompt`, whose first leaf leads with the prompts; of its axes (0 for what leads with them, else None;
+            a tree of those where it is a tree); of arrays `own` that lead with prompts × variants; and of `alike`, whether
+            these lead with the variants alone, and are every prompt's. What it returns leads with these two axes.
         """
         prompt_axes = [0 if lead else None for lead in self.by_prompt]
 
@@ -100,7 +101,9 @@ class Rows:
             return self._each_variant(lambda items, own: fn(items, prompt, *own), size, axis_name)(leaves, own)
 
         def call(prompt: Any, axes: Any, *own: Any, alike: bool = False) -> Any:
-            return jax.vmap(of_prompt, in_axes=(prompt_axes, axes, None if alike else 0))(self.leaves, prompt, own)
+            n_prompts = len(jax.tree.leaves(prompt)[0])
+            leads = prompt_axes, axes, None if alike else 0
+            return mapped(of_prompt, n_prompts, leads)(self.leaves, prompt, own)
 
         return call
 
@@ -115,4 +118,4 @@ class Rows:
         def one(leaves: list[Any], own: tuple[Any, ...]) -> Any:
             return fn(jax.tree.unflatten(self.tree, leaves), own)
 
-        return jax.vmap(one, in_axes=(axes, 0), axis_size=size, spmd_axis_name=axis_name)
+        return mapped(one, size, (axes, 0), axis_name=axis_name)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from ...arrays import AnyArray, wide
 from ...capture import Reading, at_positions
+from ...traced import entry
 
 if TYPE_CHECKING:
     from ...models.decoder.model import Decoder
@@ -78,7 +79,7 @@ def run_layers(
         def write(*new: Array) -> tuple[Array, ...]:
             nonlocal cache
             cache = tuple(layout.put(x, whole, layer) for x, whole in zip(new, cache, strict=True))
-            return tuple(whole[layer] for whole in cache)
+            return tuple(entry(whole, layer) for whole in cache)
 
         rotation, sight = layout.at(layer)
         tap, remember = taps.at(layer), layout.remember(past) if cache is None else write
@@ -128,7 +129,7 @@ def _replacing(one: Callable[..., Any], given: Any, layer: Array, carry: tuple[A
 
 
 def _of_layer(tree: Any, layer: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[layer], tree)
+    return jax.tree.map(lambda leaf: entry(leaf, layer), tree)
 
 
 def _last(model: Decoder, resid: Array, taps: Taps, past: Past | None, rows: Int[Array, "R"]) -> Float[Array, "R E"]:
@@ -165,7 +166,7 @@ def _buffer(reading: Reading, model: Decoder, layout: Layout) -> Array:
 
 def _store(buffer: Array, value: Array, slots: np.ndarray, layer: Array, everywhere: bool) -> Array:
     """Writes one layer's value into its slot of a carried buffer; a layer without one leaves it as it is."""
-    slot = jnp.asarray(slots)[layer]
+    slot = entry(slots, layer)
 
     def write() -> Array:
         return _put(buffer, value, slot)

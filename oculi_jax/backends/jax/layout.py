@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -15,6 +16,7 @@ from ...arrays import AnyArray
 from ...models.decoder.attention import Sight
 from ...models.decoder.rope import rotary
 from ...pytrees import pytree, static
+from ...traced import entry
 
 if TYPE_CHECKING:
     from ...models.decoder.config import DecoderConfig
@@ -60,12 +62,14 @@ class Layout:
 
     def at(self, layer: Array) -> tuple[tuple[Float[Array, "T A"], Float[Array, "T A"]], Sight]:
         """The rotation of a layer, and which keys it may look at."""
-        kind = 0 if len(set(self.kinds)) == 1 else jnp.asarray(self.kinds)[layer]
+        kind = 0 if len(set(self.kinds)) == 1 else entry(np.array(self.kinds, np.int32), layer)
         cos, sin = self.rotations
         static = isinstance(self.first, int)
         n_seen = self.first + self.n_tokens if static else self.n_keys
         causal = static and self.first == 0 and not self.windowed
-        return (cos[kind], sin[kind]), Sight(self.allowed[kind], n_seen, causal, padded=self.queries is not None)
+        return (entry(cos, kind), entry(sin, kind)), Sight(
+            entry(self.allowed, kind), n_seen, causal, padded=self.queries is not None
+        )
 
     def of_rows(self, rows: Int[Array, "R"]) -> Layout:
         """Some of the tokens that run, which look at what the others left."""
