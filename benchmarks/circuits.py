@@ -6,26 +6,31 @@ edges, and curves, cost beside plain gradients and plain forwards.
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from table import Plan, Row, arguments, measure, side_by_side, verdict  # isort: skip
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from accelerator import SHAPES
+from safetensors.numpy import load_file, save_file
 
 from oculi_jax import Edit, forward, rules
 from oculi_jax.causal import attribution_patching, verify
-from oculi_jax.circuits import Curve, EdgeScores, Graph, edge_attribution, edges, faithfulness
+from oculi_jax.circuits import Circuit, Curve, EdgeScores, Graph, edge_attribution, edges, faithfulness
 from oculi_jax.circuits.pairs import Batch
 from oculi_jax.metrics import check_metric, logit_difference
 from oculi_jax.models.decoder.parameters import parameter_table
 from oculi_jax.models.llama import Llama, LlamaConfig
 from oculi_jax.tasks import PromptPairs, indirect_object
 from oculi_jax.utils.tokens import load_tokenizer
+from tests.tiny import tiny_llama
 
 N_PAIRS = 40  # to score on; as many others to judge on
 FEW = 20
@@ -148,6 +153,52 @@ def pearson_row(model: Any, pairs: PromptPairs, site: str) -> Row:
     return verdict(text, "RelP above the gradient" if ok is not None else "reported", ok is not False, values=mean)
 
 
+def peer_row(tokenizer: Any) -> Row:
+    """Edges, and random circuits, of a model with grouped heads, beside TransformerLens's of the equal one without."""
+    from peers import TransformerLens, mib_name
+
+    model, answers, rng = tiny_llama(), (3, 17), np.random.default_rng(0)
+    graph, metric = Graph.of(model.config), logit_difference(*answers)
+    clean = rng.integers(0, model.config.vocab_size, (3, 9)).astype(np.int32)
+    corrupted = clean.copy()
+    corrupted[:, 2:4] = clean[:, [3, 1]]
+    with TemporaryDirectory() as folder:
+        grouped, own = Path(folder) / "grouped", Path(folder) / "own"
+        model.save_pretrained(grouped)
+        ungroup(grouped, own)
+        peer = TransformerLens(own, tokenizer, answers, "cpu")
+    worst, places = 0.0, {}
+    # Theirs differentiates at the second of a pair, the corrupted one.
+    runs: dict[Literal["corrupted", "clean"], Any] = {"corrupted": (clean, corrupted), "clean": (corrupted, clean)}
+    for at, pair in runs.items():
+        theirs = np.zeros(graph.edges.shape)
+        for edge, score in peer.edges(*pair).items():
+            places[edge] = graph.edge(mib_name(edge))
+            theirs[places[edge]] += score if at == "corrupted" else -score
+        ours = edge_attribution(model, clean, corrupted, metric, at=at).values
+        worst = max(worst, float(np.abs(ours - theirs).max() / np.abs(theirs).max()))
+    masks = graph.edges & (rng.random((3, *graph.edges.shape)) < np.array([0.3, 0.5, 0.8])[:, None, None])
+    chosen, first = [Circuit(graph, edges=mask) for mask in masks], (clean[:1], corrupted[:1])
+    curve = faithfulness(model, chosen, *first, metric).faithfulness
+    kept = [[edge for edge, place in places.items() if mask[place]] for mask in masks]
+    apart = float(np.abs(curve - [peer.faithfulness(*first, some) for some in kept]).max())
+    text = f"{worst:.1e} of the largest; circuits {apart:.1e} of the difference"
+    return verdict(text, "≤ 1e-4; 1e-3", worst <= 1e-4 and apart <= 1e-3, edges=worst, circuits=apart)
+
+
+def ungroup(source: Path, target: Path) -> None:
+    """Writes a checkpoint of the same function, in which every query head has keys and values of its own."""
+    config, tensors = json.loads((source / "config.json").read_text()), load_file(source / "model.safetensors")
+    n_heads, n_groups = config["num_attention_heads"], config["num_key_value_heads"]
+    for name, x in tensors.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = x.reshape(n_groups, -1, *x.shape[1:])
+            tensors[name] = heads.repeat(n_heads // n_groups, axis=0).reshape(-1, *x.shape[1:])
+    target.mkdir()
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config | {"num_key_value_heads": n_heads}))
+
+
 def memory_row() -> Row:
     """EAP-IG of one prompt at the shape of Llama 3.1 8B, by the compiler's account; float32, beside the weights."""
     n_tokens, config = 20, LlamaConfig.from_dict(SHAPES["8B"])
@@ -177,6 +228,8 @@ def main() -> None:
          partial(edges_row, model, some)),
         (f"faithfulness, 10 sizes × {N_PAIRS} pairs: of as many plain forwards", "",
          partial(curve_row, model, others, methods["EAP"])),
+        ("edges and random circuits of a tiny model with grouped heads: from TransformerLens's of the equal one without",
+         "transformer_lens", partial(peer_row, tokenizer)),
         ("EAP-IG at 8B shape, T = 20: memory beside float32 weights", "", memory_row),
         (f"CPR by signed score, {N_PAIRS} other pairs", "", partial(mib_row, model, methods, others, "cpr")),
         (f"CMD by magnitude, {N_PAIRS} other pairs", "", partial(mib_row, model, methods, others, "cmd")),

@@ -18,6 +18,8 @@ from table import HUB_ID, hugging_face
 # Logits of the last token alone, and no keys and values kept for decoding, passed on to the model by those whose users would:
 # not by pyvene, which cannot, nor by TransformerLens's run_with_hooks as its documentation writes it (with them 15 % faster).
 LAST: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+# TransformerLens's nodes, of one position: a writer and a reader.
+Edge = tuple[Any, Any]
 
 
 class Peer(Protocol):
@@ -208,6 +210,39 @@ class TransformerLens(HuggingFace):
             self.score(self.bridge(self.ids(corrupted), **LAST)).backward()
         self.bridge.zero_grad()
         return np.stack([self.summed(source[name] - values[name], grads[name]) for name in values])
+
+    def edges(self, clean: np.ndarray, corrupted: np.ndarray) -> dict[Edge, float]:
+        """(clean − corrupted write) · ∂ score / ∂ (what the reader reads) on the corrupted run, at each position.
+
+        Ids `[B, T]`, of which it takes the mean. It refuses grouped heads.
+        """
+        from transformer_lens.tools.analysis.attribution_patching import EdgeAttributionConfig, attribution_patch
+
+        config = EdgeAttributionConfig(granularity="edge")
+        with torch.enable_grad():
+            found = attribution_patch(self.bridge.eval(), self.ids(clean), self.ids(corrupted), self.score, config)
+        return found.edge_scores
+
+    def faithfulness(self, clean: np.ndarray, corrupted: np.ndarray, kept: Sequence[Edge]) -> float:
+        """How much of the difference of the score is left where all other edges are the corrupted run's."""
+        from transformer_lens.tools.analysis.attribution_patching import faithfulness
+
+        given = self.bridge.eval(), self.ids(clean), self.ids(corrupted), self.score
+        return faithfulness(*given, kept).recovered
+
+
+def mib_name(edge: Edge) -> str:
+    """Of TransformerLens's edge, whose position is left out."""
+
+    def name(node: Any) -> str:
+        if node.kind in ("embed", "logits"):
+            return "input" if node.kind == "embed" else "logits"
+        if node.kind in ("mlp_in", "mlp_out"):
+            return f"m{node.layer}"
+        head = f"a{node.layer}.h{node.head}"
+        return head if node.kind == "attn_head_out" else f"{head}<{node.kind[0]}>"  # "q_input", "k_input", "v_input"
+
+    return "->".join(map(name, edge))
 
 
 class NNsight(HuggingFace):
