@@ -29,7 +29,7 @@ def tiny_llama(seed: int = 0, dtype: Any = np.float32, **changes: Any) -> Llama:
         row.name: (rng.normal(0.0, 0.3, row.shape) + ("norm" in row.name)).astype(dtype)
         for row in parameter_table(config)
     }
-    return Llama(config, jax.tree.map(jax.numpy.asarray, params))
+    return Llama(config, jax.device_put(params))
 
 
 def prompt(length: int = 11, seed: int = 0, vocab_size: int = 61) -> np.ndarray:
