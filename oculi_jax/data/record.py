@@ -88,14 +88,15 @@ def claim(directory: Path, job: Mapping[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"Cannot make the directory {str(directory)!r}: {error.strerror}.") from error
-    if path.exists():
-        if differs := _differences(read(directory), job):
-            raise ValueError(f"{str(directory)!r} holds the results of another job: {'; '.join(differs)}.")
-        return
-    if strangers := sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")):
-        raise ValueError(f"{str(directory)!r} is not empty, and holds no results of a job: {', '.join(strangers[:3])}.")
-    with write_aside(path) as aside:
-        aside.write_text(json.dumps(job, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if not path.exists():
+        there = sorted(found.name for found in directory.iterdir() if not found.name.startswith("."))
+        if there and NAME not in there:
+            raise ValueError(f"{str(directory)!r} is not empty, and holds no results of a job: {', '.join(there[:3])}.")
+        if not there:  # else another host was quicker
+            with write_aside(path) as aside:
+                aside.write_text(json.dumps(job, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if differs := _differences(read(directory), job):
+        raise ValueError(f"{str(directory)!r} holds the results of another job: {'; '.join(differs)}.")
 
 
 def read(directory: Path) -> dict[str, Any]:
