@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from oculi_jax import CaptureSpec, data, forward, sweep
-from oculi_jax.intervention import Ablation, HeadAblation
+from oculi_jax.intervention import Ablation, HeadAblation, Steer
 from oculi_jax.metrics import logit_difference
 
 from . import slow_job
@@ -29,6 +29,10 @@ CAPTURE = ("resid_post", CaptureSpec("z", [1, 3], [-1]), "final_norm")
 LATE = HeadAblation(np.arange(2, 4)[:, None], np.arange(6))
 
 
+def scaled(model, batch, by):
+    return batch.mask.sum(axis=1)
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
@@ -37,7 +41,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_captures_are_those_of_single_runs(embedded, backend: str, request, tmp_path: Path) -> None:
     model, tokenizer = embedded
     ours = model if backend == "jax" else request.getfixturevalue("hf_trained")
-    change = Ablation("mlp_out", 0)
+    change = Steer(1, np.ones(192, np.float32), 2.0, positions=[1])
     store = data.capture_dataset(
         ours, MANY, CAPTURE, tmp_path / "s", interventions=change, tokenizer=tokenizer, chunk_size=10, progress=False
     )
@@ -178,6 +182,18 @@ def test_a_directory_of_another_job_is_refused_with_what_differs(embedded, tmp_p
     other = jax.tree.map(lambda x: x * 1.01, model)
     with pytest.raises(ValueError, match=r"model\.weights is"):
         data.map_dataset(other, TEXTS, ones, tmp_path / "s", tokenizer=tokenizer, about={"threshold": 1})
+    with pytest.raises(ValueError, match=r"have axes \[4\] of a sweep"):
+        data.capture_dataset(
+            model,
+            TEXTS,
+            "mlp_out",
+            tmp_path / "t",
+            interventions=Ablation("mlp_out", np.arange(4)),
+            tokenizer=tokenizer,
+        )
+    assert not (tmp_path / "t").exists()
+    bound = data.map_dataset(model, TEXTS, functools.partial(scaled, by=object()), tmp_path / "u", tokenizer=tokenizer)
+    assert bound.about["function"]["bound"] == {"by": "<object object>"}
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"is not empty, and holds no results of a job: thesis\.tex"):

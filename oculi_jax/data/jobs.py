@@ -129,13 +129,14 @@ def capture_dataset(
         >>> store["resid_post", 3][0].shape
         (6, 192)
     """
-    found = find_model(model)
+    found, given = find_model(model), _given(dataset, tokenizer)
     readings = readings_of(capture, found.config, 1 << 20)
     if keyed := [r.site.name for r in readings if "S" in r.site.axes]:
         raise ValueError(
             f"{', '.join(keyed)} has an axis of keys, which are others in every row: make of it what has none, in map_dataset."
         )
-    if axes := Rows.of(interventions, [Frame(found.config, found.dtype, 1, None)])[1]:
+    first = Frame(found.config, found.dtype, len(given.rows([0])[0][given.column]), None)
+    if axes := Rows.of(interventions, [first])[1]:
         raise ValueError(
             f"The interventions have axes {listing(axes)} of a sweep, and one run of each row is kept: use map_dataset."
         )
@@ -143,7 +144,7 @@ def capture_dataset(
     job = {"capture": asked, "interventions": contents(as_list(interventions))}
     tokens = {name: 1 for r in readings if r.positions is None for name in _names(r) if "T" in r.site.axes}
     fn = partial(_captured, readings=readings, interventions=interventions)
-    return _run(found, dataset, fn, directory, tokenizer, tokens, chunk_size, job, progress)
+    return _run(found, given, fn, directory, None, tokens, chunk_size, job, progress)
 
 
 def sum_dataset(

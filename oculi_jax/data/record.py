@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..backends.protocol import Model
 
 NAME, FORMAT = "index.json", "oculi_jax store 1"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what objects print, another one in every process
 _SEEN = 16  # entries of each axis of a weight, or a few more, that its fingerprint is of
 
 
@@ -54,10 +56,8 @@ def _spread(shape: tuple[int, ...]) -> tuple[slice, ...]:
 def named(function: Callable[..., Any]) -> dict[str, Any]:
     """What a function is: its name, a hash of its text, and what it was bound to. What it closes over nobody can see."""
     if isinstance(function, functools.partial):
-        bound = {str(n): repr(x) for n, x in enumerate(function.args)} | {
-            k: repr(v) for k, v in function.keywords.items()
-        }
-        return {**named(function.func), "bound": bound}
+        given = {**{str(n): x for n, x in enumerate(function.args)}, **function.keywords}
+        return {**named(function.func), "bound": {name: _ADDRESS.sub("", repr(x)) for name, x in given.items()}}
     inner = inspect.unwrap(function)
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
     try:
