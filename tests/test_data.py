@@ -177,7 +177,7 @@ def test_a_directory_of_another_job_is_refused_with_what_differs(embedded, tmp_p
     }.items():
         with pytest.raises(ValueError, match=f"holds the results of another job: .*{message}"):
             run(**options)
-    with pytest.raises(ValueError, match=r"capture is None there.*version|capture is None there"):
+    with pytest.raises(ValueError, match="capture is None there"):
         data.capture_dataset(model, TEXTS, "resid_post", tmp_path / "s", tokenizer=tokenizer)
     other = jax.tree.map(lambda x: x * 1.01, model)
     with pytest.raises(ValueError, match=r"model\.weights is"):
@@ -297,8 +297,8 @@ def test_a_store_is_read_without_this_library(embedded, tmp_path: Path) -> None:
 
     trained = store["mlp_out", 2].batches(10, key=3)
     seen = np.concatenate([next(trained) for _ in range(len(whole) // 10 + 1)])
-    first = {row.tobytes() for row in seen[: len(whole)]}
-    assert first == {row.tobytes() for row in whole}  # each once before any twice
+    first = sorted(row.tobytes() for row in seen[: len(whole)])
+    assert first == sorted(row.tobytes() for row in whole)  # each once before any twice
     again = store["mlp_out", 2].batches(10, key=3, start=4)
     np.testing.assert_array_equal(next(again), seen[40:50])
     assert (next(store["mlp_out", 2].batches(10, key=4)) != seen[:10]).any()

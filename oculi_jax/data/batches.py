@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from ..arrays import AnyArray
-from ..prompts import bucket
+from ..prompts import bucket, padded
 from ..pytrees import pytree, static
-from .dataset import padded_columns
 
 if TYPE_CHECKING:
     from .dataset import Dataset
@@ -78,7 +77,7 @@ def batches_of(
         size = min(rows_of(length, tokens_at_once), 1 << (len(rows) - 1).bit_length())
         places = order[begin : begin + size]
         filled = np.concatenate([places, np.repeat(places[-1:], size - len(places))])
-        columns, masks = padded_columns(dataset, [rows[place] for place in filled], length)
+        columns, masks = _columns(dataset, [rows[place] for place in filled], length)
         weights = (np.arange(size) < len(places)).astype(np.float32)
         yield Batch((first + filled).astype(np.int32), columns, masks, weights, dataset.column), places
         begin += size
@@ -87,3 +86,18 @@ def batches_of(
 def rows_of(length: int, tokens_at_once: int) -> int:
     """How many rows of a length run together: a power of two, so that what is left over wastes little."""
     return 1 << max(0, (tokens_at_once // length).bit_length() - 1)
+
+
+def _columns(
+    dataset: Dataset, rows: Sequence[Mapping[str, Any]], length: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Columns of some rows, those of ids padded on the right `[B, T]`; and their masks."""
+    values: dict[str, np.ndarray] = {}
+    masks: dict[str, np.ndarray] = {}
+    for name in dataset.columns:
+        column = [row[name] for row in rows]
+        if name in dataset.sequences:
+            values[name], masks[name] = padded(column, length=length)
+        else:
+            values[name] = np.asarray(column)
+    return values, masks

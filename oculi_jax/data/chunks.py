@@ -61,7 +61,7 @@ class Chunk:
                     raise ValueError("its head is missing")
                 header = json.loads(file.read(length))
             about = json.loads(header.pop("__metadata__")["about"])
-            places, end = {}, 0
+            places = {}
             for name, item in header.items():
                 dtype, shape = np.dtype(_DTYPES[item["dtype"]]), tuple(map(int, item["shape"]))
                 begin, end = item["data_offsets"]

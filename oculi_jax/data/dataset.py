@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..prompts import padded
-
 if TYPE_CHECKING:
     from ..utils.tokens import Tokenizer
 
@@ -24,7 +22,7 @@ _HASHED_AT_ONCE = 1 << 12  # rows
 
 
 class Dataset:
-    """A set of rows. What they are is looked at when they are read; a file of ids is never read whole.
+    """A set of rows. What they are is looked at when they are read; a file of ids is never held whole.
 
     Args:
         source: a list of texts, or of ids of any lengths; ids `[N, T]`; a list of dictionaries of texts, ids and numbers; a
@@ -122,21 +120,6 @@ class Dataset:
         if not ids.size:
             raise ValueError(f"{where} is empty: at least one token is needed.")
         return ids.astype(np.int32)
-
-
-def padded_columns(
-    dataset: Dataset, rows: Sequence[Mapping[str, Any]], length: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Columns of some rows, those of ids padded on the right `[B, T]`; and their masks."""
-    values: dict[str, np.ndarray] = {}
-    masks: dict[str, np.ndarray] = {}
-    for name in dataset.columns:
-        column = [row[name] for row in rows]
-        if name in dataset.sequences:
-            values[name], masks[name] = padded(column, length=length)
-        else:
-            values[name] = np.asarray(column)
-    return values, masks
 
 
 def _read(source: str | os.PathLike[str]) -> Any:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# What ends a process by such a signal gives to whoever started it.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

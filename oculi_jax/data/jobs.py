@@ -114,7 +114,7 @@ def capture_dataset(
     """Keeps what sites hold in a whole data set, of real tokens alone. Host function.
 
     Args:
-        capture: as in `forward`; a site with an axis of keys only at `positions`, since it has others at every token.
+        capture: as in `forward`, but no site with an axis of keys, which are others in every row.
         interventions: as in `forward`, the same for every row.
         model, dataset, directory, tokenizer, chunk_size, progress: as in `map_dataset`.
 
@@ -183,11 +183,10 @@ def sum_dataset(
     if under_trace(model):
         raise TypeError("sum_dataset runs on the host and was called inside a trace (jit, vmap, grad).")
     total: Any = None
-    begins = range(0, len(given), ROWS_OF_A_CHUNK)[jax.process_index() :: jax.process_count()]
-    if jax.process_count() > len(range(0, len(given), ROWS_OF_A_CHUNK)):
-        begins = range(0, len(given), ROWS_OF_A_CHUNK)  # on each of them, where there is not one for each
+    begins = range(0, len(given), ROWS_OF_A_CHUNK)
+    shared = 1 < jax.process_count() <= len(begins)  # else each host does all
     with told("sum_dataset", progress, len(given)) as advance:
-        for begin in begins:
+        for begin in begins[jax.process_index() :: jax.process_count()] if shared else begins:
             rows = given.rows(range(begin, min(begin + ROWS_OF_A_CHUNK, len(given))))
             own: Any = None
             for batch, _ in batches_of(given, rows, begin, _at_once(found)):
@@ -197,7 +196,7 @@ def sum_dataset(
             own = jax.tree.map(lambda x: np.asarray(x, np.float64), own)
             total = own if total is None else jax.tree.map(np.add, total, own)
             advance(len(rows))
-    return total if len(begins) == -(-len(given) // ROWS_OF_A_CHUNK) else jax.tree.map(_of_all_hosts, total)
+    return jax.tree.map(_of_all_hosts, total) if shared else total
 
 
 def _of_all_hosts(own: np.ndarray) -> np.ndarray:
