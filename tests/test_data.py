@@ -313,3 +313,74 @@ def test_an_order_is_a_permutation_over_all_hosts_and_another_each_time_through(
         assert (drawn[:n] != drawn[n : 2 * n]).mean() > 0.9 and (drawn[:n] != np.arange(n)).mean() > 0.9
         # As far from where it was as a random one: a third of n on average.
         assert abs(np.abs(drawn[:n] - np.arange(n)).mean() / n - 1 / 3) < 0.1
+
+
+class Hub:
+    """What is asked of a Hugging Face data set: a length, and a row by its number; a slice of it is a dictionary."""
+
+    def __init__(self, rows: list[dict[str, object]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, object]:
+        assert isinstance(number, int)
+        return self.rows[number]
+
+
+def test_every_kind_of_source_gives_the_same_rows(embedded, tmp_path: Path) -> None:
+    _, tokenizer = embedded
+    texts = [*TEXTS, "a\u2028b"]  # which is no end of a line
+    ids = [np.array(tokenizer.encode(text)) for text in texts]
+    (tmp_path / "x.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({"text": t, "n": i}) for i, t in enumerate(texts)), encoding="utf-8"
+    )
+    np.save(tmp_path / "x.npy", np.arange(12).reshape(3, 4))
+    named = [{"text": text, "n": i} for i, text in enumerate(texts)]
+    for source in (texts, ids, named, Hub(named), tmp_path / "x.txt", str(tmp_path / "x.jsonl")):
+        dataset = data.Dataset(source, tokenizer)
+        rows = dataset.rows(range(len(dataset)))
+        assert len(rows) == 5 and all((row[dataset.column] == own).all() for row, own in zip(rows, ids, strict=True))
+        assert [row.get("n", i) for i, row in enumerate(rows)] == list(range(5))
+    assert (
+        data.Dataset(Hub(named), tokenizer).fingerprint() == data.Dataset(tmp_path / "x.jsonl", tokenizer).fingerprint()
+    )
+    mapped, array = data.Dataset(tmp_path / "x.npy"), data.Dataset(np.arange(12).reshape(3, 4))
+    assert mapped.rows([2])[0]["tokens"].tolist() == [8, 9, 10, 11] and mapped.fingerprint() == array.fingerprint()
+    assert array.fingerprint() != data.Dataset(np.arange(1, 13).reshape(3, 4)).fingerprint()
+
+
+def test_what_is_no_data_set_is_said(embedded, tmp_path: Path) -> None:
+    _, tokenizer = embedded
+    for name, text in {"x.csv": "a", "bad.jsonl": "{}\n{", "x.npy": "no array"}.items():
+        (tmp_path / name).write_text(text)
+    for source, message in (
+        ([], "The data set is empty"),
+        ({"text": TEXTS}, "a list of dictionaries, and not a dictionary of lists"),
+        (tmp_path / "x.csv", "ends in .txt, .jsonl, .npy"),
+        (tmp_path / "bad.jsonl", "line 2, is not JSON"),
+        (tmp_path / "x.npy", "no array that NumPy can map"),
+        ([{"n": 1}], "Row 0 has n, of which none is a text or ids"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            data.Dataset(source, tokenizer)
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        data.Dataset(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="Did you mean 'text'"):
+        data.Dataset([{"text": "a"}], tokenizer, column="txt")
+    for rows, message in (
+        (["a", {"text": "a"}], "Row 1 of the data set is a dictionary"),
+        ([{"text": "a"}, {"other": "a"}], "Row 1 of the data set has not the columns of row 0: other, text"),
+        (["a", [1.5]], "Row 1 .*float64, and a text or ids"),
+        (["a", []], "Row 1 of the data set is empty"),
+        (
+            [{"text": "a", "n": 1}, {"text": "a", "n": "b"}],
+            "Row 1 of the data set, n, is a str, and in row 0 it is a number",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            data.Dataset(rows, tokenizer).rows([0, 1])
+    with pytest.raises(TypeError, match="has no tokenizer"):
+        data.Dataset(["a"]).rows([0])

@@ -79,9 +79,8 @@ class Dataset:
         """A hash of all rows, and of what the tokenizer makes of the first ones."""
         found = hashlib.sha256()
         for begin in range(0, len(self), _HASHED_AT_ONCE):
-            some = self._rows[begin : begin + _HASHED_AT_ONCE]
-            if isinstance(some, np.ndarray):
-                found.update(np.ascontiguousarray(some).astype(np.int64).tobytes())
+            if isinstance(self._rows, np.ndarray):
+                found.update(self._rows[begin : begin + _HASHED_AT_ONCE].astype(np.int64).tobytes())
                 continue
             for row in self._raw(range(begin, min(begin + _HASHED_AT_ONCE, len(self)))):
                 found.update(json.dumps(row, sort_keys=True, default=_plain).encode() + b"\n")
