@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from loading import in_a_fresh_process
 
-from oculi_jax import SITES, CaptureConfig, CaptureSpec, MLPConfig, ResidualConfig, forward
+from oculi_jax import CaptureConfig, CaptureSpec, MLPConfig, ResidualConfig, forward
 from oculi_jax import intervention as iv
 from oculi_jax.models.decoder.model import Decoder
 from oculi_jax.models.llama import Llama
@@ -55,15 +55,15 @@ def parity_row(model: Llama, hf: Any, tokenizer: Any) -> Row:
     from tests.tolerances import LOGITS, ROW, parity
 
     def far(ours: dict[str, Any], theirs: dict[str, Any], real: np.ndarray) -> tuple[float, str, float]:
-        errors = parity({site: ours[site] for site in SITES}, ours["logits"], theirs, real)
-        worst = max(SITES, key=errors.__getitem__)
+        errors = parity({site: ours[site] for site in model.config.sites}, ours["logits"], theirs, real)
+        worst = max(model.config.sites, key=errors.__getitem__)
         return errors[worst], worst, errors["logits"]
 
     def both(text: str, padding: int) -> tuple[Any, ...]:
         tokens = np.array([tokenizer.pad_token_id] * padding + tokenizer(text).input_ids, np.int32)
         real = np.arange(len(tokens)) >= padding
         mask = real if padding else None
-        out = forward(model, tokens, capture=tuple(SITES), mask=mask)
+        out = forward(model, tokens, capture=tuple(model.config.sites), mask=mask)
         return {**out.activations, "logits": out.logits}, reference_sites(hf, tokens, mask), real, tokens, mask
 
     def noise(text: str, padding: int = 0) -> str:
@@ -109,8 +109,8 @@ def everything_row(model: Llama, directory: Path, tokenizer: Any, tokens: np.nda
     bridge: Any = TransformerBridge.boot_transformers(HUB_ID, hf_model=hf, tokenizer=tokenizer, device="cpu")
     ids = torch.tensor(tokens)[None].long()
     theirs = torch.no_grad()(lambda: bridge.run_with_cache(ids))
-    row = side_by_side(lambda: run(model, tokens, capture=tuple(SITES)), theirs, 0.7, pairs=11)
-    note = f"One run keeps {len(SITES)} stacked sites of ours, {len(theirs()[1])} tensors of TransformerLens."
+    row = side_by_side(lambda: run(model, tokens, capture=tuple(model.config.sites)), theirs, 0.7, pairs=11)
+    note = f"One run keeps {len(model.config.sites)} stacked sites of ours, {len(theirs()[1])} tensors of TransformerLens."
     return {**row, "note": note}
 
 

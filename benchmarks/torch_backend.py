@@ -12,7 +12,8 @@ from table import HUB_ID, Plan, Row, arguments, hugging_face, measure, side_by_s
 import numpy as np
 import torch
 
-from oculi_jax import SITES, forward
+from oculi_jax import forward
+from oculi_jax.backends import find_model
 
 N_TOKENS = 128
 
@@ -29,9 +30,9 @@ def capture_row(args: Any, hf: Any, tokens: np.ndarray) -> Row:
 
     tokenizer, own = AutoTokenizer.from_pretrained(args.model), hugging_face(args.model)
     bridge: Any = TransformerBridge.boot_transformers(HUB_ID, hf_model=own, tokenizer=tokenizer, device="cpu")
-    ids = torch.tensor(tokens)[None]
+    ids, sites = torch.tensor(tokens)[None], tuple(find_model(hf).config.sites)
     theirs = torch.inference_mode()(lambda: bridge.run_with_cache(ids))
-    return side_by_side(lambda: forward(hf, tokens, capture=tuple(SITES)), theirs, 0.9, pairs=11)
+    return side_by_side(lambda: forward(hf, tokens, capture=sites), theirs, 0.9, pairs=11)
 
 
 def main() -> None:
