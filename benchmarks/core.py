@@ -110,7 +110,9 @@ def everything_row(model: Llama, directory: Path, tokenizer: Any, tokens: np.nda
     ids = torch.tensor(tokens)[None].long()
     theirs = torch.no_grad()(lambda: bridge.run_with_cache(ids))
     row = side_by_side(lambda: run(model, tokens, capture=tuple(model.config.sites)), theirs, 0.7, pairs=11)
-    note = f"One run keeps {len(model.config.sites)} stacked sites of ours, {len(theirs()[1])} tensors of TransformerLens."
+    note = (
+        f"One run keeps {len(model.config.sites)} stacked sites of ours, {len(theirs()[1])} tensors of TransformerLens."
+    )
     return {**row, "note": note}
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 # What is left of an `ArrayLike` once it is looked at: of NumPy on the host, of JAX on a device or in a trace.
 AnyArray: TypeAlias = np.ndarray | Array
+Tree = TypeVar("Tree")
 
 
 # Short names of dtypes that people write, as the command lines of others take them.
@@ -51,6 +53,16 @@ def as_array(value: object) -> Any:
         tensor = tensor.detach().cpu()
         return np.asarray(tensor.float() if "bfloat16" in str(tensor.dtype) else tensor)  # which NumPy has not
     return jnp.asarray(value) if any(map(on_device, jax.tree.leaves(value))) else np.asarray(value)
+
+
+def on_every_host(values: Tree) -> Tree:
+    """Values as they are, but arrays of which each of several processes has a part alone: these whole on every device."""
+
+    def whole(leaf: Any) -> Any:
+        here = isinstance(leaf, Tracer) or not on_device(leaf) or leaf.is_fully_addressable or leaf.is_fully_replicated
+        return leaf if here else jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+
+    return values if jax.process_count() == 1 else jax.tree.map(whole, values)
 
 
 def integer(value: object, what: str, low: int | None = None, high: int | None = None, note: str = "") -> int:

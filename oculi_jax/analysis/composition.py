@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Complex, Float
 
+from ..arrays import on_every_host
 from . import weights
 from .circuits import CircuitDetection
 from .inputs import at_position, check_head, need, row_of
@@ -199,7 +200,7 @@ class CompositionAnalysis:
             >>> round(float(CompositionAnalysis.weight_composition(model).values["k"][1, 4, 2, 2]), 2)
             0.18
         """
-        found = dict(zip("qkv", weights.composition(weights.factors(model)), strict=True))
+        found = dict(zip("qkv", on_every_host(weights.composition(weights.factors(model))), strict=True))
         found = {"v": found["v"]} if model.config.qk_norm is not None else found
         baseline = jnp.asarray(model.config.hidden_size**-0.5, jnp.float32)
         layers = tuple(range(model.config.num_hidden_layers))

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Complex, Float, Int
 
-from ..arrays import integer
+from ..arrays import integer, on_every_host
 from .statistics import root
 
 if TYPE_CHECKING:
@@ -130,11 +130,11 @@ def svd(model: Decoder, circuit: str, layer: int | None = None, head: int | None
     """
     left, right = _sides(model, circuit)
     if layer is None and head is None:
-        return _singular_values(left, right)
+        return on_every_host(_singular_values(left, right))
     if layer is None or head is None:
         raise ValueError("Give layer and head, for one head, or neither, for the singular values of all.")
     layer, head = integer(layer, "layer", 0, left.shape[0] - 1), integer(head, "head", 0, left.shape[1] - 1)
-    return _svd(left[layer, head], right[layer, head])
+    return on_every_host(_svd(left[layer, head], right[layer, head]))
 
 
 @jax.jit
@@ -191,7 +191,7 @@ def _sorted_eigenvalues(matrices: Float[np.ndarray, "L H D D"]) -> Complex[np.nd
 
 
 def _wide(x: Array) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+    return np.asarray(on_every_host(x)).astype(np.float64)
 
 
 def _root_of_gram(x: Float[Array, "... D E"]) -> Float[Array, "... D D"]:

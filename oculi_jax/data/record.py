@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from ..arrays import on_every_host
 from ..utils.files import write_aside
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def describe(model: Model) -> dict[str, Any]:
 def _weights(model: Any) -> list[tuple[str, Any]]:
     """Name → some numbers of a weight."""
     if model.backend == "jax":
-        return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(_some(model))]
+        some = on_every_host(_some(model))
+        return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(some)]
     own = model.weights()
     layers = [(f"{number}.{name}", x) for number, layer in enumerate(own.layers) for name, x in sorted(layer.items())]
     tensors = [("embed", own.embed), ("norm", own.norm), ("unembed", own.unembed), *layers]

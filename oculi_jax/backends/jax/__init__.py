@@ -23,15 +23,28 @@ traceable = True
 
 
 def room(model: Decoder) -> tuple[str, int]:
-    """The platform that a model runs on, and how many bytes are free there; 4 GiB where its driver does not say."""
-    device = next(iter(model.embed[...].devices()))
+    """The platform that a model runs on, and how many bytes are free there; 4 GiB where its driver does not say.
+
+    Where its devices belong to several processes it is the least of them, so that all come to the same plan.
+    """
+    device = _own_device(model)
     free = memory(device)[1]
-    return device.platform, 4 << 30 if free is None else free
+    free = 4 << 30 if free is None else free
+    if not model.embed[...].is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        free = int(multihost_utils.process_allgather(np.float32(free)).min())
+    return device.platform, free
+
+
+def _own_device(model: Decoder) -> Any:
+    """One of a model's devices, of this process."""
+    return next(iter(model.embed[...].sharding.addressable_devices))
 
 
 def rate(model: Decoder) -> float:
     """What a matrix product of the model's dtype does on its device, in operations a second; measured once in a process."""
-    return _rate(next(iter(model.embed[...].devices())), model.dtype)
+    return _rate(_own_device(model), model.dtype)
 
 
 @lru_cache

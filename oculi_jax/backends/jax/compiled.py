@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from ...arrays import on_device, under_trace
+from ...arrays import on_device, on_every_host, under_trace
 from ...intervention.edit import Edit
 from ...intervention.rows import Rows
 from ...utils.devices import GPU_OPTIONS, GPUS
@@ -47,7 +47,9 @@ def compiled(*static: str, donate: tuple[str, ...] = ()) -> Callable[[F], F]:
 
 
 class _Program:
-    """A function as JAX compiles it: on a GPU with its options, which JAX refuses for what is a part of another program."""
+    """A function as JAX compiles it: on a GPU with its options, which JAX refuses for what is a part of another program. What it
+    gives is whole on each of several hosts.
+    """
 
     def __init__(self, function: Any, static: tuple[str, ...], donate: tuple[str, ...]):
         self._function = function
@@ -68,7 +70,7 @@ class _Program:
         return self._with_options if tuned else self._plain
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self._of((arguments, options))(*arguments, **options)
+        return on_every_host(self._of((arguments, options))(*arguments, **options))
 
     def lower(self, *arguments: Any, **options: Any) -> Any:
         """`jax.jit(…).lower` of what a call with these arguments would run."""

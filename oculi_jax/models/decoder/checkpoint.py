@@ -93,13 +93,17 @@ def load(
     with progress(f"Loading {directory.name}", total, in_bytes=True) as advance:
         # The largest first: while a parameter is copied to its device it exists twice.
         for row in sorted(table, key=lambda row: -int(np.prod(row.shape))):
-
-            def read(index: Any, row: Parameter = row) -> np.ndarray:
-                return _read(row, index, stored, target, advance)
-
             if place is None:
-                params[row.name] = read(tuple(slice(None) for _ in row.shape))
+                whole = tuple(slice(None) for _ in row.shape)
+                params[row.name] = _read(row, whole, stored, target, advance)
                 continue
+            there: dict[str, np.ndarray] = {}  # slices that several devices have are read once
+
+            def read(index: Any, row: Parameter = row, there: dict[str, np.ndarray] = there) -> np.ndarray:
+                if str(index) not in there:
+                    there[str(index)] = _read(row, index, stored, target, advance)
+                return there[str(index)]
+
             params[row.name] = jax.make_array_from_callback(row.shape, place(row), read)
             params[row.name].block_until_ready()
     if _versions(directory) != before:
