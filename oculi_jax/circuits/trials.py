@@ -70,7 +70,7 @@ def _judged(
 ) -> Float[Array, "R C"]:
     """The metric of the plain run of each prompt, and of each circuit."""
 
-    def one(number: Array) -> Float[Array, "R"]:
+    def one(number: Array, masks: Array) -> Float[Array, "R"]:
         def of(x: Any) -> Any:
             return None if x is None else jnp.asarray(x)[number]
 
@@ -92,7 +92,10 @@ def _judged(
         def run(share: Array) -> Array:
             return value(masked(model, prompt, share.astype(jnp.float32), own, kind, grouped))
 
-        found = jax.lax.map(run, jnp.asarray(masks), batch_size=at_once)
+        found = jax.lax.map(run, masks, batch_size=at_once)
         return jnp.concatenate([value(plain)[None], found])
 
-    return mapped(one, len(batch.clean), out_axes=1)(jnp.arange(len(batch.clean)))
+    # Each prompt has the masks as its own: a product of what all prompts share with what each wrote would move the latter, by far
+    # the larger, in memory first.
+    n = len(batch.clean)
+    return mapped(one, n, out_axes=1)(jnp.arange(n), jnp.broadcast_to(masks, (n, *masks.shape)))
