@@ -50,7 +50,8 @@ def main() -> None:
     PAUSE[0] = args.seconds
     run(args.directory, args.rows)
     if args.port:
-        total = data.sum_dataset(tiny_llama(), [[1, 2, 3 + i] for i in range(1100)], counted)  # three chunks
+        rows = [[1, 2, 3 + i] for i in range(1100)]  # three chunks
+        total = data.sum_dataset(tiny_llama(), rows, counted, file=f"{args.directory}.safetensors")
         np.save(f"{args.directory}-{args.host}.npy", total)
     print("done", flush=True)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from safetensors.numpy import load_file
 from oculi_jax import CaptureSpec, data, forward, sweep
 from oculi_jax.intervention import Ablation, HeadAblation, Steer
 from oculi_jax.metrics import logit_difference
+from oculi_jax.utils.progress import Pace
 
 from . import slow_job
 
@@ -116,6 +119,48 @@ def test_sums_are_those_of_single_runs(embedded) -> None:
     alone = [forward(model, tokenizer.encode(text), capture="resid_post")["resid_post"][2, -1] for text in MANY]
     np.testing.assert_allclose(found["stream"], np.sum(np.asarray(alone, np.float64), axis=0), rtol=1e-4, atol=1e-3)
     assert found["n"] == 23 and found["stream"].dtype == np.float64
+
+
+def test_sums_go_on_from_their_file(embedded, tmp_path: Path) -> None:
+    """Of three chunks: stopped in the second one by an error, and after it by Ctrl-C."""
+    model, _ = embedded
+    rows, seen = [[1, 2 + i % 500] for i in range(1100)], []
+    path = tmp_path / "sums.safetensors"
+
+    def fn(model, batch):
+        seen.append(int(batch.rows[0]) // 512)
+        if seen[-1] == fails:
+            raise RuntimeError("stopped")
+        if seen[-1] == interrupts:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch.tokens[:, 1].astype(np.float32), {"n": np.ones(len(batch.rows))}
+
+    run = functools.partial(data.sum_dataset, model, rows, fn, file=path, progress=False)
+    fails, interrupts = 1, None
+    with pytest.raises(RuntimeError, match="stopped"):
+        run()
+    seen.clear()
+    fails, interrupts = None, 1
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert set(seen) == {1}  # the first is there, and the third was not begun
+    seen.clear()
+    interrupts = None
+    total, found = run()
+    assert set(seen) == {2}
+    want = sum(row[1] for row in rows)
+    assert total == want and found["n"] == 1100 and total.dtype == np.float64 and list(tmp_path.iterdir()) == [path]
+    before = path.read_bytes()
+    again, _ = run()
+    assert again == want and path.read_bytes() == before
+    assert load_file(path)["1.n"] == 1100
+    with pytest.raises(ValueError, match="holds the sums of another job: .*n_rows is 1100 there, and 1099 here"):
+        data.sum_dataset(model, rows[:-1], fn, file=path)
+    with pytest.raises(ValueError, match=r"about\.by is None there, and 2 here"):
+        run(about={"by": 2})
+    path.write_bytes(before[:-1])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        run()
 
 
 def test_a_second_start_does_what_is_missing_or_damaged_and_comes_to_the_same_bytes(embedded, tmp_path: Path) -> None:
@@ -262,6 +307,9 @@ def test_two_hosts_killed_and_restarted_write_what_one_does(tmp_path: Path, caps
     want = sum(1 / (3 + 2 * i) for i in range(1100))
     for n in range(2):  # the whole on every host
         np.testing.assert_allclose(np.load(f"{tmp_path / 's'}-{n}.npy"), want, rtol=1e-6)
+    kept = [load_file(tmp_path / f"s-{n}-of-2.safetensors")["values"] for n in range(2)]  # each host's own
+    np.testing.assert_allclose(sum(kept), want, rtol=1e-6)
+    assert kept[0] > kept[1] > 0  # two chunks, and one
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
@@ -274,6 +322,49 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path: Path, capsys: pyt
     slow_job.run(tmp_path / "s", 6)
     slow_job.run(tmp_path / "whole", 6)
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
+def test_directories_that_cannot_be_written_are_said(embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may write anywhere, so what a read-only file system says is said by hand."""
+    import errno
+    import tempfile
+
+    model, _ = embedded
+    n_done = 0
+
+    def vanishing(model, batch):
+        nonlocal n_done
+        n_done += 1
+        if n_done == 2:
+            (tmp_path / "s" / "part-000000.safetensors").unlink()
+            (tmp_path / "s" / "index.json").unlink()
+            (tmp_path / "s").rmdir()
+        return np.ones(len(batch.rows))
+
+    run = functools.partial(data.map_dataset, model, [[1], [2], [3]], vanishing, chunk_size=1)
+    with pytest.raises(FileNotFoundError, match="there is no directory '.*s'. 0 of 3 chunks are there; the same call"):
+        run(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    assert not run(tmp_path / "s").missing
+
+    def refused(*_: object, dir: Path, **__: object) -> str:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    for where, name in (("s", "part-000001.safetensors"), ("t", "index.json")):
+        (tmp_path / "s" / "part-000001.safetensors").unlink(missing_ok=True)
+        with pytest.raises(OSError, match=f"Cannot write '.*{name}': Read-only file system"):
+            run(tmp_path / where)
+    with pytest.raises(OSError, match="Cannot write '.*x.safetensors': Read-only file system"):
+        data.sum_dataset(model, [[1]], vanishing, file=tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no file's size")
+def test_a_disk_without_room_for_the_index_is_a_sentence(tmp_path: Path) -> None:
+    with started(tmp_path / "s", 6, 0, "--most-bytes=100") as process:
+        error = process.communicate()[1]
+    assert process.returncode == 1 and re.search("Cannot write '.*index.json': File too large", error), error
+    assert list((tmp_path / "s").iterdir()) == []
 
 
 def test_a_store_is_read_without_this_library(embedded, tmp_path: Path) -> None:
@@ -384,3 +475,37 @@ def test_what_is_no_data_set_is_said(embedded, tmp_path: Path) -> None:
             data.Dataset(rows, tokenizer).rows([0, 1])
     with pytest.raises(TypeError, match="has no tokenizer"):
         data.Dataset(["a"]).rows([0])
+
+
+def test_each_host_counts_its_own_rows_from_those_that_are_there(
+    embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = embedded
+    told: list[tuple[int, int]] = []
+
+    def ones(model, batch):
+        return np.ones(len(batch.rows))
+
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
+    run = functools.partial(data.map_dataset, model, [[1]] * 9, ones, tmp_path / "s", chunk_size=2)
+    store = run(progress=lambda *at: told.append(at))
+    assert told == [(2, 4), (4, 4)] and store.missing == (0, 2, 4)
+    (tmp_path / "s" / "part-000003.safetensors").unlink()
+    told.clear()
+    run(progress=lambda *at: told.append(at))
+    assert told == [(4, 4)]
+
+
+def test_a_pace_is_of_what_was_done_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pace = Pace(1000, 400)
+    assert str(pace) == ""
+    now[0], pace.done = 110.0, 450
+    assert pace.rate == 5 and str(pace).startswith("5/s, ends ")
+    end = datetime.datetime.now() + datetime.timedelta(seconds=(1000 - 450) / 5)
+    assert abs(datetime.datetime.strptime(str(pace)[-5:], "%H:%M").minute - end.minute) in (0, 1, 59)
+    pace.total = 10**6
+    assert re.fullmatch(r"5/s, ends \w+ \d\d \w+ \d\d:\d\d", str(pace))  # another day

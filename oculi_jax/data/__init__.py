@@ -2,8 +2,9 @@
 
 from .batches import Batch
 from .dataset import Dataset
-from .jobs import capture_dataset, map_dataset, sum_dataset
+from .jobs import capture_dataset, map_dataset
 from .store import Rows, Store
 from .streams import order
+from .sums import sum_dataset
 
 __all__ = ["Batch", "Dataset", "Rows", "Store", "capture_dataset", "map_dataset", "order", "sum_dataset"]

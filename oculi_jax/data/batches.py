@@ -11,13 +11,18 @@ from jaxtyping import Bool, Int
 from ..arrays import AnyArray
 from ..prompts import bucket, padded
 from ..pytrees import pytree, static
+from ..sweeps.planning import MOST_ROWS, MOST_ROWS_ELSEWHERE
 
 if TYPE_CHECKING:
     from .dataset import Dataset
 
-# Tokens that run together. On a CPU more are no faster; elsewhere a layer's products should fill the device.
-TOKENS_AT_ONCE = {"cpu": 1024}
-TOKENS_AT_ONCE_ELSEWHERE = 32768
+
+def tokens_at_once(platform: str) -> int:
+    """How many tokens run together, by the platform alone, so that the same programs run anywhere.
+
+    As many as in a sweep; beside a CPU half of that, since nobody asks here how much memory is free.
+    """
+    return MOST_ROWS.get(platform, MOST_ROWS_ELSEWHERE // 2)
 
 
 @pytree
@@ -66,26 +71,39 @@ class Batch:
         return self.masks[name]
 
 
-def batches_of(
-    dataset: Dataset, rows: list[dict[str, Any]], first: int, tokens_at_once: int
-) -> Iterator[tuple[Batch, Int[np.ndarray, "P"]]]:
-    """The batches of a chunk's rows, the longest first, and the places of theirs in the chunk."""
-    lengths = np.array([max(len(row[name]) for name in dataset.sequences) for row in rows])
-    order, begin = np.argsort(-lengths, kind="stable"), 0
+def lengths_of(dataset: Dataset, rows: Sequence[Mapping[str, Any]]) -> Int[np.ndarray, "C"]:
+    """How many tokens each row has in the longest of its columns."""
+    return np.array([max(len(row[name]) for name in dataset.sequences) for row in rows])
+
+
+def cut(lengths: Int[np.ndarray, "C"], at_once: int) -> list[tuple[int, int, Int[np.ndarray, "P"]]]:
+    """How the rows of a chunk run: how many together, at which padded length, and which; the longest first.
+
+    A function of lengths alone, so that the programs of a whole job can be known before it runs.
+    """
+    order, begin, found = np.argsort(-lengths, kind="stable"), 0, []
     while begin < len(order):
         length = bucket(int(lengths[order[begin]]))
-        size = min(rows_of(length, tokens_at_once), 1 << (len(rows) - 1).bit_length())
-        places = order[begin : begin + size]
+        size = min(rows_of(length, at_once), 1 << (len(order) - 1).bit_length())
+        found.append((size, length, order[begin : begin + size]))
+        begin += size
+    return found
+
+
+def rows_of(length: int, at_once: int) -> int:
+    """How many rows of a length run together: a power of two, so that what is left over wastes little."""
+    return 1 << max(0, (at_once // length).bit_length() - 1)
+
+
+def batches_of(
+    dataset: Dataset, rows: list[dict[str, Any]], first: int, at_once: int
+) -> Iterator[tuple[Batch, Int[np.ndarray, "P"]]]:
+    """The batches of a chunk's rows, and the places of theirs in the chunk."""
+    for size, length, places in cut(lengths_of(dataset, rows), at_once):
         filled = np.concatenate([places, np.repeat(places[-1:], size - len(places))])
         columns, masks = _columns(dataset, [rows[place] for place in filled], length)
         weights = (np.arange(size) < len(places)).astype(np.float32)
         yield Batch((first + filled).astype(np.int32), columns, masks, weights, dataset.column), places
-        begin += size
-
-
-def rows_of(length: int, tokens_at_once: int) -> int:
-    """How many rows of a length run together: a power of two, so that what is left over wastes little."""
-    return 1 << max(0, (tokens_at_once // length).bit_length() - 1)
 
 
 def _columns(

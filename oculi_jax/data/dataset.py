@@ -44,7 +44,7 @@ class Dataset:
     """
 
     def __init__(self, source: DatasetLike, tokenizer: Tokenizer | None = None, *, column: str | None = None):
-        given: Any = _read(source) if isinstance(source, str | os.PathLike) else source
+        given: Any = read(source) if isinstance(source, str | os.PathLike) else source
         if isinstance(given, Mapping):
             raise TypeError("A data set is rows: give a list of dictionaries, and not a dictionary of lists.")
         if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
@@ -121,7 +121,7 @@ class Dataset:
         return ids.astype(np.int32)
 
 
-def _read(source: str | os.PathLike[str]) -> Any:
+def read(source: str | os.PathLike[str]) -> Any:
     """What a file holds: lines, or a memory-mapped array."""
     path = Path(source).expanduser()
     if path.suffix not in _FILES:

@@ -1,48 +1,37 @@
-"""`map_dataset`, `capture_dataset` and `sum_dataset`: a whole data set, chunk by chunk, interrupted and gone on with."""
+"""`map_dataset` and `capture_dataset`: a whole data set, chunk by chunk, kept in files, interrupted and gone on with."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import __version__
-from ..arrays import integer, listing, under_trace, wide
+from ..arrays import listing
 from ..backends import find_model, programs_of
 from ..capture import Reading, readings_of
 from ..intervention.frame import Frame
 from ..intervention.protocol import as_list
 from ..intervention.rows import Rows
 from ..prompts import check_prompts
-from ..sweeps.running import check_progress, told
-from .batches import TOKENS_AT_ONCE, TOKENS_AT_ONCE_ELSEWHERE, Batch, batches_of
-from .chunks import IDS, OFFSETS, Chunk, file_of, write_chunk
-from .dataset import Dataset
-from .interrupts import until_asked
-from .record import FORMAT, claim, contents, describe, named
+from .batches import Batch
+from .record import contents, named
+from .running import ROWS_OF_A_CHUNK, Function, Job, check_host, set_of
 from .store import Store
 
 if TYPE_CHECKING:
-    from ..backends.protocol import Model, ModelLike
+    from ..backends.protocol import ModelLike
     from ..capture import CaptureLike
     from ..intervention.protocol import Interventions
     from ..sweeps.running import Progress
     from ..utils.tokens import Tokenizer
     from .dataset import DatasetLike
-
-ROWS_OF_A_CHUNK = 512
-# (model, batch) → a pytree of arrays that lead with the rows of the batch.
-Function: TypeAlias = Callable[[Any, Batch], Any]
 
 
 def map_dataset(
@@ -94,10 +83,28 @@ def map_dataset(
         >>> store, np.array(store["heads"]).shape
         (Store(3 of 3 rows: heads), (3, 4, 6))
     """
+    return mapped(
+        model, dataset, fn, directory, tokenizer=tokenizer, tokens=tokens, chunk_size=chunk_size, about=about
+    ).run(progress)
+
+
+def mapped(
+    model: ModelLike,
+    dataset: DatasetLike,
+    fn: Function,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    tokens: Mapping[str, int] | None = None,
+    chunk_size: int = ROWS_OF_A_CHUNK,
+    about: Mapping[str, Any] | None = None,
+) -> Job:
+    """What `map_dataset` will do."""
     if not callable(fn):
         raise TypeError(f"fn is {fn!r}, and a function of a model and a Batch is needed.")
-    job = {"function": named(fn), "tokens": dict(tokens or {}), "about": dict(about or {})}
-    return _run(model, dataset, fn, directory, tokenizer, dict(tokens or {}), chunk_size, job, progress)
+    check_host(model, "map_dataset")
+    what = {"function": named(fn), "tokens": dict(tokens or {}), "about": dict(about or {})}
+    return Job.of(find_model(model), set_of(dataset, tokenizer), fn, directory, dict(tokens or {}), chunk_size, what)
 
 
 def capture_dataset(
@@ -129,7 +136,24 @@ def capture_dataset(
         >>> store["resid_post", 3][0].shape
         (6, 192)
     """
-    found, given = find_model(model), _given(dataset, tokenizer)
+    return captured(
+        model, dataset, capture, directory, interventions=interventions, tokenizer=tokenizer, chunk_size=chunk_size
+    ).run(progress)
+
+
+def captured(
+    model: ModelLike,
+    dataset: DatasetLike,
+    capture: CaptureLike,
+    directory: str | os.PathLike[str],
+    *,
+    interventions: Interventions = (),
+    tokenizer: Tokenizer | None = None,
+    chunk_size: int = ROWS_OF_A_CHUNK,
+) -> Job:
+    """What `capture_dataset` will do."""
+    check_host(model, "capture_dataset")
+    found, given = find_model(model), set_of(dataset, tokenizer)
     readings = readings_of(capture, found.config, 1 << 20)
     if keyed := [r.site.name for r in readings if "S" in r.site.axes]:
         raise ValueError(
@@ -141,202 +165,10 @@ def capture_dataset(
             f"The interventions have axes {listing(axes)} of a sweep, and one run of each row is kept: use map_dataset."
         )
     asked = [{"site": r.site.name, "layers": r.layers, "positions": r.positions, "dtype": r.dtype} for r in readings]
-    job = {"capture": asked, "interventions": contents(as_list(interventions))}
+    what = {"capture": asked, "interventions": contents(as_list(interventions))}
     tokens = {name: 1 for r in readings if r.positions is None for name in _names(r) if "T" in r.site.axes}
     fn = partial(_captured, readings=readings, interventions=interventions)
-    return _run(found, given, fn, directory, None, tokens, chunk_size, job, progress)
-
-
-def sum_dataset(
-    model: ModelLike,
-    dataset: DatasetLike,
-    fn: Function,
-    *,
-    tokenizer: Tokenizer | None = None,
-    progress: Progress | bool | None = None,
-) -> Any:
-    """The sum over all rows of what a function gives of each, kept on the devices until a chunk is done. Host function.
-
-    Under `jax.distributed`, as in `map_dataset`, every host sums its own chunks and has the sum of all.
-
-    Args:
-        fn: as in `map_dataset`; sums over tokens it makes itself, with `batch.mask`.
-        model, dataset, tokenizer, progress: as in `map_dataset`.
-
-    Returns:
-        What `fn` gives without its axis of rows: NumPy arrays, float64.
-
-    Raises:
-        ValueError, TypeError: something that can be seen to be wrong, before anything runs.
-
-    Examples:
-        >>> def stream(model, batch):
-        ...     spec = CaptureSpec("resid_post", [2], [-1])
-        ...     run = jax.vmap(lambda ids, mask: forward(model, ids, mask=mask, capture=spec)["resid_post"][0, 0])
-        ...     return run(batch.tokens, batch.mask), np.ones(len(batch.rows))
-        >>> total, n = data.sum_dataset(model, ["Rome", text], stream, tokenizer=tokenizer)
-        >>> (total / n).shape, n
-        ((192,), array(2.))
-    """
-    given, found = _given(dataset, tokenizer), find_model(model)
-    check_progress(progress)
-    if under_trace(model):
-        raise TypeError("sum_dataset runs on the host and was called inside a trace (jit, vmap, grad).")
-    total: Any = None
-    begins = range(0, len(given), ROWS_OF_A_CHUNK)
-    shared = 1 < jax.process_count() <= len(begins)  # else each host does all
-    with told("sum_dataset", progress, len(given)) as advance:
-        for begin in begins[jax.process_index() :: jax.process_count()] if shared else begins:
-            rows = given.rows(range(begin, min(begin + ROWS_OF_A_CHUNK, len(given))))
-            own: Any = None
-            for batch, _ in batches_of(given, rows, begin, _at_once(found)):
-                out = fn(model, batch)
-                _check_rows(out, len(batch.rows))
-                own = _add(own, out, batch.weights)
-            own = jax.tree.map(lambda x: np.asarray(x, np.float64), own)
-            total = own if total is None else jax.tree.map(np.add, total, own)
-            advance(len(rows))
-    return jax.tree.map(_of_all_hosts, total) if shared else total
-
-
-def _of_all_hosts(own: np.ndarray) -> np.ndarray:
-    """The sum over hosts, whose float64 travels as what JAX keeps."""
-    halves = np.stack([own.astype(np.float32), (own - own.astype(np.float32)).astype(np.float32)])
-    return multihost_utils.process_allgather(halves).astype(np.float64).sum(axis=(0, 1))
-
-
-@jax.jit
-def _add(total: Any, values: Any, weights: Array) -> Any:
-    """Values `[B, …]` of the rows that count, added up."""
-
-    def of(x: Array) -> Array:
-        x = x.astype(wide(x.dtype)) if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-        counts = weights.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.sum(jnp.where(counts > 0, x, jnp.zeros((), x.dtype)), axis=0)
-
-    found = jax.tree.map(of, jax.tree.map(jnp.asarray, values))
-    return found if total is None else jax.tree.map(jnp.add, total, found)
-
-
-def _given(dataset: DatasetLike, tokenizer: Tokenizer | None) -> Dataset:
-    if isinstance(dataset, Dataset):
-        if tokenizer is not None:
-            raise ValueError("A Dataset has its own tokenizer, and another was given: Dataset(rows, tokenizer).")
-        return dataset
-    return Dataset(dataset, tokenizer)
-
-
-def _at_once(model: Model) -> int:
-    """How many tokens run together: by the platform, and not by what is free, so that the same programs run anywhere."""
-    return TOKENS_AT_ONCE.get(programs_of(model).room(model)[0], TOKENS_AT_ONCE_ELSEWHERE)
-
-
-def _run(
-    model: ModelLike, dataset: DatasetLike, fn: Function, directory: str | os.PathLike[str], tokenizer: Tokenizer | None,
-    tokens: dict[str, int], chunk_size: int, job: dict[str, Any], progress: Any,
-) -> Store:  # fmt: skip
-    """The chunks that are not there yet."""
-    given, found, path = _given(dataset, tokenizer), find_model(model), Path(directory).expanduser()
-    if under_trace(model):
-        raise TypeError("A data set is run on the host, and this was called inside a trace (jit, vmap, grad).")
-    check_progress(progress)
-    chunk_size = integer(chunk_size, "chunk_size", 1)
-    at_once = _at_once(found)
-    claim(path, {
-        **job, "format": FORMAT, "version": __version__, "model": describe(found), "data": given.fingerprint(),
-        "columns": list(given.columns), "n_rows": len(given), "chunk_size": chunk_size, "tokens_at_once": at_once,
-    })  # fmt: skip
-    n_chunks = -(-len(given) // chunk_size)
-    own = range(jax.process_index(), n_chunks, jax.process_count())
-    with told(path.name, progress, len(given)) as advance, until_asked(f"The job of {str(path)!r}") as ask:
-        for number in own:
-            numbers = range(number * chunk_size, min((number + 1) * chunk_size, len(given)))
-            if not _is_there(path, number):
-                arrays, by_token = _chunk(found, given, fn, tokens, numbers, at_once)
-                try:
-                    write_chunk(file_of(path, number), arrays, by_token)
-                except OSError as error:
-                    done = sum(file_of(path, n).exists() for n in range(n_chunks))
-                    raise type(error)(
-                        f"{error} {done} of {n_chunks} chunks are there; the same call does the rest."
-                    ) from error
-            advance(len(numbers))
-            ask()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"oculi_jax {path.name}")
-    return Store.open(path)
-
-
-def _is_there(directory: Path, number: int) -> bool:
-    """Whether a chunk is written and whole; one that is damaged is said to be done again."""
-    try:
-        Chunk.open(file_of(directory, number)).check()
-    except FileNotFoundError:
-        return False
-    except ValueError as error:
-        warnings.warn(f"{error} It is done again.", stacklevel=4)
-        return False
-    return True
-
-
-def _chunk(
-    model: Model, dataset: Dataset, fn: Function, tokens: dict[str, int], numbers: range, at_once: int
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """What a chunk's file holds: name → array that leads with its rows, or with their tokens; and the names of the latter."""
-    rows = dataset.rows(numbers)
-    found: dict[str, list[Any]] = {}
-    lengths = np.array([len(row[dataset.column]) for row in rows])
-    waiting: tuple[Any, Batch, np.ndarray] | None = None
-    for batch, places in batches_of(dataset, rows, numbers.start, at_once):
-        out = fn(model, batch)
-        if waiting is not None:
-            _take(found, *waiting, tokens, len(rows))  # while the next one runs
-        waiting = out, batch, places
-    assert waiting is not None
-    _take(found, *waiting, tokens, len(rows))
-    if unknown := sorted(set(tokens) - set(found)):
-        raise ValueError(f"tokens names {unknown[0]!r}, and fn gives {', '.join(sorted(found))}.")
-    arrays = {name: np.concatenate(of) if name in tokens else np.stack(of) for name, of in found.items()}
-    arrays[IDS] = np.concatenate([row[dataset.column] for row in rows])
-    arrays[OFFSETS] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return arrays, [IDS, *tokens]
-
-
-def _take(
-    found: dict[str, list[Any]], out: Any, batch: Batch, places: np.ndarray, tokens: Mapping[str, int], n_rows: int
-) -> None:
-    """Sorts what a batch gave into its rows' places."""
-    _check_rows(out, len(batch.rows))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(out):
-        name = _name(path)
-        if name in (IDS, OFFSETS):
-            raise ValueError(f"fn gives {name!r}, a name that a store has for itself; give it another.")
-        values, axis = np.asarray(leaf), tokens.get(name)
-        if axis is not None and not (0 < axis < values.ndim and values.shape[axis] == batch.tokens.shape[1]):
-            raise ValueError(
-                f"fn gives {name!r} of shape {listing(values.shape)}, and by `tokens` axis {axis} of it has an entry for each of "
-                f"{batch.tokens.shape[1]} tokens."
-            )
-        into = found.setdefault(name, [None] * n_rows)
-        for row, place in enumerate(places):
-            value = values[row]
-            into[place] = value if axis is None else np.moveaxis(value, axis - 1, 0)[np.asarray(batch.mask[row])]
-
-
-def _check_rows(out: Any, n_rows: int) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(out)
-    if not leaves:
-        raise ValueError("fn gives no array.")
-    for path, leaf in leaves:
-        if not np.ndim(leaf) or leaf.shape[0] != n_rows:
-            raise ValueError(
-                f"fn gives {_name(path)!r} of shape {listing(np.shape(leaf))}, and it must lead with the {n_rows} rows of the "
-                "batch."
-            )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".") or "values"
+    return Job.of(found, given, fn, directory, tokens, chunk_size, what)
 
 
 def _names(reading: Reading) -> list[str]:

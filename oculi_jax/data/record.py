@@ -84,20 +84,26 @@ def contents(items: Sequence[object]) -> list[str]:
 
 def claim(directory: Path, job: Mapping[str, Any]) -> None:
     """Makes a directory that of a job; ValueError, with what differs, where it is another's."""
-    job = json.loads(json.dumps(job))
     path = directory / NAME
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise type(error)(f"Cannot make the directory {str(directory)!r}: {error.strerror}.") from error
+    refuse(directory, job)
     if not path.exists():
-        there = sorted(found.name for found in directory.iterdir() if not found.name.startswith("."))
-        if there and NAME not in there:
-            raise ValueError(f"{str(directory)!r} is not empty, and holds no results of a job: {', '.join(there[:3])}.")
-        if not there:  # else another host was quicker
-            with write_aside(path) as aside:
-                aside.write_text(json.dumps(job, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if differs := _differences(read(directory), job):
+        with write_aside(path) as aside:
+            aside.write_text(json.dumps(job, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    refuse(directory, job)  # another host may have been quicker
+
+
+def refuse(directory: Path, job: Mapping[str, Any]) -> None:
+    """ValueError where a directory holds something else than the results of a job; with what differs, where it is another job's."""
+    if not directory.is_dir():
+        return
+    there = sorted(found.name for found in directory.iterdir() if not found.name.startswith("."))
+    if there and NAME not in there:
+        raise ValueError(f"{str(directory)!r} is not empty, and holds no results of a job: {', '.join(there[:3])}.")
+    if there and (differs := differences(read(directory), json.loads(json.dumps(job)))):
         raise ValueError(f"{str(directory)!r} holds the results of another job: {'; '.join(differs)}.")
 
 
@@ -119,9 +125,9 @@ def read(directory: Path) -> dict[str, Any]:
     return job
 
 
-def _differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Where two jobs differ."""
+def differences(there: object, here: object, name: str = "") -> list[str]:
+    """Where two jobs, as JSON has them, differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted(set(there) | set(here))
-        return [x for key in keys for x in _differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))]
+        return [x for key in keys for x in differences(there.get(key), here.get(key), f"{name}.{key}".strip("."))]
     return [] if there == here else [f"{name} is {there!r} there, and {here!r} here"]

@@ -236,13 +236,12 @@ def check_progress(progress: object) -> None:
 
 
 @contextmanager
-def told(label: str, progress: Progress | bool | None, total: int) -> Iterator[Callable[[int], None]]:
-    """`advance(n)`, which draws a bar, calls the user's function, or does nothing."""
+def told(label: str, progress: Progress | bool | None, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """`advance(n)`, which draws a bar, calls the user's function, or does nothing; `done` of the total are done before."""
     if progress is None or progress is True:
-        with progress_bar(label, total) as advance:
+        with progress_bar(label, total, done=done) as advance:
             yield advance
         return
-    done = 0
 
     def call(amount: int) -> None:
         nonlocal done
