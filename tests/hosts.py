@@ -137,7 +137,7 @@ def tuned(model: Any) -> Any:
 
 
 def jobs(model: Any) -> Any:
-    directory = OUT[0] / "jobs"
+    directory = OUT[0] / ("alone" if jax.process_count() == 1 else "jobs")
 
     def effect(model: Any, batch: data.Batch) -> Any:
         return sweep(model, batch.tokens, HeadAblation.grid(model.config), SINGLE, mask=batch.mask)
@@ -153,7 +153,7 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     f.__name__: f
     for f in (
         whole, batch, heads, sets, own_function, decoded, patched, noised, attributed, edges, paths, read, means, of_weights,
-        tuned,
+        tuned, jobs,
     )
 }  # fmt: skip
 # What is run with weights split over hosts as well.

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from oculi_jax import data, from_pretrained
 from oculi_jax.models.decoder.parameters import parameter_table
 
 from . import hosts
@@ -53,7 +54,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def one_device(directory: Path) -> Callable[[str], list[np.ndarray]]:
     """What a function gives on one device."""
-    return cache(lambda name: hosts.leaves(name, tiny_llama(**hosts.KIND)))
+    model = from_pretrained(directory / "model")
+    return cache(lambda name: hosts.leaves(name, model))
 
 
 @pytest.mark.parametrize(
@@ -85,3 +87,17 @@ def test_each_host_reads_what_lies_on_its_devices(split: str, directory: Path) -
         for row in parameter_table(config):
             share = 2 if split == "model" and any(letter in "HKFV" for letter in row.axes) else 1
             assert read[row.name] * share == np.prod(row.shape), row.name
+
+
+def test_a_job_of_two_hosts_goes_on_with_one(directory: Path, one_device: Callable[[str], list[np.ndarray]]) -> None:
+    """Each host has written its own chunks, and each of these is whole: one that is gone is made anew, where the model is whole."""
+    one_device("jobs")
+    files = sorted((directory / "jobs" / "map").glob("part-*"))
+    assert len(files) == 5
+    want = np.array(data.Store.open(directory / "alone" / "map")["values"])
+    files[3].unlink()
+    (directory / "alone").rename(directory / "before")
+    (directory / "jobs").rename(directory / "alone")
+    again = hosts.leaves("jobs", from_pretrained(directory / "model"))[0]
+    np.testing.assert_allclose(again, want, rtol=0, atol=CLOSE * np.abs(want).max())
+    assert sorted(path.name for path in (directory / "alone" / "map").glob("part-*")) == [path.name for path in files]

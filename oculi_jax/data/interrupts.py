@@ -13,14 +13,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def until_asked(what: str) -> Iterator[Callable[[], None]]:
+def until_asked(what: str, largest: Callable[[int], int] = int) -> Iterator[Callable[[], None]]:
     """Yields what a job calls after each chunk, and raises KeyboardInterrupt, or SystemExit for SIGTERM, if it was asked to end.
 
-    A second Ctrl-C ends at once. Elsewhere than in the main thread signals are left as they are.
+    A second Ctrl-C ends at once. Elsewhere than in the main thread signals are left as they are. `largest` makes of the number of
+    the signal here, 0 for none, that of all hosts that end together.
     """
     asked: list[int] = []
+
+    def check() -> None:
+        if number := largest(asked[0] if asked else 0):
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield check
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -28,10 +34,6 @@ def until_asked(what: str) -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked.append(number)
         print(f"{what} ends after the chunk at hand; the same call does the rest.", file=sys.stderr)
-
-    def check() -> None:
-        if asked:
-            raise KeyboardInterrupt if asked[0] == signal.SIGINT else SystemExit(128 + asked[0])
 
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:

@@ -50,8 +50,8 @@ def map_dataset(
 
     The set is cut into chunks by row number alone, a chunk into batches of near lengths, and each chunk becomes a file, whole or
     not there: a second start does the chunks that are missing or damaged and comes to the same bytes. Ctrl-C and SIGTERM end
-    after the chunk at hand. Under `jax.distributed`, where every host calls the same lines with the model on its own devices,
-    host i does every n-th chunk, from the i-th.
+    after the chunk at hand. Under `jax.distributed`, where every host calls the same lines, host i of n does every n-th chunk, from
+    the i-th; where the model's mesh is of several hosts, they run every chunk together and host i writes it.
 
     Args:
         model: a model of any family.

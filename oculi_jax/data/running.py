@@ -15,12 +15,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from .. import __version__
-from ..arrays import integer, listing, under_trace
+from ..arrays import integer, listing, on_every_host, under_trace
 from ..backends import programs_of
 from ..sweeps.running import check_progress, told
 from .batches import Batch, batches_of, cut, lengths_of, tokens_at_once
 from .chunks import IDS, OFFSETS, Chunk, file_of, write_chunk
 from .dataset import Dataset
+from .hosts import Hosts
 from .interrupts import until_asked
 from .record import FORMAT, claim, describe, refuse
 from .store import Store
@@ -96,13 +97,15 @@ class Job:
         """Does what is not there yet."""
         check_progress(progress)
         claim(self.directory, self.record)
-        own, missing = own_chunks(self.n_chunks), []
+        hosts, missing = Hosts.of(self.model), []
+        own = hosts.own(self.n_chunks)
         with told("Checking what is there", not callable(progress) and progress, len(own)) as advance:
             for number in own:
-                missing += [] if _is_there(self.directory, number) else [self.rows_of(number)]
+                missing += [] if _is_there(self.directory, number) else [number]
                 advance(1)
-        n_rows = sum(len(self.rows_of(number)) for number in own)
-        each_chunk(self.directory, missing, self._write, progress, n_rows)
+        n_rows = sum(len(self.rows_of(number)) for number in hosts.to_run(own, self.n_chunks))
+        chunks = [self.rows_of(number) for number in hosts.to_run(missing, self.n_chunks)]
+        each_chunk(self.directory, chunks, self._write, progress, n_rows, hosts)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"oculi_jax {self.directory.name}")
         return Store.open(self.directory)
@@ -110,6 +113,8 @@ class Job:
     def _write(self, rows: range) -> None:
         number = rows.start // self.chunk_size
         arrays, by_token = self._chunk(rows)
+        if number not in Hosts.of(self.model).own(self.n_chunks):
+            return
         try:
             write_chunk(file_of(self.directory, number), arrays, by_token)
         except OSError as error:
@@ -147,14 +152,10 @@ def described(model: Model, dataset: Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def own_chunks(n_chunks: int) -> range:
-    """The chunks of this host: every n-th of n hosts."""
-    return range(jax.process_index(), n_chunks, jax.process_count())
-
-
 def each_chunk(
-    kept: Path, chunks: Sequence[range], do: Callable[[range], None], progress: Progress | bool | None, n_rows: int
-) -> None:
+    kept: Path, chunks: Sequence[range], do: Callable[[range], None], progress: Progress | bool | None, n_rows: int,
+    hosts: Hosts,
+) -> None:  # fmt: skip
     """Runs a function of some chunks' rows, one after another; Ctrl-C and SIGTERM end it between two.
 
     Args:
@@ -163,9 +164,13 @@ def each_chunk(
         do: what is done with one.
         progress: as in `sweep`, of rows.
         n_rows: of all chunks of this host, of which those that are not in `chunks` are done.
+        hosts: those that run together end together.
     """
     done = n_rows - sum(map(len, chunks))
-    with told(kept.name, progress, n_rows, done) as advance, until_asked(f"The job of {str(kept)!r}") as ask:
+    with (
+        told(kept.name, progress, n_rows, done) as advance,
+        until_asked(f"The job of {str(kept)!r}", hosts.largest) as ask,
+    ):
         for rows in chunks:
             do(rows)
             advance(len(rows))
@@ -217,7 +222,7 @@ def _take(
         name = name_of(path)
         if name in (IDS, OFFSETS):
             raise ValueError(f"fn gives {name!r}, a name that a store has for itself; give it another.")
-        values, axis = np.asarray(leaf), tokens.get(name)
+        values, axis = np.asarray(on_every_host(leaf)), tokens.get(name)
         if axis is not None and not (0 < axis < values.ndim and values.shape[axis] == batch.tokens.shape[1]):
             raise ValueError(
                 f"fn gives {name!r} of shape {listing(values.shape)}, and by `tokens` axis {axis} of it has an entry for each of "

@@ -19,6 +19,7 @@ from ..arrays import wide
 from ..backends import find_model
 from ..sweeps.running import check_progress, told
 from ..utils.files import read_tensors, write_aside, write_tensors
+from .hosts import Hosts
 from .record import differences, named
 from .running import ROWS_OF_A_CHUNK, Function, batches, check_host, check_rows, described, each_chunk, name_of, set_of
 
@@ -74,8 +75,13 @@ def sum_dataset(
     given, found = set_of(dataset, tokenizer), find_model(model)
     check_progress(progress)
     check_host(model, "sum_dataset")
-    own, shared = _own_chunks(len(given))
+    hosts = Hosts.of(found)
+    own, shared = _own_chunks(len(given), hosts)
     kept = None
+    if file is not None and hosts.together:
+        raise ValueError(
+            "The model's devices are of several hosts, which have no file of sums between them: leave file out."
+        )
     if file is not None:
         what = {"function": named(fn), "about": dict(about or {}), **described(found, given)}
         kept = _Kept.of(file, {**what, "format": FORMAT, "host": jax.process_index(), "n_hosts": jax.process_count()})
@@ -93,7 +99,7 @@ def sum_dataset(
 
     n_rows = sum(map(len, own))
     if kept is not None:
-        each_chunk(kept.path, own[done:], add, progress, n_rows)
+        each_chunk(kept.path, own[done:], add, progress, n_rows, hosts)
     else:
         with told("sum_dataset", progress, n_rows) as advance:
             for rows in own:
@@ -104,12 +110,11 @@ def sum_dataset(
     return jax.tree.map(_of_all_hosts, total) if shared else total
 
 
-def _own_chunks(n_rows: int) -> tuple[list[range], bool]:
-    """The rows of each chunk of this host; and whether hosts share them, or there are too few and each does all."""
+def _own_chunks(n_rows: int, hosts: Hosts) -> tuple[list[range], bool]:
+    """The rows of each chunk that this host runs; and whether hosts share them, or run together, or there are too few."""
     chunks = [range(n, min(n + ROWS_OF_A_CHUNK, n_rows)) for n in range(0, n_rows, ROWS_OF_A_CHUNK)]
-    host, n_hosts = jax.process_index(), jax.process_count()
-    shared = 1 < n_hosts <= len(chunks)
-    return (chunks[host::n_hosts] if shared else chunks), shared
+    shared = 1 < jax.process_count() <= len(chunks) and not hosts.together
+    return ([chunks[number] for number in hosts.own(len(chunks))] if shared else chunks), shared
 
 
 def _sum(model: Model, dataset: Dataset, fn: Function, rows: range) -> Any:
