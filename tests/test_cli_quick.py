@@ -51,6 +51,8 @@ LINES = {
     "a site": (["capture", "x", "--sites", "patern", "-o", "{tmp}/x"], "did you mean 'pattern'"),
     "axes": (["patch", "a", "b", "--target", "a", "--by", "head"], "--by is 'head'"),
     "an ablation": (["circuit", "a", "b", "--target", "a", "--ablation", "means"], "Did you mean 'mean'?"),
+    "a job": (["job", "{tmp}/no.toml"], "There is no file"),
+    "a job's file": (["job", "{tmp}/file"], "is not TOML"),
     "a dtype": (["lens", "x", "--dtype", "float33"], "--dtype"),
     "a message": (["heads", "--chat"], "there is no --text"),
 }

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "Continues a text, plain and, with --intervene, under interventions, side by side.",
     "report": "A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.",
     "sites": "The sites: every value of the forward pass that can be read and edited, with its axes.",
+    "job": "Runs a job over a data set from a file: model, data, what to compute, where to. A second start does what is missing.",
     "store": "What a directory of results holds: how many rows, of what, from which model and data, and what is missing.",
     "doctor": "Whether what this machine's devices compute can be trusted: each site of one prompt beside the CPU's float32.",
 }
@@ -60,6 +61,8 @@ def load(command: str) -> Callable[..., Any]:
             from .report import report as found
         case "sites":
             from .sites import sites as found
+        case "job":
+            from .job import job as found
         case "store":
             from .store import store as found
         case "doctor":

@@ -41,7 +41,7 @@ def _form(kind: str) -> str:
 
 def chosen(model: str | None, lines: Sequence[str]) -> list[Any]:
     """The interventions of several lines; raises for those that a model cannot have, by its config, before it is loaded."""
-    read = [_read(line) for line in lines]
+    read = [read_line(line) for line in lines]
     if not read:
         return []
     config = config_of(model)
@@ -58,11 +58,11 @@ def chosen(model: str | None, lines: Sequence[str]) -> list[Any]:
 
 def parse(text: str) -> Any:
     """An intervention from `kind:field=value,…`, for instance `spectra:layer=15,head=5,alpha=2.5`."""
-    name, values = _read(text)
+    name, values = read_line(text)
     return getattr(oculi_jax, name)(**values)
 
 
-def _read(text: str) -> tuple[str, dict[str, Any]]:
+def read_line(text: str) -> tuple[str, dict[str, Any]]:
     """The class's name and its fields."""
     kind, _, rest = text.partition(":")
     kind = kind.strip()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .common import Json, console, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data.store import Store
 
 
 def store(
@@ -18,23 +23,26 @@ def store(
     from ..data.store import Store
 
     found = Store.open(directory)
-    arrays = {name: found.describe(name) for name in found.names}
     if check:
         found.check()
     if as_json:
+        arrays = {name: found.describe(name) for name in found.names}
         print_json({"about": found.about, "missing": found.missing, "arrays": arrays})
         return
-    out = console()
+    show(console(), found, "; all as they were written" if check else "")
+
+
+def show(out: Console, found: Store, checked: str) -> None:
+    """What a store holds, in some lines; `checked` follows what the first one says of its chunks."""
     n_missing = len(found.missing)
     whole = "all written" if not n_missing else f"{n_missing} not written yet: {_listed(found.missing)}"
-    checked = "; all as they were written" if check else ""
     out.print(
         f"{found.n_rows} rows in {found.n_chunks} chunks of {found.chunk_size}, {whole}{checked}.", highlight=False
     )
-    for name, (dtype, shape, by_token) in arrays.items():
-        out.print(
-            f"  {name}  {dtype} [{', '.join(['tokens' if by_token else 'rows', *map(str, shape)])}]", markup=False
-        )
+    for name in found.names:
+        dtype, shape, by_token = found.describe(name)
+        axes = ["tokens" if by_token else "rows", *map(str, shape)]
+        out.print(f"  {name}  {dtype} [{', '.join(axes)}]", markup=False)
     model = found.about.get("model", {})
     out.print(
         f"Model {model.get('weights')} ({model.get('backend')}, {model.get('dtype')}), data {found.about.get('data')}, "

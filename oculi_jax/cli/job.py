@@ -1,0 +1,146 @@
+"""`oculi job`: a job over a data set, from a file."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import oculi_jax
+
+from ..embedded import embedded_directory
+from .common import check_model, console, keep_programs, working
+from .hosts import join
+from .interventions import read_line
+from .jobfile import Capture, JobFile, Mesh, ModelTable, read_job
+from .store import show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data.running import Job
+    from .computations import Work
+
+EVERY = 60.0  # seconds between two lines on what is done, where there is no terminal for a bar
+
+
+def job(
+    config: Annotated[Path, typer.Argument(help="The file of the job, in TOML.", show_default=False)],
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it would do, and do nothing.")] = False,
+) -> None:
+    """Runs a job over a data set from a file: model, data, what to compute, where to. A second start does what is missing.
+
+    The file has the tables [model], [data] and [store], and one of [capture], [sweep], [patch], [attribute] and [curve]. Under
+    Slurm, Open MPI and on TPU pods every process runs this same line, and the hosts share the work.
+    """
+    asked = read_job(config)
+    check_model(asked.model.source)
+    if isinstance(asked.what, Capture):
+        for line in asked.what.intervene:
+            read_line(line)
+    join()
+    from .computations import work_of
+    from .jobrows import rows_of
+
+    model, tokenizer = _opened(asked.model)
+    with working("Reading the data"):
+        work = work_of(asked, rows_of(asked, tokenizer, model.config), model)
+    import jax
+
+    out = console(quiet=jax.process_index() > 0)
+    _announce(out, asked, work)
+    if plan:
+        return
+    try:
+        store = work.job.run(_teller(work.job))
+    except (KeyboardInterrupt, SystemExit) as end:
+        n_missing = len(work.job.missing)
+        out.print(f"{work.job.n_chunks - n_missing} of {work.job.n_chunks} chunks are there.")
+        raise SystemExit(130 if isinstance(end, KeyboardInterrupt) else end.code) from None
+    show(out, store, "")
+
+
+def _opened(asked: ModelTable) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    keep_programs()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    source = embedded_directory() if asked.source is None else asked.source
+    tokenizer = oculi_jax.load_tokenizer(source, revision=asked.revision)
+    mesh = None if asked.mesh is None else _mesh(asked.mesh)
+    return oculi_jax.from_pretrained(source, dtype=asked.dtype, revision=asked.revision, mesh=mesh), tokenizer
+
+
+def _mesh(asked: Mesh) -> Any:
+    """This host's own devices, arranged."""
+    import jax
+    from jax.sharding import AxisType
+
+    n, here = asked.data * asked.model, jax.local_devices()
+    if min(asked.data, asked.model) < 1 or n > len(here):
+        raise ValueError(
+            f"[model] mesh is {asked.data} × {asked.model} devices, and this host has {len(here)}; every host runs the model on "
+            "its own."
+        )
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((asked.data, asked.model), ("data", "model"), types, devices=here[:n])
+
+
+def _announce(out: Console, asked: JobFile, work: Work) -> None:
+    """Says what will be done."""
+    import jax
+
+    job, missing = work.job, work.job.missing
+    out.print(
+        f"{asked.kind} of {asked.model.source or 'tiny-facts'} ({job.model.dtype}) over {len(job.dataset)} rows, to "
+        f"{str(job.directory)!r}.",
+        markup=False,
+    )
+    out.print(f"{job.n_chunks} chunks of {job.chunk_size} rows: {job.n_chunks - len(missing)} are there.")
+    if not missing:
+        return
+    with working("Planning"):
+        shapes, n_tokens = job.shapes(missing)
+        seconds = sum(times * work.plan(*shape).seconds for shape, times in shapes.items()) / jax.process_count()
+    n_rows = sum(len(job.rows_of(number)) for number in missing)
+    size = _bytes(work.bytes(n_rows, n_tokens))
+    hosts = f" on each of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    out.print(f"To do: {n_rows} rows of {n_tokens} tokens; {size} will be written.")
+    out.print(f"About {_time(seconds)}{hosts}, and compiling for batches of {len(shapes)} shapes.")
+
+
+def _teller(job: Job) -> Callable[[int, int], None] | None:
+    """A line now and then on what is done; None on a terminal, where there is a bar."""
+    from ..data.running import own_chunks
+    from ..utils.progress import Pace
+
+    if console(error=True).is_terminal:
+        return None
+    own, missing = own_chunks(job.n_chunks), set(job.missing)
+    sizes = {number: len(job.rows_of(number)) for number in own}
+    pace = Pace(sum(sizes.values()), sum(size for number, size in sizes.items() if number not in missing))
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        pace.done = done
+        if time.monotonic() - told >= EVERY:
+            told = time.monotonic()
+            console(error=True).print(f"{done} of {total} rows, {pace}")
+
+    return tell
+
+
+def _bytes(n: float) -> str:
+    power = min(4, int(math.log10(max(n, 1))) // 3)
+    return f"{n / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
