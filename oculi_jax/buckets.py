@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,6 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from .prompts import bucket
 from .pytrees import pytree, static
-
-if TYPE_CHECKING:
-    from .models.decoder.config import DecoderConfig
 
 # Of a bucket's columns, at most so much is padding.
 MOST_PADDING = 0.25
@@ -84,9 +82,8 @@ def whole(n_prompts: int, n_tokens: int) -> Bucket:
     return Bucket(np.arange(n_prompts), np.zeros(n_prompts, np.int32), n_tokens)
 
 
-def weights_of(config: DecoderConfig) -> tuple[int, int]:
-    """How many numbers a layer's attention and its MLP multiply with."""
-    c = config.sizes
+def weights_of(c: Mapping[str, int]) -> tuple[int, int]:
+    """How many numbers a layer's attention and its MLP multiply with, of their sizes by letter."""
     return 2 * c["E"] * c["D"] * (c["H"] + c["K"]), 3 * c["E"] * c["F"]
 
 

@@ -82,7 +82,7 @@ def mean_activations(
         )
 
     platform, _ = programs_of(found).room(found)
-    work = 2.0 * found.config.num_hidden_layers * sum(weights_of(found.config))
+    work = 2.0 * found.config.num_hidden_layers * sum(weights_of(found.config.sizes))
     sums: dict[str, Array] | None = None
     for bucket in buckets_of(real, columns_of_a_program(platform, work)):
         for part, counts in _parts(found, bucket.cut(ids), bucket.cut(real), readings):

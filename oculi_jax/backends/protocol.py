@@ -90,7 +90,11 @@ class Programs(Protocol[M, Base]):
         ...
 
     def rate(self, model: M) -> float:
-        """How many floating-point operations a second a matrix product of the model's dtype does where it lies, measured once."""
+        """How many floating-point operations a second a matrix product of the model's dtype does on a device, measured once."""
+        ...
+
+    def spread(self, model: M) -> tuple[int, int]:
+        """How many copies of a model there are, and over how many devices each is cut: `data` and `model` of its mesh."""
         ...
 
     def run(

@@ -192,7 +192,7 @@ def _bytes_of(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens:
     if how.n_rules is not None:
         found += how.rules_at_once * _bytes_of_rule(model, readings, n_tokens)
     found += 6 * 4 * math.prod(config.sizes[letter] for letter in "LH") * n_tokens**2 * how.exact
-    return sum(weights_of(config)) * itemsize + at_once * (kept + found)
+    return sum(weights_of(config.sizes)) * itemsize + at_once * (kept + found)
 
 
 def _bytes_of_units(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens: int) -> int:
@@ -262,7 +262,7 @@ class _Pairs(NamedTuple):
             return [_Batch(whole(n_prompts, n_tokens), n_prompts, *self.schedule(model, n_prompts, n_tokens))]
         platform, _ = programs_of(model).room(model)
         # Of a column, two forward passes and the backward pass of one of them.
-        work = 2 * 4 * model.config.num_hidden_layers * sum(weights_of(model.config))
+        work = 2 * 4 * model.config.num_hidden_layers * sum(weights_of(model.config.sizes))
         found = []
         for bucket in buckets_of(np.asarray(self.mask), columns_of_a_program(platform, work)):
             n_rows = rung(len(bucket.prompts))  # of few sizes, so that another set runs the same programs
@@ -376,9 +376,12 @@ def _units(model: Decoder, readings: tuple[Reading, ...], each: Any) -> tuple[st
 
 
 def _schedule(model: Decoder, n_prompts: int, n_tokens: int) -> tuple[int, bool]:
-    """How many pairs run at once, and whether each layer is run again in the backward pass rather than kept."""
-    kept = _bytes_of_backward(model, n_tokens)
-    return min(n_prompts, max(1, _KEPT_BYTES // kept)), kept > _KEPT_BYTES
+    """How many pairs run at once, as many on each copy of the model, and whether each layer is run again in the backward pass
+    rather than kept.
+    """
+    (n_copies, _), kept = programs_of(model).spread(model), _bytes_of_backward(model, n_tokens)
+    n_calls = -(-n_prompts // (n_copies * max(1, _KEPT_BYTES // kept)))
+    return -(-n_prompts // (n_calls * n_copies)) * n_copies, kept > _KEPT_BYTES
 
 
 def _bytes_of_rule(model: Decoder, readings: tuple[Reading, ...], n_tokens: int) -> int:
@@ -388,7 +391,7 @@ def _bytes_of_rule(model: Decoder, readings: tuple[Reading, ...], n_tokens: int)
 
 
 def _bytes_of_backward(model: Decoder, n_tokens: int) -> int:
-    """What the forward passes of a pair leave for the backward pass, layers not run again."""
-    sizes = model.config.sizes
+    """What the forward passes of a pair leave for the backward pass, layers not run again; on each device."""
+    sizes = model.config.shares(programs_of(model).spread(model)[1])
     per_token = 12 * sizes["E"] + 6 * sizes["F"] + 6 * sizes["H"] * n_tokens
     return 2 * sizes["L"] * n_tokens * per_token * model.dtype.itemsize

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from ..arrays import AnyArray, listing, wide
 from ..backends.jax.compiled import compiled
+from ..backends.jax.mesh import mesh_of, settle, spread
 from ..backends.jax.programs import measure, run
 from ..buckets import Window
 from ..capture import Reading, readings_of
@@ -76,12 +78,15 @@ def attribute(
     Values lead with the rules, where there are several.
 
     Args:
-        at_once: how many pairs run side by side.
+        at_once: how many pairs run side by side; over the `data` of the model's mesh, where that divides them.
         remat: whether layers are run again in the backward pass.
     """
 
+    mesh, (n_copies, _) = mesh_of(model), spread(model)
+    axis = "data" if n_copies > 1 and at_once % n_copies == 0 else None
+
     def one(number: Int[Array, ""]) -> tuple[dict[str, Array], Array, Array]:
-        tokens = jnp.stack([clean[number], corrupted[number]])
+        tokens = settle(jnp.stack([clean[number], corrupted[number]]), mesh)
         real = None if mask is None else mask[number]
         pair = _Pair(model, tokens, real, jax.tree.map(lambda x: x[number], window), of_prompt(metric, number), remat)
 
@@ -95,11 +100,14 @@ def attribute(
             values = values[0]  # which no rule changes
         return found, *values
 
-    numbers = jnp.arange(len(clean))
-    if len(clean) == at_once:
-        found, *values = mapped(one, at_once)(numbers)
+    n, some = len(clean), mapped(one, at_once, axis_name=axis)
+    numbers = np.minimum(np.arange(-(-n // at_once) * at_once, dtype=np.int32), n - 1).reshape(-1, at_once)
+    if len(numbers) == 1:
+        found, *values = some(numbers[0])
     else:
-        found, *values = jax.lax.map(one, numbers, batch_size=at_once)
+        found, *values = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, numbers))
+    if numbers.size > n:
+        found, values = jax.tree.map(lambda x: x[:n], (found, values))
     if single:
         found, values = jax.tree.map(lambda x: x[0], (found, values))
     elif how.n_rules is not None:

@@ -87,7 +87,7 @@ class Pairs(NamedTuple):
             buckets = [whole(n_prompts, n_tokens)]
         else:
             platform, _ = programs_of(model).room(model)
-            work = 2 * 4 * model.config.num_hidden_layers * sum(weights_of(model.config))
+            work = 2 * 4 * model.config.num_hidden_layers * sum(weights_of(model.config.sizes))
             real = np.asarray(self.mask) | np.asarray(self.corrupted_mask)
             buckets = buckets_of(real, columns_of_a_program(platform, work))
         for bucket in buckets:

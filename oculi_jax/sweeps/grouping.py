@@ -102,7 +102,7 @@ def make_plan(
         axes=axes, n_prompts=cost.n_prompts, n_tokens=cost.n_tokens, n_layers=n_layers, n_runs=runs, parts=tuple(parts),
         layer_evaluations=evaluations, flops=flops,
         naive_flops=runs * (everywhere + 2.0 * cost.n_logits * cost.config.sizes["E"]), bytes=held,
-        reading=layers_read * cost.flops_of_reading,
+        reading=layers_read * cost.flops_of_reading, spread=cost.spread, n_devices=cost.n_workers,
     )  # fmt: skip
 
 

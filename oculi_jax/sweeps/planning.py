@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Of a large square product's rate, what a sweep reaches beside reading weights (measured: benchmarks/sets.py, benchmarks/rates.py).
 EFFICIENCY = 0.75
+# What a mesh cuts, and what there is of it.
+CUT = {"H": "query heads", "K": "key/value heads", "F": "neurons", "V": "tokens of the vocabulary"}
 # A layer's weights are read once for a call: that costs as much time as the arithmetic of so many tokens.
 ROWS_OF_A_READ = {"cpu": 40}
 ROWS_OF_A_READ_ELSEWHERE = 1024
@@ -85,7 +87,9 @@ class Plan:
         bytes: the most memory that a device holds beside the model and what was given.
         reading: what reading each layer's weights costs beside these, once for a call, in operations of the same time.
         note: what else is to be said of it, in words; else "".
-        rate: measures floating-point operations a second of the device.
+        spread: of a model on several devices, how it lies on them, in words; else "".
+        n_devices: how many share the work; virtual ones of a CPU share its cores, and are one.
+        rate: measures floating-point operations a second of a device.
 
     Examples:
         >>> planned = plan(causal.attribution_patching, model, ids, other, metric)
@@ -102,6 +106,8 @@ class Plan:
     bytes: int
     reading: float = 0.0
     note: str = ""
+    spread: str = ""
+    n_devices: int = 1
     rate: Callable[[], float] | None = field(default=None, repr=False)
 
     @property
@@ -125,11 +131,13 @@ class Plan:
             >>> plan(model, ids, HeadAblation.grid(model.config), metric).seconds < 60
             True
         """
-        return math.nan if self.rate is None else (self.flops + self.reading) / (EFFICIENCY * self.rate())
+        return (
+            math.nan if self.rate is None else (self.flops + self.reading) / (EFFICIENCY * self.n_devices * self.rate())
+        )
 
     def _said(self) -> dict[str, object]:
         """What a table says of it before its costs."""
-        return {name: getattr(self, name) for name in ("n_prompts", "n_tokens", "n_runs", "note")}
+        return {name: getattr(self, name) for name in ("n_prompts", "n_tokens", "n_runs", "note", "spread")}
 
     def _repr_html_(self) -> str:
         said = {name: value for name, value in self._said().items() if value != ""}
@@ -144,7 +152,8 @@ class Plan:
 
     def _costs(self) -> str:
         took = "" if self.rate is None else f", about {self.seconds:.2g} s and compiling"
-        return f"{self.flops / 1e9:.3g} GFLOP{took}, {self.bytes / 1e6:.3g} MB beside the model"
+        spread = f"; on {self.spread}" if self.spread else ""
+        return f"{self.flops / 1e9:.3g} GFLOP{took}, {self.bytes / 1e6:.3g} MB beside the model{spread}"
 
     def _cut(self) -> str:
         """What padding is left out, in words."""
@@ -169,7 +178,9 @@ class SweepPlan(Plan):
             call's own; for patching, what it captures too.
         reading: what reading each layer's weights costs beside these, once for a call, in operations of the same time.
         note: why all tokens run, where something that was given needs them; else "".
-        rate: measures floating-point operations a second of the device.
+        spread: of a model on several devices, how it lies on them, in words; else "".
+        n_devices: how many share the work; virtual ones of a CPU share its cores, and are one.
+        rate: measures floating-point operations a second of a device.
 
     Examples:
         >>> planned = plan(model, [ids, other], HeadAblation.grid(model.config), metric)
@@ -208,7 +219,7 @@ class SweepPlan(Plan):
 
     def _said(self) -> dict[str, object]:
         share = self.layer_evaluations / self.naive_layer_evaluations
-        said = {name: getattr(self, name) for name in ("axes", "n_prompts", "n_tokens", "batch_size", "note")}
+        said = {name: getattr(self, name) for name in ("axes", "n_prompts", "n_tokens", "batch_size", "note", "spread")}
         return {**said, "layer evaluations": f"{self.layer_evaluations:.0f}, {share:.0%} of whole runs"}
 
     def __repr__(self) -> str:
@@ -289,6 +300,7 @@ class Cost:
         itemsize: bytes of a number of the model.
         platform: of the device.
         n_devices: over which the variants of a call spread.
+        n_parts: over how many each copy of the model is cut.
     """
 
     config: DecoderConfig
@@ -299,6 +311,28 @@ class Cost:
     itemsize: int
     platform: str
     n_devices: int
+    n_parts: int = 1
+
+    @property
+    def own(self) -> dict[str, int]:
+        """Letter → how many of them a device has."""
+        return self.config.shares(self.n_parts)
+
+    @property
+    def n_workers(self) -> int:
+        """How many devices share the work; virtual ones of a CPU share its cores."""
+        return 1 if self.platform == "cpu" else self.n_devices * self.n_parts
+
+    @property
+    def spread(self) -> str:
+        """How the model lies on several devices, in words; else ""."""
+        c, own, n_parts = self.config.sizes, self.own, self.n_parts
+        if self.n_devices * n_parts == 1:
+            return ""
+        held = self.config.n_params_on(n_parts) * self.itemsize
+        said = f"{self.n_devices} × {n_parts} devices, {held / 1e6:.3g} MB of the model on each"
+        whole = [f"{c[letter]} {name}" for letter, name in CUT.items() if n_parts > 1 and own[letter] == c[letter]]
+        return said + (f", with all {' and '.join(whole)} ({n_parts} do not divide them)" if whole else "")
 
     @property
     def read(self) -> int:
@@ -311,7 +345,7 @@ class Cost:
     @property
     def weights(self) -> tuple[int, int]:
         """How many numbers a layer's attention and its MLP multiply with."""
-        return weights_of(self.config)
+        return weights_of(self.config.sizes)
 
     @property
     def flops_of_reading(self) -> float:
@@ -343,23 +377,26 @@ class Cost:
         A layer's weights are copied out of the stack. Attention holds them all, three streams, and scores with what is made
         of them; the MLP its own weights, the streams, and two hidden layers. Measured on XLA's CPU compiler.
         """
-        c, (attention, mlp) = self.config.sizes, self.weights
+        c, (attention, mlp) = self.own, weights_of(self.own)
         n_variants = -(-n_variants // self.n_devices)
         rows, streams = n_variants * n_rows, 3 * c["E"]
+        n_logits = (
+            self.n_logits // self.config.sizes["V"] * c["V"] if self.n_ids == self.config.vocab_size else self.n_logits
+        )
         scores = int(2.5 * 4 * c["H"] * rows * self.n_tokens)
         return max(
             (attention + mlp + rows * streams) * self.itemsize + scores,
             (mlp + rows * (streams + 2 * c["F"])) * self.itemsize,
-            n_variants * self.n_logits * 4,
+            n_variants * n_logits * 4,
         )
 
     def bytes_of_base(self, n_prompts: int, keys: bool) -> int:
         """What is kept of the base runs."""
-        c = self.config.sizes
+        c = self.own
         per_token = (c["L"] + 1) * c["E"] + (2 * c["L"] * c["K"] * c["D"] if keys else 0)
         return n_prompts * self.n_tokens * per_token * self.itemsize
 
     def bytes_of_common(self, n_variants: int, n_common: int) -> int:
         """Keys and values of tokens that run once for all prompts."""
-        c = self.config.sizes
+        c = self.own
         return 2 * n_variants * n_common * c["L"] * c["K"] * c["D"] * self.itemsize

@@ -273,8 +273,7 @@ def _plan(prepared: Prepared, batch_size: Any, reuse: bool, held: int = 0) -> Sw
     _check_value(prepared)
     platform, free = programs.room(model)
     n_prompts = len(prepared.tokens)
-    n_devices = 1 if prepared.mesh is None else prepared.mesh.shape["data"]
-    cost = cost_of(model, prepared.n_tokens, n_prompts, prepared.metric, n_devices)
+    cost = cost_of(model, prepared.n_tokens, n_prompts, prepared.metric, prepared.mesh)
     if prepared.cut:
         work = prepared.size * n_layers * cost.flops_of_layer(1)
         buckets = buckets_of(prepared.mask, columns_of_a_program(platform, work))
@@ -287,14 +286,16 @@ def _plan(prepared: Prepared, batch_size: Any, reuse: bool, held: int = 0) -> Sw
     return replace(made, note=prepared.needs.later if any(reaches) else "", rate=partial(programs.rate, model))
 
 
-def cost_of(model: Decoder, n_tokens: int, n_prompts: int, metric: MetricLike, n_devices: int = 1) -> Cost:
-    """What calls of a model cost that run prompts of so many tokens and measure them."""
+def cost_of(model: Decoder, n_tokens: int, n_prompts: int, metric: MetricLike, mesh: Mesh | None = None) -> Cost:
+    """What calls of a model cost that run prompts of so many tokens and measure them, spread over the `data` of a mesh."""
     n_read, n_ids = None, model.config.vocab_size
     if isinstance(metric, Metric):
         n_read = len(metric.positions)
         n_ids = n_ids if metric.ids is None else metric.ids.shape[-1]
     platform, _ = programs_of(model).room(model)
-    return Cost(model.config, n_tokens, n_prompts, n_read, n_ids, model.dtype.itemsize, platform, n_devices)
+    n_devices = 1 if mesh is None else mesh.shape["data"]
+    _, n_parts = programs_of(model).spread(model)
+    return Cost(model.config, n_tokens, n_prompts, n_read, n_ids, model.dtype.itemsize, platform, n_devices, n_parts)
 
 
 def _check_value(prepared: Prepared) -> None:

@@ -10,13 +10,25 @@ import numpy as np
 
 from ...utils.devices import memory, timed_products
 from .decode import decode_rows
+from .mesh import spread
 from .programs import lens, run
 from .variants import run_base, run_variants
 
 if TYPE_CHECKING:
     from ...models.decoder.model import Decoder
 
-__all__ = ["compiles_per_length", "decode_rows", "lens", "rate", "room", "run", "run_base", "run_variants", "traceable"]
+__all__ = [
+    "compiles_per_length",
+    "decode_rows",
+    "lens",
+    "rate",
+    "room",
+    "run",
+    "run_base",
+    "run_variants",
+    "spread",
+    "traceable",
+]
 
 compiles_per_length = True
 traceable = True
@@ -43,7 +55,7 @@ def _own_device(model: Decoder) -> Any:
 
 
 def rate(model: Decoder) -> float:
-    """What a matrix product of the model's dtype does on its device, in operations a second; measured once in a process."""
+    """What a matrix product of the model's dtype does on a device of its, in operations a second; measured once in a process."""
     return _rate(_own_device(model), model.dtype)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "run",
     "run_base",
     "run_variants",
+    "spread",
     "traceable",
 ]
 
@@ -39,6 +40,11 @@ def room(model: TorchDecoder) -> tuple[str, int]:
     """The platform that a model runs on, and how many bytes are free there."""
     free = memory(model.device)[1]
     return model.device.type, 4 << 30 if free is None else free
+
+
+def spread(model: TorchDecoder) -> tuple[int, int]:
+    """How many copies of a model there are, and over how many devices each is cut: torch has it on one."""
+    return 1, 1
 
 
 def rate(model: TorchDecoder) -> float:

@@ -111,6 +111,12 @@ def attend(
         cap: of a soft cap on that, which no kernel knows; None for none.
     """
     n, mesh = sight.n_seen, jax.typeof(q).sharding.mesh
+    n_parts = mesh.shape.get("model", 1)
+    if (
+        len(q) % n_parts == 0 and len(k) % n_parts
+    ):  # heads whose groups lie on several devices find their own keys there
+        own = np.arange(len(q)) // (len(q) // len(k))
+        k, v = (x.at[own].get(mode="promise_in_bounds") for x in (k, v))
     if cap is None and not tap.touches("scores", "allowed", "pattern"):
         platform, sharded = accelerator(), not mesh.empty and mesh.size > 1
         how = form(platform, q.dtype, q.shape[1], n, q.shape[2], causal=sight.causal, sharded=sharded)

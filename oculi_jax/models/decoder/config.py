@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import operator
 import os
 import warnings
@@ -148,12 +147,34 @@ class DecoderConfig:
             "K": self.num_key_value_heads, "D": self.head_dim, "F": self.intermediate_size, "V": self.vocab_size,
         }  # fmt: skip
 
+    def shares(self, n_parts: int) -> dict[str, int]:
+        """Letter → size of what each device has of a model that is cut over `n_parts`: of the heads, the neurons and the
+        vocabulary a part, where they are divisible; of all else the whole.
+
+        Examples:
+            >>> [model.config.shares(2)[letter] for letter in "HKE"]
+            [3, 1, 192]
+        """
+        from .parameters import CUT
+
+        cut = [letter for letter in CUT if self.sizes[letter] % n_parts == 0]
+        return {letter: size // n_parts if letter in cut else size for letter, size in self.sizes.items()}
+
     @property
     def n_params(self) -> int:
         """Number of parameters, the embedding counted once where it is tied."""
+        return self.n_params_on(1)
+
+    def n_params_on(self, n_parts: int) -> int:
+        """How many parameters each device has of a model that is cut over `n_parts`.
+
+        Examples:
+            >>> model.config.n_params_on(1) == model.config.n_params, model.config.n_params_on(2) / model.config.n_params < 0.51
+            (True, True)
+        """
         from .parameters import parameter_table
 
-        return sum(math.prod(row.shape) for row in parameter_table(self))
+        return sum(row.share(n_parts) for row in parameter_table(self))
 
     @property
     def pad_id(self) -> int:

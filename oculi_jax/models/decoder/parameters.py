@@ -18,6 +18,9 @@ from .activations import ACTIVATION_PARAMETERS
 if TYPE_CHECKING:
     from .config import DecoderConfig
 
+# Letters of what a mesh cuts over its axis `model`, where that divides it: heads, neurons and vocabulary.
+CUT = ("H", "K", "F", "V")
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -74,12 +77,17 @@ class Parameter:
             first += length
         return tuple(slices)
 
+    def share(self, mesh_size: int) -> int:
+        """How many of its numbers a device has, where `split` lays it over so many."""
+        n_parts = math.prod(mesh_size for axis in self.split(mesh_size) if axis is not None)
+        return math.prod(self.shape) // n_parts
+
     def split(self, mesh_size: int) -> tuple[str | None, ...]:
         """Mesh axis for each axis of `shape`: heads, neurons and vocabulary over `model` where it divides them."""
         lead: tuple[str | None, ...] = (None,) if self.stacked else ()
         sizes = self.shape[len(lead) :]
         spread: Sequence[str | None] = [
-            "model" if letter in ("H", "K", "F", "V") and size % mesh_size == 0 else None
+            "model" if letter in CUT and size % mesh_size == 0 else None
             for letter, size in zip(self.axes, sizes, strict=True)
         ]
         return (*lead, *spread)
