@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         QScaler,
         SpectraScaler,
         Steer,
+        Subspace,
     )
     from .means import mean_activations
     from .models.llama.model import Llama
@@ -83,7 +84,7 @@ _CONTENTS = {
     "embedded": ("embedded_model",),
     "intervention": (
         "Ablation", "ActivationPatch", "AttentionKnockout", "Blend", "DirectionAblation", "Edit", "Freeze", "HeadAblation",
-        "KScaler", "PerLayer", "PerPrompt", "QScaler", "SpectraScaler", "Steer",
+        "KScaler", "PerLayer", "PerPrompt", "QScaler", "SpectraScaler", "Steer", "Subspace",
     ),
     "means": ("mean_activations",),
     "models.llama.model": ("Llama",),
@@ -145,6 +146,7 @@ __all__ = [
     "Site",
     "SpectraScaler",
     "Steer",
+    "Subspace",
     "SweepPlan",
     "analysis",
     "bootstrap",

@@ -93,6 +93,21 @@ def integers(values: object, what: str) -> tuple[int, ...]:
         raise TypeError(f"{what} is {values!r}, and a sequence of integers is needed.") from None
 
 
+def random_key(key: object) -> Array:
+    """A typed random key from one of either kind; TypeError or ValueError for anything else."""
+    if not isinstance(key, Array):
+        raise TypeError(f"key is {key!r}, and a JAX random key is needed: jax.random.key(seed).")
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        typed = key
+    elif key.dtype == np.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
+        typed = jax.random.wrap_key_data(key)
+    else:
+        raise TypeError(f"key is an array of {key.dtype}, and a JAX random key is needed: jax.random.key(seed).")
+    if typed.shape:
+        raise ValueError(f"key holds {list(typed.shape)} keys, and one is needed.")
+    return typed
+
+
 def listing(shape: Sequence[object]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 

@@ -12,6 +12,7 @@ from .intervention.frame import Frame
 from .output import Output
 from .prompts import check_mask, check_tokens
 from .rules import check_rules
+from .tail import check_start
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -35,11 +36,13 @@ def forward(
     remat: bool = False,
     attention: Literal["auto", "explicit"] = "auto",
     rules: Rules | None = None,
+    start: tuple[int, ArrayLike] | None = None,
 ) -> Output:
     """Runs a model on one sequence, with edits, and returns whatever is asked for. Pure; compiled once a kind of call.
 
-    `capture`, `logits`, `remat` and `attention` are static, as are the kinds of the interventions and the length; all else is data,
-    so other layers, heads, positions and strengths run the same program. For a batch, `vmap` it over `tokens`.
+    `capture`, `logits`, `remat` and `attention` are static, as are the kinds of the interventions, the length and the layer of
+    `start`; all else is data, so other layers, heads, positions and strengths run the same program. For a batch, `vmap` it over
+    `tokens`.
 
     Args:
         model: a model of any family, or Hugging Face's own, which torch runs where it lies.
@@ -55,6 +58,9 @@ def forward(
             the steps. (A model that torch runs has torch's own, in any dtype.) `"explicit"` never fuses: for exporting to other
             platforms, and for comparing.
         rules: other derivatives, of `oculi_jax.rules`, for whoever differentiates this: data; no value changes by them.
+        start: `(layer, resid)`: the run begins with `resid` `[T, E]` as `resid_pre` of that layer, and earlier ones do not run; of
+            the ids, none is looked at. What edits or captures anything before it is refused (a layer that is only known on the
+            device acts nowhere, which `applied` shows).
 
     Returns:
         An `Output`.
@@ -66,6 +72,8 @@ def forward(
         >>> out = forward(model, ids, Ablation("mlp_out", 0), capture="pattern")
         >>> out["pattern"].shape, says(out)
         ((4, 6, 6, 6), 'warm')
+        >>> says(forward(model, ids, start=(2, run["resid_pre"][2])))  # from layer 2 on, with what another prompt left there
+        'Paris'
     """
     if logits not in LOGITS:
         raise ValueError(f"logits is {logits!r}, and must be one of {', '.join(map(repr, LOGITS))}.")
@@ -82,6 +90,8 @@ def forward(
     n_real = tokens.shape[0] if mask is None or on_device(mask) else int(mask.sum())
     readings = readings_of(capture, config, n_real)
     rules = None if rules is None else check_rules(rules, config)
+    first, resid = (0, None) if start is None else check_start(start, frame, edits, readings)
     return programs_of(model).run(
-        model, tokens, mask, edits, readings, logits=logits, remat=bool(remat), attention=attention, rules=rules
-    )
+        model, tokens, mask, edits, readings, logits=logits, remat=bool(remat), attention=attention, rules=rules,
+        start=first, resid=resid,
+    )  # fmt: skip

@@ -109,8 +109,12 @@ class Programs(Protocol[M, Base]):
         remat: bool = False,
         attention: str = "auto",
         rules: Rules | None = None,
+        start: int = 0,
+        resid: Float[AnyArray, "T E"] | None = None,
     ) -> Output:
-        """One run: what `forward` returns; `attention` is a key of `EXIST`, and a backend that is not traceable refuses `rules`."""
+        """One run: what `forward` returns; `attention` is a key of `EXIST`. With `resid`, which enters layer `start`, that layer
+        and later ones alone run. A backend that is not traceable refuses `rules` and `resid`.
+        """
         ...
 
     def lens(

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
-from ..arrays import AnyArray, integer, integers, listing, on_device, under_trace
+from ..arrays import AnyArray, integer, integers, listing, on_device, random_key, under_trace
 from ..backends import find_model, programs_of
 from ..capture import readings_of
 from ..intervention.frame import Frame
@@ -207,17 +207,7 @@ def check_key(key: Array | None) -> Array:
     """A typed random key from one of either kind."""
     if key is None:
         raise ValueError("Drawing tokens needs chance: give key=jax.random.key(seed), or temperature=0.0 for greedy.")
-    if not on_device(key):
-        raise TypeError(f"key is {key!r}, and a JAX random key is needed: jax.random.key(seed).")
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        typed = key
-    elif key.dtype == np.uint32 and key.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape:
-        typed = jax.random.wrap_key_data(key)
-    else:
-        raise TypeError(f"key is an array of {key.dtype}, and a JAX random key is needed: jax.random.key(seed).")
-    if typed.shape:
-        raise ValueError(f"key holds {list(typed.shape)} keys, and one is needed.")
-    return typed
+    return random_key(key)
 
 
 def check_stops(stop_tokens: int | Sequence[int] | None, config: DecoderConfig) -> Int[np.ndarray, "N"]:

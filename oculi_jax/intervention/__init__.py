@@ -4,7 +4,7 @@ from ..pytrees import pytree
 from .context import InterventionContext
 from .each import PerLayer, PerPrompt
 from .edit import Edit, site_shaped
-from .fields import Strength, Table, Values, Vector, field
+from .fields import Basis, Strength, Table, Values, Vector, field
 from .indices import Head, Index, Last, Layer, Positions
 from .named import (
     Ablation,
@@ -20,11 +20,13 @@ from .named import (
     Steer,
 )
 from .protocol import Intervention
+from .subspace import Subspace
 
 __all__ = [
     "Ablation",
     "ActivationPatch",
     "AttentionKnockout",
+    "Basis",
     "Blend",
     "DirectionAblation",
     "Edit",
@@ -44,6 +46,7 @@ __all__ = [
     "SpectraScaler",
     "Steer",
     "Strength",
+    "Subspace",
     "Table",
     "Values",
     "Vector",

@@ -1,4 +1,6 @@
-"""`PerLayer` and `PerPrompt`: what says that an array leads with the layers, or with the prompts. Never guessed from a shape."""
+"""`PerLayer` and `PerPrompt`: what says that an array leads with the layers, or with the prompts. Never guessed from a shape.
+And `Whole`, which says inside an edit that an array has no axes of the site.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +77,17 @@ class PerPrompt:
 
     def __repr__(self) -> str:
         return f"PerPrompt({_what(self.x)})"
+
+
+@pytree
+class Whole:
+    """In the value of an edit whose function is `site_shaped`: an array that has not the site's axes, and is never cut to tokens.
+
+    Args:
+        x: an array, or a `PerLayer` of one for each layer.
+    """
+
+    x: Any
 
 
 def _what(x: Any) -> str:

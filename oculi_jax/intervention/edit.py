@@ -16,7 +16,7 @@ from ..arrays import AnyArray, wide
 from ..pytrees import pytree
 from ..sites import SITES, Site, site_of
 from ..traced import entry
-from .each import PerLayer
+from .each import PerLayer, Whole
 from .fields import Anything, Mask, Values, field
 from .frame import Frame
 from .indices import Layer
@@ -171,6 +171,16 @@ def is_per_layer(x: object) -> TypeGuard[PerLayer]:
     return isinstance(x, PerLayer)
 
 
+def is_whole(x: object) -> TypeGuard[Whole]:
+    return isinstance(x, Whole)
+
+
+def shaped_leaves(tree: object) -> list[Any]:
+    """The arrays, and those `PerLayer`, of an edit's value that have the site's axes."""
+    found = jax.tree.leaves(tree, is_leaf=lambda x: is_per_layer(x) or is_whole(x))
+    return [x for x in found if not is_whole(x)]
+
+
 def at_layer(tree: Any, layer: Int[Array, ""] | None) -> Any:
     """What arrays of a `PerLayer` hold for one layer; others as they are. Outside of the layers (None) there is no `PerLayer`."""
     if layer is None:
@@ -243,9 +253,14 @@ def _applied(
         value = jax.tree.map(lambda leaf: _only_if(here, leaf), value)
     if is_site_shaped(edit):
         x_in = x_in.astype(wide(x.dtype))
-        value = jax.tree.map(lambda leaf: _broadcast(jnp.asarray(leaf).astype(x_in.dtype), x), value)
-        if visible is not None:
-            value = jax.tree.map(lambda leaf: jnp.where(visible, leaf, jnp.zeros_like(leaf)), value)
+
+        def fitted(leaf: Any) -> Array:
+            if is_whole(leaf):
+                return jnp.asarray(leaf.x).astype(x_in.dtype)
+            spread = _broadcast(jnp.asarray(leaf).astype(x_in.dtype), x)
+            return spread if visible is None else jnp.where(visible, spread, jnp.zeros_like(spread))
+
+        value = jax.tree.map(fitted, value, is_leaf=is_whole)
     new = edit.fn(x_in, value)
     if jnp.shape(new) != x.shape:
         raise ValueError(
@@ -299,7 +314,7 @@ def limit_to_covered(edit: Edit, n_covered: AnyArray | int, sizes: Mapping[str, 
     n_axes = len(edit.axes)
     inside = jnp.arange(sizes["T"]) < n_covered
     covered = jnp.ones((1,) * n_axes, bool)
-    for leaf in jax.tree.leaves(edit.value, is_leaf=is_per_layer):
+    for leaf in shaped_leaves(edit.value):
         shape = jnp.shape(leaf.x)[1:] if is_per_layer(leaf) else jnp.shape(leaf)
         for axis in token_axes(edit, shape, sizes["T"], "TS"):
             covered = covered & inside.reshape(*(1,) * (n_axes + axis), -1, *(1,) * (-axis - 1))
@@ -324,6 +339,8 @@ def cut(edit: Edit, slots: Slots, sizes: Mapping[str, int], letters: str = "T") 
     """
 
     def leaf(x: Any) -> Any:
+        if is_whole(x):
+            return x
         array = jnp.asarray(x.x if is_per_layer(x) else x)
         for axis in token_axes(edit, array.shape[int(is_per_layer(x)) :], sizes["T"], letters):
             if isinstance(slots, tuple):
@@ -332,7 +349,9 @@ def cut(edit: Edit, slots: Slots, sizes: Mapping[str, int], letters: str = "T") 
                 array = jnp.take(array, slots, axis=array.ndim + axis, mode="fill", fill_value=0)
         return PerLayer(array) if is_per_layer(x) else array
 
-    value = jax.tree.map(leaf, edit.value, is_leaf=is_per_layer) if is_site_shaped(edit) else edit.value
+    value = edit.value
+    if is_site_shaped(edit):
+        value = jax.tree.map(leaf, value, is_leaf=lambda x: is_per_layer(x) or is_whole(x))
     return dataclasses.replace(edit, mask=leaf(edit.mask), value=value)
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..arrays import as_array, listing, on_device
+from ..arrays import as_array, listing, on_device, wide
 from ..sites import SITES, Site
 from .broadcast import cast_to, first_wrong, fit, is_real, leading_axes, to_sweep_axes
 from .each import PerLayer
@@ -218,6 +218,50 @@ class Table(Kind):
                 f"{'layers' if site.layered else 'one row'} and {word}."
             )
         return to_sweep_axes(cast_to(array, np.dtype(np.float32), where), 2, frame, where)
+
+
+@dataclass(frozen=True)
+class Basis(Kind):
+    """A float array `[n, r]` of a site's last axis × a rank: columns that span a subspace, linearly independent.
+
+    Attributes:
+        site: the field that names the site.
+
+    Examples:
+        >>> forward(model, ids, Subspace("resid_pre", 2, np.ones((192, 2)), 0.0))  # basis is a field(Basis())
+        Traceback (most recent call last):
+        ValueError: Subspace.basis spans 1 dimension with 2 columns: they must be linearly independent.
+    """
+
+    site: str = "site"
+
+    def axes(self, value: object, owner: Intervention) -> tuple[int, ...]:
+        return leading_axes(value, 2)
+
+    def canonical(self, value: object, owner: Intervention, frame: Frame, where: str) -> Any:
+        site = frame.site(getattr(owner, self.site))
+        letter, size = site.axes[-1], frame.sizes[site.axes[-1]]
+        array = as_array(value.x if isinstance(value, PerLayer) else value)
+        if array.ndim < 2 or array.shape[-2] != size or not 1 <= array.shape[-1] <= size:
+            raise ValueError(
+                f"{where} has shape {listing(array.shape)}, and [{letter}, r] = [{size}, r] is needed, with r from 1 to {size}: "
+                f"the last axis of {site.name!r} × the rank of the subspace."
+            )
+        cast = cast_to(array, wide(frame.dtype), where)
+        if not on_device(cast):
+            rank, n = int(np.min(np.linalg.matrix_rank(cast))), array.shape[-1]
+            if rank < n:
+                dimensions = "dimension" if rank == 1 else "dimensions"
+                raise ValueError(
+                    f"{where} spans {rank} {dimensions} with {n} columns: they must be linearly independent."
+                )
+        if not isinstance(value, PerLayer):
+            return to_sweep_axes(cast, 2, frame, where)
+        if cast.ndim != 3 or cast.shape[0] != frame.sizes["L"]:
+            raise ValueError(
+                f"{where} is a PerLayer of shape {listing(cast.shape)}, and [L, {letter}, r] with L = {frame.sizes['L']} is needed."
+            )
+        return PerLayer(cast)
 
 
 @dataclass(frozen=True)

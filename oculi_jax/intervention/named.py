@@ -36,7 +36,7 @@ def _chosen(index: Any, size: int) -> Array:
     return index if index.dtype == bool else jnp.arange(size) == index
 
 
-def _at(site: str, sizes: Sizes, *, head: Any = None, positions: Any = None, last: Any = None) -> Array | bool:
+def at(site: str, sizes: Sizes, *, head: object = None, positions: object = None, last: object = None) -> Array | bool:
     """A mask on the site's axes: some of its heads, of its tokens, of its last axis."""
     axes = SITES[site].axes
     mask: Any = True
@@ -92,7 +92,7 @@ class HeadAblation:
         if is_per_layer(value):
             x = jnp.asarray(value.x)
             value = PerLayer(x[:, :, None, :] if x.ndim == 3 else x[:, None, None, :])
-        return (Edit("z", "set", self.layer, _at("z", sizes, head=self.head), value),)
+        return (Edit("z", "set", self.layer, at("z", sizes, head=self.head), value),)
 
 
 @site_shaped
@@ -195,7 +195,7 @@ class QScaler:
     alpha: Any = field(Strength())
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        return (Edit("q", "scale", self.layer, _at("q", sizes, head=self.head), self.alpha),)
+        return (Edit("q", "scale", self.layer, at("q", sizes, head=self.head), self.alpha),)
 
 
 @pytree
@@ -218,7 +218,7 @@ class KScaler:
     alpha: Any = field(Strength())
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        return (Edit("k", "scale", self.layer, _at("k", sizes, head=self.kv_head), self.alpha),)
+        return (Edit("k", "scale", self.layer, at("k", sizes, head=self.kv_head), self.alpha),)
 
 
 @pytree
@@ -243,7 +243,7 @@ class SpectraScaler:
     alpha: Any = field(Strength(positive=True))
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        return (Edit("scores", "scale", self.layer, _at("scores", sizes, head=self.head), self.alpha),)
+        return (Edit("scores", "scale", self.layer, at("scores", sizes, head=self.head), self.alpha),)
 
 
 @pytree
@@ -278,7 +278,7 @@ class ActivationPatch:
         value = self.value
         if self.head is not None and not is_per_layer(value) and jnp.ndim(value):
             value = jnp.asarray(value)[None]  # room for the head axis
-        mask = _at(self.site, sizes, head=self.head, positions=self.positions, last=self.index)
+        mask = at(self.site, sizes, head=self.head, positions=self.positions, last=self.index)
         return (Edit(self.site, "set", self.layer, mask, value),)
 
 
@@ -317,7 +317,7 @@ class Steer:
         _refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        mask = _at(self.site, sizes, positions=self.positions)
+        mask = at(self.site, sizes, positions=self.positions)
         return (Edit(self.site, "apply", self.layer, mask, (_rows(self.vector, self.site), self.scale), _add),)
 
 
@@ -357,7 +357,7 @@ class DirectionAblation:
         _refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        mask = _at(self.site, sizes, positions=self.positions)
+        mask = at(self.site, sizes, positions=self.positions)
         return (Edit(self.site, "apply", self.layer, mask, _rows(self.direction, self.site), _project_out),)
 
 
@@ -394,7 +394,7 @@ class AttentionKnockout:
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         edge = jnp.asarray(self.query)[:, None] & jnp.asarray(self.key)[None, :]
-        mask = _at("allowed", sizes, head=self.head) & edge[None]
+        mask = at("allowed", sizes, head=self.head) & edge[None]
         return (Edit("allowed", "set", self.layer, mask, False),)
 
 
@@ -417,4 +417,4 @@ class Ablation:
     index: Any = field(Last(), default=None)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        return (Edit(self.site, "set", self.layer, _at(self.site, sizes, last=self.index), 0.0),)
+        return (Edit(self.site, "set", self.layer, at(self.site, sizes, last=self.index), 0.0),)

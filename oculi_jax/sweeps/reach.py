@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Int
 
-from ..intervention.edit import Edit, is_per_layer, is_site_shaped, lower, token_axes
+from ..intervention.edit import Edit, is_per_layer, is_site_shaped, lower, shaped_leaves, token_axes
 from ..intervention.rows import Rows
 from ..prompts import bucket
 from ..sites import SITES
@@ -147,7 +147,7 @@ def needs_of(rows: Rows, tokens: AnyArray, mask: AnyArray | None, size: int, con
                     f"the function of an edit at {edit.site!r} is not marked as treating each token by itself "
                     "(oculi_jax.intervention.site_shaped)"
                 )
-            leaves = jax.tree.leaves((edit.mask, edit.value), is_leaf=is_per_layer)
+            leaves = shaped_leaves((edit.mask, edit.value))
             shapes = [jnp.shape(x.x)[1:] if is_per_layer(x) else jnp.shape(x) for x in leaves]
             places.append(any(token_axes(edit, shape, n_tokens, "TS") for shape in shapes))
         return 0

@@ -44,17 +44,20 @@ def passed(
     *,
     to_end: bool,
     rows: Int[Array, "R"] | None = None,
+    start: int = 0,
+    resid: Float[AnyArray, "T E"] | None = None,
     **options: Any,
 ) -> Pass:
     """Embeds the tokens of the taps' layout, runs the layers that are needed, and, where that is wanted, the final norm.
 
-    `rows` says of which tokens alone that is wanted; then nothing is read. `options` are those of `run_layers`.
+    `rows` says of which tokens alone that is wanted; then nothing is read. With `resid`, what enters layer `start`, the tokens
+    are not embedded, and the layers before it do not run. `options` are those of `run_layers`.
     """
     outside, layout = taps.at(None), taps.layout
-    resid = model.embed_tokens(layout.tokens, outside)
+    resid = model.embed_tokens(layout.tokens, outside) if resid is None else jnp.asarray(resid)
     to_end = to_end or ends(readings)
     stop = None if to_end else max((max(r.layers) + 1 for r in readings if r.site.layered), default=0)
-    ran = run_layers(model, resid, taps, readings, stop=stop, rows=rows, **options)
+    ran = run_layers(model, resid, taps, readings, start=start, stop=stop, rows=rows, **options)
     last = outside if rows is None else taps.of_rows(rows).at(None)
     normalised = model.normalise(ran.resid, last) if to_end else None
     own = {r.site.name: read(r, outside, layout.queries) for r in readings if not r.site.layered}
@@ -67,7 +70,7 @@ def ends(readings: Sequence[Reading]) -> bool:
     return any(reading.site.name in ("final_scale", "final_norm") for reading in readings)
 
 
-@compiled("readings", "logits", "remat", "attention")
+@compiled("readings", "logits", "remat", "attention", "start")
 def run(
     model: Decoder,
     tokens: Int[AnyArray, "T"],
@@ -79,12 +82,14 @@ def run(
     remat: bool = False,
     attention: str = "auto",
     rules: Rules | None = None,
+    start: int = 0,
+    resid: Float[AnyArray, "T E"] | None = None,
 ) -> Output:
     """See `Programs.run`."""
     layout = lay_out(model.config, tokens, mask)
     wanted = [*(reading.site.name for reading in readings), *EXIST[attention]]
     taps = Taps.of(interventions, model.config, layout, wanted, rules=rules)
-    done = passed(model, taps, readings, to_end=logits != "none", remat=remat)
+    done = passed(model, taps, readings, to_end=logits != "none", remat=remat, start=start, resid=resid)
     out = None
     if logits != "none":
         assert done.normalised is not None

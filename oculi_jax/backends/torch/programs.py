@@ -59,13 +59,19 @@ def passed(
 @torch.inference_mode()
 def run(
     model: TorchDecoder, tokens: AnyArray, mask: AnyArray | None, interventions: tuple[Any, ...], readings: tuple[Reading, ...], *,
-    logits: str = "none", remat: bool = False, attention: str = "auto", rules: Rules | None = None,
+    logits: str = "none", remat: bool = False, attention: str = "auto", rules: Rules | None = None, start: int = 0,
+    resid: AnyArray | None = None,
 ) -> Output:  # fmt: skip
-    """See `Programs.run`; `remat` is JAX's, and so are `rules`, which are refused."""
+    """See `Programs.run`; `remat` is JAX's, and so are `rules` and `resid`, which are refused."""
     if rules is not None:
         raise TypeError(
             "rules change JAX's derivatives, and this model is run by torch, of whose derivatives nothing is asked here: load it "
             "with oculi_jax.from_pretrained(directory)."
+        )
+    if resid is not None:
+        raise TypeError(
+            "start= begins a run at a layer, for gradients that need no more, and this model is run by torch, of whose derivatives "
+            "nothing is asked here: load it with oculi_jax.from_pretrained(directory)."
         )
     refuse_trace((tokens, mask, interventions))
     w, real = model.weights(), None if mask is None else np.asarray(mask)

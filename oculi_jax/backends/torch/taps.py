@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...capture import Reading
-from ...intervention.edit import Edit, is_per_layer, is_site_shaped, token_axes
+from ...intervention.edit import Edit, is_per_layer, is_site_shaped, is_whole, token_axes
 from ...intervention.rows import Rows
 from ...sites import SITES
 from .arrays import from_numpy, to_numpy
@@ -30,13 +30,16 @@ class _Array:
         self.by_layer = is_per_layer(given)
         leaf: Leaf = given.x if self.by_layer else given
         self.tensor, self.which = from_numpy(leaf.array).to(device), leaf.which
+        self.whole = not by_axes
         shape = leaf.shape[int(self.by_layer) :]
         self.t_axes = token_axes(edit, shape, sizes["T"], "T") if by_axes else []
         self.s_axes = token_axes(edit, shape, sizes["S"], "S") if by_axes else []
 
     def at(self, rows: np.ndarray, layer: int | None, layout: Layout, n_axes: int) -> Tensor:
-        """What broadcasts to the site's value at these rows, `[n, *axes]`."""
+        """What broadcasts to the site's value at these rows, `[n, *axes]`; what has not its axes as it is, `[n, 1, …]` before."""
         x, led = self.of(rows, layer)
+        if self.whole:
+            return x.reshape(len(x), *(1,) * max(n_axes + 1 - x.ndim, 0), *x.shape[1:]) if led else x
         for axis in self.t_axes:
             x = x.narrow(axis, layout.first, layout.n_tokens)
         for axis in self.s_axes:
@@ -67,8 +70,15 @@ class _Edit:
                 each = each[:, None] == np.arange(sizes["L"])
             self.layers = np.broadcast_to(each, (n_rows, sizes["L"]))
         self.mask = _Array(edit.mask, edit, sizes, device, True)
-        leaves, self.tree = jax.tree.flatten(edit.value, is_leaf=lambda x: isinstance(x, Leaf) or is_per_layer(x))
-        self.values = [_Array(leaf, edit, sizes, device, self.site_shaped) for leaf in leaves]
+        leaves, self.tree = jax.tree.flatten(
+            edit.value, is_leaf=lambda x: isinstance(x, Leaf) or is_per_layer(x) or is_whole(x)
+        )
+        self.values = [
+            _Array(leaf.x, edit, sizes, device, False)
+            if is_whole(leaf)
+            else _Array(leaf, edit, sizes, device, self.site_shaped)
+            for leaf in leaves
+        ]
         self.every = np.arange(n_rows)
 
     def rows(self, layer: int | None) -> np.ndarray:
@@ -118,11 +128,13 @@ class _Edit:
         n_axes = len(self.site.axes)
         fn: Any = self.fn
         if self.site_shaped:
-            parts = [
-                value.at(rows, layer, layout, n_axes).to(x.device).float().expand(x.shape) for value in self.values
-            ]
-            if seen is not None:
-                parts = [choose(seen, part, torch.zeros_like(part)) for part in parts]
+            parts = []
+            for value in self.values:
+                part = value.at(rows, layer, layout, n_axes).to(x.device).float()
+                part = part if value.whole else part.expand(x.shape)
+                parts.append(
+                    choose(seen, part, torch.zeros_like(part)) if seen is not None and not value.whole else part
+                )
             return fn(x.float(), jax.tree.unflatten(self.tree, parts))
         found = []
         for number, row in enumerate(rows):
