@@ -13,11 +13,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from oculi_jax import CaptureSpec, circuits, data, forward, sweep
 from oculi_jax.causal import activation_patching, attribution_patching
+from oculi_jax.cli import job, jobfile
 from oculi_jax.cli.hosts import n_expected
 from oculi_jax.cli.jobfile import read_job
 from oculi_jax.intervention import Ablation, HeadAblation
@@ -360,3 +362,14 @@ def test_processes_that_cannot_be_joined_are_said(oculi_here, written, monkeypat
     monkeypatch.setattr("jax.distributed.initialize", lost)
     code, _, error = oculi_here("job", str(written(CAPTURE)))
     assert code == 2 and "one of 3 processes" in error and "coordinator_address should be defined." in error
+
+
+def test_a_mesh_is_of_one_host_or_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = jax.devices()[:4]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_devices", lambda: devices[:2])
+    for asked, found in ((jobfile.Mesh(1, 2), devices[:2]), (jobfile.Mesh(2, 2), devices)):
+        mesh = job._mesh(asked)
+        assert mesh.devices.ravel().tolist() == found and mesh.shape == {"data": asked.data, "model": asked.model}
+    with pytest.raises(ValueError, match="3 × 1 devices, and this host has 2, and all hosts 4"):
+        job._mesh(jobfile.Mesh(3, 1))

@@ -76,15 +76,18 @@ def _opened(asked: ModelTable) -> tuple[Any, Any]:
 
 
 def _mesh(asked: Mesh) -> Any:
-    """This host's own devices, arranged."""
+    """This host's own devices, arranged; those of all hosts where the mesh is of as many."""
     import jax
     from jax.sharding import AxisType
 
-    n, here = asked.data * asked.model, jax.local_devices()
+    n, here, everywhere = asked.data * asked.model, jax.local_devices(), jax.devices()
+    if n == len(everywhere):
+        here = everywhere
     if min(asked.data, asked.model) < 1 or n > len(here):
+        all_hosts = f", and all hosts {len(everywhere)}" if len(everywhere) > len(here) else ""
         raise ValueError(
-            f"[model] mesh is {asked.data} × {asked.model} devices, and this host has {len(here)}; every host runs the model on "
-            "its own."
+            f"[model] mesh is {asked.data} × {asked.model} devices, and this host has {len(here)}{all_hosts}: a mesh is of some "
+            "devices of each host, or of all devices of all."
         )
     types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((asked.data, asked.model), ("data", "model"), types, devices=here[:n])
@@ -115,12 +118,13 @@ def _announce(out: Console, asked: JobFile, work: Work) -> None:
 
 def _teller(job: Job) -> Callable[[int, int], None] | None:
     """A line now and then on what is done; None on a terminal, where there is a bar."""
-    from ..data.running import own_chunks
+    from ..data.hosts import Hosts
     from ..utils.progress import Pace
 
     if console(error=True).is_terminal:
         return None
-    own, missing = own_chunks(job.n_chunks), set(job.missing)
+    hosts, missing = Hosts.of(job.model), set(job.missing)
+    own = hosts.to_run(hosts.own(job.n_chunks), job.n_chunks)
     sizes = {number: len(job.rows_of(number)) for number in own}
     pace = Pace(sum(sizes.values()), sum(size for number, size in sizes.items() if number not in missing))
     told = time.monotonic()

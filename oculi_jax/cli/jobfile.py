@@ -16,7 +16,7 @@ from ..sites import SITES, unknown_site
 
 @dataclass(frozen=True)
 class Mesh:
-    """How the devices of a host are arranged: copies of the model, and devices that each copy is cut over."""
+    """How the devices of a host, or of all, are arranged: copies of the model, and devices that each copy is cut over."""
 
     data: int = 1
     model: int = 1
