@@ -96,6 +96,7 @@ class Job:
         """Does what is not there yet."""
         check_progress(progress)
         claim(self.directory, self.record)
+        meet(self.directory.name)
         own, missing = own_chunks(self.n_chunks), []
         with told("Checking what is there", not callable(progress) and progress, len(own)) as advance:
             for number in own:
@@ -103,8 +104,7 @@ class Job:
                 advance(1)
         n_rows = sum(len(self.rows_of(number)) for number in own)
         each_chunk(self.directory, missing, self._write, progress, n_rows)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"oculi_jax {self.directory.name}")
+        meet(self.directory.name)
         return Store.open(self.directory)
 
     def _write(self, rows: range) -> None:
@@ -145,6 +145,16 @@ def described(model: Model, dataset: Dataset) -> dict[str, Any]:
         "version": __version__, "model": describe(model), "data": dataset.fingerprint(), "columns": list(dataset.columns),
         "n_rows": len(dataset), "tokens_at_once": _at_once(model),
     }  # fmt: skip
+
+
+def meet(name: str) -> None:
+    """Waits for all hosts, if there are several.
+
+    Before their work and not only after it: the first time CPUs of several hosts look for one another, they give up after half a
+    minute, and hosts are never done at the same time.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"oculi_jax {name}")
 
 
 def own_chunks(n_chunks: int) -> range:

@@ -20,7 +20,18 @@ from ..backends import find_model
 from ..sweeps.running import check_progress, told
 from ..utils.files import read_tensors, write_aside, write_tensors
 from .record import differences, named
-from .running import ROWS_OF_A_CHUNK, Function, batches, check_host, check_rows, described, each_chunk, name_of, set_of
+from .running import (
+    ROWS_OF_A_CHUNK,
+    Function,
+    batches,
+    check_host,
+    check_rows,
+    described,
+    each_chunk,
+    meet,
+    name_of,
+    set_of,
+)
 
 if TYPE_CHECKING:
     from ..backends.protocol import Model, ModelLike
@@ -91,6 +102,8 @@ def sum_dataset(
         if kept is not None:
             kept.write(sums, done)
 
+    if shared:
+        meet("sum_dataset")
     n_rows = sum(map(len, own))
     if kept is not None:
         each_chunk(kept.path, own[done:], add, progress, n_rows)
