@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from oculi_jax import CaptureSpec, circuits, data, forward, sweep
 from oculi_jax.causal import activation_patching, attribution_patching
 from oculi_jax.cli import job, jobfile
 from oculi_jax.cli.hosts import n_expected
-from oculi_jax.cli.jobfile import read_job
+from oculi_jax.cli.jobfile import COMPUTATIONS, read_job
 from oculi_jax.intervention import Ablation, HeadAblation
 from oculi_jax.metrics import log_probability, logit_difference
 
@@ -90,7 +91,7 @@ def test_a_capture_from_a_file(trained, oculi_here, written, tmp_path: Path) -> 
     code, out, _ = oculi_here("job", path, "--plan")
     assert code == 0 and not (tmp_path / "s").exists()
     n_tokens = sum(len(trained.tokenizer.encode(text)) for text in TEXTS)
-    assert "capture of tiny-facts (float32) over 5 rows" in out and "3 chunks of 2 rows: 0 are there." in out
+    assert "capture of tiny-facts (float32) over 5 rows" in out and "3 chunks of 2 rows: 0 there." in out
     size = n_tokens * (3 * 192 * 4 + 4) + 5 * 8  # three streams and the ids, and where rows begin
     assert f"5 rows of {n_tokens} tokens; {size / 1000:.3g} kB will be written." in out
     code, out, _ = oculi_here("job", path)
@@ -108,9 +109,9 @@ def test_a_capture_from_a_file(trained, oculi_here, written, tmp_path: Path) -> 
 
     (tmp_path / "s" / "part-000001.safetensors").unlink()
     code, out, _ = oculi_here("job", path, "--plan")
-    assert "3 chunks of 2 rows: 2 are there." in out and "To do: 2 rows of" in out
+    assert "3 chunks of 2 rows: 2 there." in out and "To do: 2 rows of" in out
     assert oculi_here("job", path)[0] == 0 and contents(tmp_path / "s") == whole
-    assert "3 are there." in oculi_here("job", path)[1]
+    assert "3 there." in oculi_here("job", path)[1]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +213,26 @@ def test_patching_attribution_and_curves_from_a_file(trained, oculi_here, writte
     curve = circuits.faithfulness(model, circuit, ids, spoilt, metric, ablation="zero")
     np.testing.assert_allclose(stores["curve"]["by_prompt"][number], curve.by_prompt[0], atol=4e-4)
     np.testing.assert_allclose(stores["curve"]["whole"][number], curve.whole[0], atol=4e-4)
+
+
+def test_the_file_of_the_page_runs(
+    trained, oculi_here, written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "batch-jobs.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```toml\n(.*?)^```$", page, re.M | re.S)
+    assert len([line for line in text.splitlines() if line]) <= 15
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").symlink_to(root / "weights")
+    path = written(text)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({**row, "text": row["prompt"]}) for row in PAIRS))
+    code, out, error = oculi_here("job", str(path))
+    assert code == 0 and "change  float32 [rows, 4, 6]" in out, error
+    assert len(data.Store.open("heads")) == 3
+    rows = dict(re.findall(r"^\| `\[(\w+)\]` \| (.+) \|$", page, re.M))
+    for name, table in COMPUTATIONS.items():
+        for field in dataclasses.fields(table):
+            assert f"`{field.name}`" in rows[name], (name, field.name)
 
 
 @pytest.mark.parametrize(

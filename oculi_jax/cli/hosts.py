@@ -37,8 +37,11 @@ def join() -> None:
         return
     import jax
 
+    from ..data.hosts import meet
+
     try:
         jax.distributed.initialize()
+        meet("oculi job")
     except (ValueError, RuntimeError) as error:
         if expected is None:
             return  # a TPU of one machine, of which no service tells

@@ -99,11 +99,11 @@ def _announce(out: Console, asked: JobFile, work: Work) -> None:
 
     job, missing = work.job, work.job.missing
     out.print(
-        f"{asked.kind} of {asked.model.source or 'tiny-facts'} ({job.model.dtype}) over {len(job.dataset)} rows, to "
+        f"{asked.kind} of {asked.model.source or 'tiny-facts'} ({job.model.dtype}) over {_n(len(job.dataset), 'row')}, to "
         f"{str(job.directory)!r}.",
         markup=False,
     )
-    out.print(f"{job.n_chunks} chunks of {job.chunk_size} rows: {job.n_chunks - len(missing)} are there.")
+    out.print(f"{_n(job.n_chunks, 'chunk')} of {_n(job.chunk_size, 'row')}: {job.n_chunks - len(missing)} there.")
     if not missing:
         return
     with working("Planning"):
@@ -112,8 +112,8 @@ def _announce(out: Console, asked: JobFile, work: Work) -> None:
     n_rows = sum(len(job.rows_of(number)) for number in missing)
     size = _bytes(work.bytes(n_rows, n_tokens))
     hosts = f" on each of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    out.print(f"To do: {n_rows} rows of {n_tokens} tokens; {size} will be written.")
-    out.print(f"About {_time(seconds)}{hosts}, and compiling for batches of {len(shapes)} shapes.")
+    out.print(f"To do: {_n(n_rows, 'row')} of {_n(n_tokens, 'token')}; {size} will be written.")
+    out.print(f"About {_time(seconds)}{hosts}, and compiling for batches of {_n(len(shapes), 'shape')}.")
 
 
 def _teller(job: Job) -> Callable[[int, int], None] | None:
@@ -137,6 +137,10 @@ def _teller(job: Job) -> Callable[[int, int], None] | None:
             console(error=True).print(f"{done} of {total} rows, {pace}")
 
     return tell
+
+
+def _n(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def _bytes(n: float) -> str:

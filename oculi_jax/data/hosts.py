@@ -44,3 +44,13 @@ class Hosts:
     def largest(self, number: int) -> int:
         """A number of each host's where they run one by one; the largest of all where they run together, for all to do the same."""
         return int(multihost_utils.process_allgather(np.int32(number)).max()) if self.together else number
+
+
+def meet(name: str) -> None:
+    """Waits for all hosts, if there are several.
+
+    Before their work and not only after it: the first time CPUs of several hosts look for one another, they give up after half a
+    minute, and hosts are never done at the same time.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"oculi_jax {name}")

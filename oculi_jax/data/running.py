@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from .. import __version__
 from ..arrays import integer, listing, on_every_host, under_trace
@@ -21,7 +20,7 @@ from ..sweeps.running import check_progress, told
 from .batches import Batch, batches_of, cut, lengths_of, tokens_at_once
 from .chunks import IDS, OFFSETS, Chunk, file_of, write_chunk
 from .dataset import Dataset
-from .hosts import Hosts
+from .hosts import Hosts, meet
 from .interrupts import until_asked
 from .record import FORMAT, claim, describe, refuse
 from .store import Store
@@ -97,6 +96,7 @@ class Job:
         """Does what is not there yet."""
         check_progress(progress)
         claim(self.directory, self.record)
+        meet(self.directory.name)
         hosts, missing = Hosts.of(self.model), []
         own = hosts.own(self.n_chunks)
         with told("Checking what is there", not callable(progress) and progress, len(own)) as advance:
@@ -106,8 +106,7 @@ class Job:
         n_rows = sum(len(self.rows_of(number)) for number in hosts.to_run(own, self.n_chunks))
         chunks = [self.rows_of(number) for number in hosts.to_run(missing, self.n_chunks)]
         each_chunk(self.directory, chunks, self._write, progress, n_rows, hosts)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"oculi_jax {self.directory.name}")
+        meet(self.directory.name)
         return Store.open(self.directory)
 
     def _write(self, rows: range) -> None:

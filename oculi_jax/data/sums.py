@@ -19,9 +19,19 @@ from ..arrays import wide
 from ..backends import find_model
 from ..sweeps.running import check_progress, told
 from ..utils.files import read_tensors, write_aside, write_tensors
-from .hosts import Hosts
+from .hosts import Hosts, meet
 from .record import differences, named
-from .running import ROWS_OF_A_CHUNK, Function, batches, check_host, check_rows, described, each_chunk, name_of, set_of
+from .running import (
+    ROWS_OF_A_CHUNK,
+    Function,
+    batches,
+    check_host,
+    check_rows,
+    described,
+    each_chunk,
+    name_of,
+    set_of,
+)
 
 if TYPE_CHECKING:
     from ..backends.protocol import Model, ModelLike
@@ -97,6 +107,8 @@ def sum_dataset(
         if kept is not None:
             kept.write(sums, done)
 
+    if shared:
+        meet("sum_dataset")
     n_rows = sum(map(len, own))
     if kept is not None:
         each_chunk(kept.path, own[done:], add, progress, n_rows, hosts)
