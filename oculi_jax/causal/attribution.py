@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -140,16 +141,16 @@ def _plan_of_attribution(
     pairs = _Pairs.of(model, clean, corrupted, metric, sites, mask, (rules, steps, at, correct, each))
     how = pairs.how
     n_prompts, n_tokens = pairs.clean.shape
-    config, batches = model.config, pairs.batches(model)
+    config, batches, (n_copies, _) = model.config, pairs.batches(model), programs_of(model).spread(model)
     flops = reading = held = 0.0
     parts = []
     for bucket, n_rows, at_once, remat in batches:
-        cost = cost_of(model, bucket.n_tokens, n_prompts, pairs.metric)
+        cost = replace(cost_of(model, bucket.n_tokens, n_prompts, pairs.metric), n_devices=n_copies)
         flops += n_rows * _flops_of_pair(cost, how, remat)
         # The two runs read weights together, and so do the rules that run side by side.
         passes = -(-n_rows // at_once) * how.in_turn * how.steps * (3 if remat else 2)
         reading += passes * config.num_hidden_layers * cost.flops_of_reading
-        units = n_rows * _bytes_of_units(model, pairs.readings, how, bucket.n_tokens)
+        units = -(-n_rows // n_copies) * _bytes_of_units(model, pairs.readings, how, bucket.n_tokens)
         held = max(held, units + _bytes_of(model, pairs.readings, how, bucket.n_tokens, at_once, remat))
         n = len(bucket.prompts)
         call = Call(
@@ -163,7 +164,8 @@ def _plan_of_attribution(
     return Plan(
         n_prompts=n_prompts, n_tokens=n_tokens, n_layers=config.num_hidden_layers,
         n_runs=(how.steps + 1) * n_prompts, parts=tuple(parts),
-        flops=flops, bytes=int(held), reading=reading, note=note + again, rate=partial(programs_of(model).rate, model),
+        flops=flops, bytes=int(held), reading=reading, note=note + again, spread=cost.spread, n_devices=cost.n_workers,
+        rate=partial(programs_of(model).rate, model),
     )  # fmt: skip
 
 
@@ -184,20 +186,29 @@ def _bytes_of(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens:
 
     Measured on XLA's CPU compiler.
     """
-    config, itemsize = model.config, model.dtype.itemsize
+    itemsize, (n_copies, n_parts) = model.dtype.itemsize, programs_of(model).spread(model)
+    own, at_once = model.config.shares(n_parts), -(-at_once // n_copies)
     kept = _bytes_of_backward(model, n_tokens)
     if remat:
-        kept = kept // config.num_hidden_layers + 2 * (config.sizes["L"] * n_tokens * config.sizes["E"]) * itemsize
-    found = 3 * 4 * sum(math.prod(reading.shape(config, n_tokens)) for reading in readings)
+        kept = kept // own["L"] + 2 * (own["L"] * n_tokens * own["E"]) * itemsize
+    found = 3 * 4 * sum(_numbers(model, reading, n_tokens) for reading in readings)
     if how.n_rules is not None:
         found += how.rules_at_once * _bytes_of_rule(model, readings, n_tokens)
-    found += 6 * 4 * math.prod(config.sizes[letter] for letter in "LH") * n_tokens**2 * how.exact
-    return sum(weights_of(config.sizes)) * itemsize + at_once * (kept + found)
+    found += 6 * 4 * own["L"] * own["H"] * n_tokens**2 * how.exact
+    return sum(weights_of(own)) * itemsize + at_once * (kept + found)
+
+
+def _numbers(model: Decoder, reading: Reading, n_tokens: int) -> int:
+    """How many numbers a device has of a site."""
+    _, n_parts = programs_of(model).spread(model)
+    sizes, own = model.config.sizes, model.config.shares(n_parts)
+    is_cut = any(own[letter] < sizes[letter] for letter in reading.site.axes if letter in own)
+    return math.prod(reading.shape(model.config, n_tokens)) // (n_parts if is_cut else 1)
 
 
 def _bytes_of_units(model: Decoder, readings: tuple[Reading, ...], how: How, n_tokens: int) -> int:
     """What a call returns of a pair at sites whose last axis is kept; the others' is next to nothing."""
-    kept = (math.prod(x.shape(model.config, n_tokens)) for x in readings if x.site.name in how.each)
+    kept = (_numbers(model, x, n_tokens) for x in readings if x.site.name in how.each)
     return wide(model.dtype).itemsize * (how.n_rules or 1) * sum(kept)
 
 
@@ -386,12 +397,12 @@ def _schedule(model: Decoder, n_prompts: int, n_tokens: int) -> tuple[int, bool]
 
 def _bytes_of_rule(model: Decoder, readings: tuple[Reading, ...], n_tokens: int) -> int:
     """What each of several rules adds to the backward pass of a pair: a layer's part of it, and the gradient of each site."""
-    found = 4 * sum(math.prod(reading.shape(model.config, n_tokens)) for reading in readings)
+    found = 4 * sum(_numbers(model, reading, n_tokens) for reading in readings)
     return found + _bytes_of_backward(model, n_tokens) // (4 * model.config.num_hidden_layers)
 
 
 def _bytes_of_backward(model: Decoder, n_tokens: int) -> int:
     """What the forward passes of a pair leave for the backward pass, layers not run again; on each device."""
     sizes = model.config.shares(programs_of(model).spread(model)[1])
-    per_token = 12 * sizes["E"] + 6 * sizes["F"] + 6 * sizes["H"] * n_tokens
+    per_token = 3 * sizes["E"] + 6 * sizes["F"] + 6 * sizes["H"] * n_tokens
     return 2 * sizes["L"] * n_tokens * per_token * model.dtype.itemsize

@@ -89,7 +89,7 @@ def make_plan(
                 layers_read += layers
                 evaluations += layers * runs * call.n_rows / cost.n_tokens
                 flops += runs * own.flops_of_layers(layers, call.n_rows)
-                common = 0
+                common = 0 if part.reuse else own.bytes_of_last
                 if call.shared:
                     evaluations += layers * call.size * before / cost.n_tokens
                     flops += layers * call.size * own.flops_of_layer(before)
@@ -121,7 +121,7 @@ def parts_of(
     """
     n_layers, n_prompts = cost.config.num_hidden_layers, len(bucket.prompts)
     n_tokens = bucket.n_tokens
-    search = _Search(cost, n_prompts, batch_size, budget)
+    search = _Search(cost, n_prompts, batch_size, budget - cost.bytes_of_last)
     everything = np.arange(n_variants)
     ways = [(0, n_prompts, [search.group(everything, np.zeros(n_variants, int), n_tokens)])]
     if reach is not None and (reach.layers >= 0).all():

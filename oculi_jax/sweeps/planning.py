@@ -275,7 +275,7 @@ def after_runs(planned: SweepPlan, cost: Cost, n_bare: int, n_captured: int, kep
     cost = replace(cost, n_devices=1)
     n_layers, n_runs = cost.config.num_hidden_layers, n_bare + n_captured
     whole = n_layers * cost.flops_of_layer(cost.n_tokens) + 2.0 * cost.n_logits * cost.config.sizes["E"]
-    held = cost.bytes_of_call(max(n_bare, n_captured), cost.n_tokens)
+    held = cost.bytes_of_call(max(n_bare, n_captured), cost.n_tokens) + cost.bytes_of_last
     return replace(
         planned,
         n_runs=planned.n_runs + n_runs,
@@ -389,6 +389,12 @@ class Cost:
             (mlp + rows * (streams + 2 * c["F"])) * self.itemsize,
             n_variants * n_logits * 4,
         )
+
+    @property
+    def bytes_of_last(self) -> int:
+        """The weights of the last layer, which are copied beside another's in a whole run that has it do some tokens alone."""
+        apart = self.n_read is not None and self.config.num_hidden_layers > 1
+        return sum(weights_of(self.own)) * self.itemsize if apart else 0
 
     def bytes_of_base(self, n_prompts: int, keys: bool) -> int:
         """What is kept of the base runs."""
