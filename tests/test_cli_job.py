@@ -110,7 +110,13 @@ def test_a_capture_from_a_file(trained, oculi_here, written, tmp_path: Path) -> 
     (tmp_path / "s" / "part-000001.safetensors").unlink()
     code, out, _ = oculi_here("job", path, "--plan")
     assert "3 chunks of 2 rows: 2 there." in out and "To do: 2 rows of" in out
-    assert oculi_here("job", path)[0] == 0 and contents(tmp_path / "s") == whole
+    damaged = tmp_path / "s" / "part-000002.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    code, _, error = oculi_here("job", path)
+    assert code == 0 and contents(tmp_path / "s") == whole
+    assert re.match(
+        r"'.*part-000002.safetensors' is damaged: .*It is done again\.\n", " ".join(error.split()) + "\n"
+    ), error
     assert "3 there." in oculi_here("job", path)[1]
 
 
@@ -287,6 +293,20 @@ def test_rows_and_models_that_do_not_fit_are_said(
     code, _, error = oculi_here("job", str(written(text, change)))
     assert code == 2 and re.search(message, error), error
     assert not (tmp_path / "s").exists()
+
+
+def test_the_model_runs_on_the_first_column_that_is_nothing_else(oculi_here, written, tmp_path: Path) -> None:
+    path = written(SWEEP, ("pairs.jsonl", "turned.jsonl"), ('column = "prompt"\n', ""))
+    turned = [{name: row[name] for name in ("other", "answer", "prompt")} for row in PAIRS]
+    (tmp_path / "turned.jsonl").write_text("\n".join(map(json.dumps, turned)))
+    code, _, error = oculi_here("job", str(path), "--plan")
+    assert code == 0, error
+    (tmp_path / "turned.jsonl").write_text(json.dumps({**turned[0], "prompt": 5}))
+    code, _, error = oculi_here("job", str(path), "--plan")
+    assert code == 2 and "[data] column is missing: of other, answer, prompt none is left" in error, error
+    (tmp_path / "turned.jsonl").write_text(json.dumps(turned[0]) + "\n" + json.dumps({**turned[0], "prompt": 5}))
+    code, _, error = oculi_here("job", str(path), "--plan")
+    assert code == 2 and "Row 1 of the data set, prompt, is an array" in error, error
 
 
 def test_pairs_of_unequal_lengths_are_said(oculi_here, written, tmp_path: Path) -> None:

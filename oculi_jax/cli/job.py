@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +59,8 @@ def job(
     if plan:
         return
     try:
-        store = work.job.run(_teller(work.job))
+        with _plain_warnings():
+            store = work.job.run(_teller(work.job))
     except (KeyboardInterrupt, SystemExit) as end:
         n_missing = len(work.job.missing)
         out.print(f"{work.job.n_chunks - n_missing} of {work.job.n_chunks} chunks are there.")
@@ -137,6 +140,15 @@ def _teller(job: Job) -> Callable[[int, int], None] | None:
             console(error=True).print(f"{done} of {total} rows, {pace}")
 
     return tell
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as sentences, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: console(error=True).print(str(message), markup=False)
+        yield
 
 
 def _n(n: int, what: str) -> str:

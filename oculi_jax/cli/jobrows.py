@@ -33,9 +33,19 @@ def rows_of(asked: JobFile, tokenizer: Tokenizer, config: DecoderConfig) -> Data
             named = asked.data.column or (*asked.texts, *asked.answers)[0]
             raise ValueError(f"{where} has no columns, and {named!r} is asked for: give a .jsonl of objects.")
         given = [{"text": row} for row in given]
-    first = Dataset(given[:1], tokenizer, column=asked.data.column).column
+    first = _first(asked, Dataset(given[:1], tokenizer, column=asked.data.column))
     rows = [_row(asked, first, row, f"{where}, row {n},", tokenizer, config) for n, row in enumerate(given)]
     return Dataset(rows, column=first)
+
+
+def _first(asked: JobFile, one: Dataset) -> str:
+    """The column that the model runs on."""
+    if asked.data.column is not None:
+        return asked.data.column
+    left = [name for name in one.sequences if name not in (*asked.texts, *asked.answers)]
+    if not left:
+        raise ValueError(f"[data] column is missing: of {', '.join(one.columns)} none is left for the model to run on.")
+    return left[0]
 
 
 def _row(
@@ -53,15 +63,15 @@ def _row(
             found[name] = _one_token(value, f"{where} {name}", tokenizer)
             continue
         ids = found[name] = np.asarray(tokenizer.encode(value) if isinstance(value, str) else value)
-        if config.limit is not None and len(ids) > config.limit:
+        if config.limit is not None and ids.size > config.limit:
             raise ValueError(
-                f"{where} {name} has {len(ids)} tokens, and this model was made for at most {config.limit} "
+                f"{where} {name} has {ids.size} tokens, and this model was made for at most {config.limit} "
                 "(max_position_embeddings)."
             )
     for name in asked.texts if isinstance(asked.what, Patch | Attribute) else ():
-        if len(found[name]) != len(found[first]):
+        if found[name].size != found[first].size:
             raise ValueError(
-                f"{where} has {len(found[first])} tokens in {first} and {len(found[name])} in {name}: patching puts them side by "
+                f"{where} has {found[first].size} tokens in {first} and {found[name].size} in {name}: patching puts them side by "
                 "side."
             )
     return found
