@@ -21,17 +21,19 @@ DOCS = ROOT / "docs"
 MAC = "mac.md"
 CARD = "../weights/tiny-facts/README.md"
 COMING = "coming-from.md"
+SCALING = "scaling.md"
 DOCUMENTS = (
     ("guide.md", "troubleshooting.md"),
     ("causal.md",),
     ("circuits.md",),
     ("batch-jobs.md",),
+    (SCALING,),
     (MAC,),
     (COMING,),
     (CARD,),
 )
 MARKS = {MAC: [pytest.mark.real, pytest.mark.torch]} | {
-    page: [] for page in (CARD, COMING, "batch-jobs.md")
+    page: [] for page in (CARD, COMING, "batch-jobs.md", SCALING)
 }  # of the embedded model
 
 CHAPTERS = (
