@@ -138,15 +138,21 @@ def das(
     """
     pairs = prepare(model, base, source, labels, layer, site, position, source_position, (mask, source_mask))
     rank = integer(rank, "rank", 1, pairs.width)
+    loss = search_loss(model, site, layer, position)
+    search = _Search(pairs, random_key(key), held_out, controls)
+    found = search.fitted(loss, {"basis": search.drawn(rank)}, None, learning_rate, steps=steps, batch_size=batch_size,
+                          file=file, progress=progress)  # fmt: skip
+    return search.judged(list(found.parameters["basis"]), found)
+
+
+def search_loss(model: Decoder, site: str, layer: int, position: int) -> Callable[..., Array]:
+    """The loss of `das`, of one pair."""
 
     def loss(parameters: Any, example: Any) -> Array:
         there = Subspace(site, layer, parameters["basis"], example["source"], position)
         return surprise(model, there, layer, example, parameters["shuffled"])
 
-    search = _Search(pairs, random_key(key), held_out, controls)
-    found = search.fitted(loss, {"basis": search.drawn(rank)}, None, learning_rate, steps=steps, batch_size=batch_size,
-                          file=file, progress=progress)  # fmt: skip
-    return search.judged(list(found.parameters["basis"]), found)
+    return loss
 
 
 def boundless_das(
