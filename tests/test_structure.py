@@ -118,7 +118,7 @@ ALLOWED = {
     "data": {*CORE, "backends", "data", "sweeps", "utils"},
     "analysis": {"adapter.structures", "analysis", "capture", "utils"},
     "diagnostics.py": {"analysis", "backends", "intervention", "run"},
-    "training": {*CORE, "backends", "data.streams", "run", "sweeps.running", "training", "utils"},
+    "training": {*CORE, "backends", "data.streams", "intervals", "run", "sweeps.running", "training", "utils"},
     "adapter": {*CORE, "adapter", "backends", "decoding", "models", "trust", "utils"},
     "trust.py": {"backends.torch", "embedded", "models", "run", "sites", "utils"},
     "webpage": {"utils.files", "webpage"},
