@@ -69,7 +69,7 @@ def step_row(model: Any, tokenizer: Any) -> Row:
 
 
 def seeds_row() -> Row:
-    """Thirty directions on tiny-facts as one program, beside single fits: the time of three, by ten. Both with their compilation."""
+    """Thirty directions on tiny-facts as one program, beside single fits: ten times the time of three. Both compile."""
     model, tokenizer = embedded_model()
     texts = [f"The capital of {country} is" for country in ("Italy", "France", "Spain", "Norway")]
     tokens = np.array([tokenizer.encode(text) for text in texts])

@@ -190,7 +190,7 @@ def moved(optimiser: optax.GradientTransformation, state: Mapping[str, Any], gra
     trained = state["trained"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's own arithmetic
         updates, own = optimiser.update(gradient, state["optimiser"], trained)
-    return {"trained": [x + u.astype(x.dtype) for x, u in zip(trained, updates, strict=True)], "optimiser": own}
+    return {"trained": jax.tree.map(lambda x, u: x + u.astype(x.dtype), trained, updates), "optimiser": own}
 
 
 def _held_out_of(programs: Programs) -> Any:
