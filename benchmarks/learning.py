@@ -69,7 +69,7 @@ def step_row(model: Any, tokenizer: Any) -> Row:
 
 
 def seeds_row() -> Row:
-    """Thirty directions on tiny-facts as one program, and one after the other; both with their compilation."""
+    """Thirty directions on tiny-facts as one program, beside single fits: ten times the time of three. Both compile."""
     model, tokenizer = embedded_model()
     texts = [f"The capital of {country} is" for country in ("Italy", "France", "Spain", "Norway")]
     tokens = np.array([tokenizer.encode(text) for text in texts])
@@ -85,9 +85,9 @@ def seeds_row() -> Row:
     begin = time.perf_counter()
     together = fit(loss, starts, tokens, many=1, **settings).parameters
     middle = time.perf_counter()
-    alone = np.stack([fit(loss, start, tokens, **settings).parameters for start in starts])
-    share = (middle - begin) / (time.perf_counter() - middle)
-    apart = float(np.abs(np.asarray(together) - alone).max())
+    alone = np.stack([fit(loss, start, tokens, **settings).parameters for start in starts[:3]])
+    share = (middle - begin) / (10 * (time.perf_counter() - middle))
+    apart = float(np.abs(np.asarray(together)[:3] - alone).max())
     return verdict(
         f"{share:.2f}×; {apart:.1e} apart", "≤ 0.3×; 1e-4", share <= 0.3 and apart <= 1e-4, ratio=share, apart=apart
     )

@@ -17,7 +17,7 @@ import pytest
 
 from oculi_jax import forward
 from oculi_jax.data import order
-from oculi_jax.intervention import Steer
+from oculi_jax.intervention import Steer, Subspace
 from oculi_jax.training import Now, fit
 
 from . import slow_fit
@@ -286,3 +286,18 @@ def test_what_cannot_be_is_told() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             fit(*given, **{**good, **options})
+
+
+def test_parameters_are_float32_over_a_model_of_half_precision() -> None:
+    import ml_dtypes
+
+    model, source = tiny_llama(dtype=ml_dtypes.bfloat16), np.ones((1, 24), np.float32)
+    assert model.dtype == ml_dtypes.bfloat16
+
+    def loss(basis: Any, example: Any) -> Any:
+        out = forward(model, example, Subspace("resid_pre", 1, basis, source, -1), logits="last")
+        return -jax.nn.log_softmax(out.logits)[7]
+
+    basis = RNG.normal(size=(24, 2)).astype(ml_dtypes.bfloat16)
+    found = fit(loss, basis, TOKENS, steps=40, batch_size=8, optimiser=optax.adam(0.05), key=KEY)
+    assert found.parameters.dtype == jnp.float32 and found.losses[-1] < found.losses[0] - 0.1

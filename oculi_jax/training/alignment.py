@@ -48,7 +48,7 @@ class Alignment:
     Examples:
         >>> pairs = tokenizer(["The capital of Italy is", "The capital of France is"] * 4)["input_ids"]
         >>> answers = np.array([paris, rome] * 4)  # after the source, each the other's prompt
-        >>> settings = dict(layer=3, rank=1, steps=60, batch_size=4, key=jax.random.key(0))
+        >>> settings = dict(layer=3, rank=1, steps=60, batch_size=4, learning_rate=0.1, key=jax.random.key(0))
         >>> found = das(model, pairs, pairs[1:] + pairs[:1], answers, **settings)
         >>> says(forward(model, ids, found.of(run["resid_pre"][3])))
         'Paris'
@@ -131,7 +131,7 @@ def das(
     Examples:
         >>> pairs = tokenizer(["The capital of Italy is", "The capital of France is"] * 4)["input_ids"]
         >>> answers = np.array([paris, rome] * 4)
-        >>> settings = dict(layer=3, rank=1, steps=60, batch_size=4, key=jax.random.key(0))
+        >>> settings = dict(layer=3, rank=1, steps=60, batch_size=4, learning_rate=0.1, key=jax.random.key(0))
         >>> found = das(model, pairs, pairs[1:] + pairs[:1], answers, **settings)
         >>> float(found.accuracy.mean())
         1.0

@@ -189,9 +189,8 @@ def moved(optimiser: optax.GradientTransformation, state: Mapping[str, Any], gra
     """The state of one fit after a step of its optimiser."""
     trained = state["trained"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's own arithmetic
-        given: Any = optimiser.update(gradient, state["optimiser"], trained)
-    updates, own = given
-    return {"trained": [x + u.astype(x.dtype) for x, u in zip(trained, updates, strict=True)], "optimiser": own}
+        updates, own = optimiser.update(gradient, state["optimiser"], trained)
+    return {"trained": jax.tree.map(lambda x, u: x + u.astype(x.dtype), trained, updates), "optimiser": own}
 
 
 def _held_out_of(programs: Programs) -> Any:
