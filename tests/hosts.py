@@ -38,6 +38,7 @@ from oculi_jax import (
     training,
 )  # fmt: skip
 from oculi_jax.analysis import AttributionMethods, CompositionAnalysis, LogitLensAnalysis
+from oculi_jax.data.hosts import meet
 from oculi_jax.models.decoder import checkpoint
 
 from .tiny import prompt
@@ -195,6 +196,7 @@ def main() -> None:
             model = models.from_pretrained(OUT[0] / "model", mesh=mesh)
         (OUT[0] / f"{split}-{host}.json").write_text(json.dumps(read), encoding="utf8")
         for name in [name for name in names if name in (sys.argv[4:] or names)]:
+            meet(name)
             start = time.perf_counter()
             try:
                 np.savez(OUT[0] / f"{split}-{name}-{host}.npz", *leaves(name, model))

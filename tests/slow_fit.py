@@ -47,7 +47,7 @@ def run(file: str | Path | None = None, progress: Any = False, **changes: Any) -
 def main() -> None:
     def told(done: int, _: int) -> None:
         print(done, flush=True)
-        time.sleep(0.05)
+        time.sleep(0.25)
 
     run(sys.argv[1], told)
 

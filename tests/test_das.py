@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -43,12 +44,17 @@ def planted() -> Llama:
     return model
 
 
-MODEL = planted()
 IDS = RNG.integers(0, 61, (2 * N, T)).astype(np.int32)
 BASE, SOURCE = IDS[:N], IDS[N:]
-RUNS = jax.jit(jax.vmap(lambda ids: forward(MODEL, ids, capture="resid_pre")))(IDS)
-LABELS = np.asarray(RUNS.logits[N:, -1].argmax(axis=-1), np.int32)  # what the source says, by its own run
 SETTINGS: dict[str, Any] = dict(layer=LAYER, batch_size=32, learning_rate=0.03, key=jax.random.key(1), progress=False)
+
+
+@cache
+def made() -> tuple[Llama, Any, np.ndarray]:
+    """The model, its runs of all prompts, and what each source says by its own."""
+    model = planted()
+    runs = jax.jit(jax.vmap(lambda ids: forward(model, ids, capture="resid_pre")))(IDS)
+    return model, runs, np.asarray(runs.logits[N:, -1].argmax(axis=-1), np.int32)
 
 
 def angle(basis: Any) -> float:
@@ -58,36 +64,39 @@ def angle(basis: Any) -> float:
 
 def test_the_plane_says_it_and_a_plane_across_it_does_not() -> None:
     """Of the construction: by hand, with NumPy, from the runs' own streams."""
-    streams = np.asarray(RUNS["resid_pre"][:, LAYER, -1])
+    model, runs, labels = made()
+    streams = np.asarray(runs["resid_pre"][:, LAYER, -1])
     at = streams[N:] @ PLANE
     turned = np.arctan2(at[:, 1], at[:, 0]) * CLASSES / (2 * np.pi)
-    np.testing.assert_array_equal(np.round(turned).astype(int) % CLASSES, LABELS)
-    assert len(np.unique(LABELS)) == CLASSES and np.bincount(LABELS).max() < 0.45 * N
+    np.testing.assert_array_equal(np.round(turned).astype(int) % CLASSES, labels)
+    assert len(np.unique(labels)) == CLASSES and np.bincount(labels).max() < 0.45 * N
     there: Any = Subspace("resid_pre", LAYER, PLANE, 0.0, -1)
-    np.testing.assert_array_equal(interchange_accuracy(MODEL, there, BASE, SOURCE, LABELS), np.ones(N))
+    np.testing.assert_array_equal(interchange_accuracy(model, there, BASE, SOURCE, labels), np.ones(N))
     across: Any = Subspace("resid_pre", LAYER, np.linalg.svd(PLANE.T)[2][2:4].T, 0.0, -1)
-    said = np.asarray(RUNS.logits[:N, -1].argmax(axis=-1))
-    np.testing.assert_array_equal(interchange_accuracy(MODEL, across, BASE, SOURCE, LABELS), said == LABELS)
+    said = np.asarray(runs.logits[:N, -1].argmax(axis=-1))
+    np.testing.assert_array_equal(interchange_accuracy(model, across, BASE, SOURCE, labels), said == labels)
 
 
 def test_accuracy_is_what_ordinary_sweeps_of_the_subspace_say() -> None:
     """Left padding, other lengths, another token of the source: beside whole runs with the interventions as users write them."""
+    model, runs, labels = made()
     basis = RNG.normal(size=(E, 3)).astype(np.float32)
     padded = np.concatenate([np.zeros((12, 2), np.int32), BASE[:12]], axis=1)
-    mask, few = np.arange(T + 2)[None] >= np.full((12, 1), 2), LABELS[:12]
-    source = np.asarray(RUNS["resid_pre"][N : N + 12, LAYER, 3])[:, None]
+    mask, few = np.arange(T + 2)[None] >= np.full((12, 1), 2), labels[:12]
+    source = np.asarray(runs["resid_pre"][N : N + 12, LAYER, 3])[:, None]
     family: Any = Subspace("resid_pre", LAYER, basis, PerPrompt(source), positions=-2)
-    want = np.asarray(sweep(MODEL, padded, family, rank(few), mask=mask)) == 0
+    want = np.asarray(sweep(model, padded, family, rank(few), mask=mask)) == 0
     there: Any = Subspace("resid_pre", LAYER, basis, 0.0, -2)
-    found = interchange_accuracy(MODEL, there, padded, SOURCE[:12], few, source_position=3, mask=mask)
+    found = interchange_accuracy(model, there, padded, SOURCE[:12], few, source_position=3, mask=mask)
     np.testing.assert_array_equal(found, want)
 
 
 def test_a_planted_plane_is_found_and_controls_are_at_chance() -> None:
-    found = das(MODEL, BASE, SOURCE, LABELS, rank=2, steps=600, **SETTINGS)
+    model, runs, labels = made()
+    found = das(model, BASE, SOURCE, labels, rank=2, steps=600, **SETTINGS)
     assert angle(found.subspace.basis) <= 5
     assert found.accuracy.mean() >= 0.95 and len(found.accuracy) == N // 4
-    chance = np.bincount(LABELS).max() / N + 0.1
+    chance = np.bincount(labels).max() / N + 0.1
     assert set(found.controls) == {"random basis", "shuffled labels"}
     assert all(hits.mean() <= chance for hits in found.controls.values()), {
         k: x.mean() for k, x in found.controls.items()
@@ -95,15 +104,16 @@ def test_a_planted_plane_is_found_and_controls_are_at_chance() -> None:
     assert angle(np.linalg.qr(RNG.normal(size=(E, 2)))[0]) > 45  # what a random plane has
     basis = np.asarray(found.subspace.basis)
     np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-5)
-    again = interchange_accuracy(MODEL, found.subspace, BASE, SOURCE, LABELS)
+    again = interchange_accuracy(model, found.subspace, BASE, SOURCE, labels)
     np.testing.assert_array_equal(again[found.held_out], found.accuracy)
     assert "held-out pairs; random basis" in repr(found) and "shuffled labels" in repr(found)
-    moved = forward(MODEL, BASE[0], found.of(RUNS["resid_pre"][N, LAYER]))
-    assert int(moved.logits[-1].argmax()) == LABELS[0]
+    moved = forward(model, BASE[0], found.of(runs["resid_pre"][N, LAYER]))
+    assert int(moved.logits[-1].argmax()) == labels[0]
 
 
 def test_the_boundless_form_finds_the_rank_too() -> None:
-    found = boundless_das(MODEL, BASE, SOURCE, LABELS, steps=600, penalty=10.0, controls=False, **SETTINGS)
+    model, _, labels = made()
+    found = boundless_das(model, BASE, SOURCE, labels, steps=600, penalty=10.0, controls=False, **SETTINGS)
     basis = np.asarray(found.subspace.basis)
     assert 2 <= basis.shape[1] <= 4 and found.controls == {}
     assert np.degrees(subspace_angles(basis, PLANE).max()) <= 10  # the plane lies within it
@@ -111,24 +121,26 @@ def test_the_boundless_form_finds_the_rank_too() -> None:
 
 
 def test_heads_are_a_site_like_another() -> None:
-    found = das(MODEL, BASE[:8], SOURCE[:8], LABELS[:8], site="z", rank=2, steps=2, **{**SETTINGS, "batch_size": 4})
+    model, _, labels = made()
+    found = das(model, BASE[:8], SOURCE[:8], labels[:8], site="z", rank=2, steps=2, **{**SETTINGS, "batch_size": 4})
     assert found.subspace.basis.shape == (6, 2) and found.losses.shape == (2,)
 
 
 def test_what_cannot_be_is_told() -> None:
+    model, _, labels = made()
     good: dict[str, Any] = dict(rank=2, steps=1, **SETTINGS)
     for given, options, message in (
-        ((BASE, SOURCE[:3], LABELS), {}, r"source \[3, 7\] and labels \[1000\]: \[B, T\], \[B, S\] and \[B\] are needed"),
-        ((BASE[0], SOURCE, LABELS), {}, r"\[B, T\], \[B, S\] and \[B\] are needed"),
-        ((BASE, SOURCE, LABELS + 60), {}, "labels holds what is no token id of this model: they are 0 to 60"),
-        ((BASE, SOURCE, LABELS), {"rank": 25}, "rank is 25, and must be 1 to 24"),
-        ((BASE, SOURCE, LABELS), {"layer": 3}, "layer is 3, and must be 0 to 2"),
-        ((BASE, SOURCE, LABELS), {"site": "pattern"}, "its last axis is tokens"),
-        ((BASE, SOURCE, LABELS), {"site": "final_norm"}, "it lies outside the layers"),
-        ((BASE, SOURCE, LABELS), {"site": "residual"}, "Unknown site 'residual'"),
-        ((BASE, SOURCE, LABELS), {"position": 7}, "positions"),
-        ((BASE, SOURCE, LABELS), {"held_out": 2}, "held_out is 2, and must be a share"),
-        ((BASE[:1], SOURCE[:1], LABELS[:1]), {}, "There are 1 pairs"),
+        ((BASE, SOURCE[:3], labels), {}, r"source \[3, 7\] and labels \[1000\]: \[B, T\], \[B, S\] and \[B\] are needed"),
+        ((BASE[0], SOURCE, labels), {}, r"\[B, T\], \[B, S\] and \[B\] are needed"),
+        ((BASE, SOURCE, labels + 60), {}, "labels holds what is no token id of this model: they are 0 to 60"),
+        ((BASE, SOURCE, labels), {"rank": 25}, "rank is 25, and must be 1 to 24"),
+        ((BASE, SOURCE, labels), {"layer": 3}, "layer is 3, and must be 0 to 2"),
+        ((BASE, SOURCE, labels), {"site": "pattern"}, "its last axis is tokens"),
+        ((BASE, SOURCE, labels), {"site": "final_norm"}, "it lies outside the layers"),
+        ((BASE, SOURCE, labels), {"site": "residual"}, "Unknown site 'residual'"),
+        ((BASE, SOURCE, labels), {"position": 7}, "positions"),
+        ((BASE, SOURCE, labels), {"held_out": 2}, "held_out is 2, and must be a share"),
+        ((BASE[:1], SOURCE[:1], labels[:1]), {}, "There are 1 pairs"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            das(MODEL, *given, **{**good, **options})
+            das(model, *given, **{**good, **options})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -19,8 +20,13 @@ from .tolerances import GRADIENT, LOGITS, ROUNDING
 MODEL, IDS, T, E = tiny_llama(), prompt(), 11, 24
 RNG = np.random.default_rng(0)
 BASIS = RNG.normal(size=(E, 3)).astype(np.float32)
-OTHER = np.asarray(forward(MODEL, prompt(seed=1), capture="resid_pre")["resid_pre"])
 METRIC = logit_difference(3, 7)
+
+
+@cache
+def other() -> np.ndarray:
+    """Another run's stream, `[L, T, E]`."""
+    return np.asarray(forward(MODEL, prompt(seed=1), capture="resid_pre")["resid_pre"])
 
 
 def projected(h: np.ndarray, source: np.ndarray | float, basis: np.ndarray) -> np.ndarray:
@@ -32,18 +38,18 @@ def projected(h: np.ndarray, source: np.ndarray | float, basis: np.ndarray) -> n
 def test_it_moves_a_subspace_and_nothing_else() -> None:
     clean = forward(MODEL, IDS, capture=("resid_pre", "z"))
     cases = (
-        (Subspace("resid_pre", 1, BASIS, OTHER[1]), None, OTHER[1]),
+        (Subspace("resid_pre", 1, BASIS, other()[1]), None, other()[1]),
         (
-            Subspace("resid_pre", 1, 7 * BASIS @ np.triu(np.ones((3, 3))), PerLayer(OTHER)),
+            Subspace("resid_pre", 1, 7 * BASIS @ np.triu(np.ones((3, 3))), PerLayer(other())),
             None,
-            OTHER[1],
+            other()[1],
         ),  # the same span
         (
-            Subspace("resid_pre", 1, PerLayer(np.stack([BASIS[::-1], BASIS, BASIS])), OTHER[1], [2, -1]),
+            Subspace("resid_pre", 1, PerLayer(np.stack([BASIS[::-1], BASIS, BASIS])), other()[1], [2, -1]),
             [2, -1],
-            OTHER[1],
+            other()[1],
         ),
-        (Subspace("resid_pre", 1, BASIS, OTHER[1, 4:5], positions=3), [3], OTHER[1, 4:5]),
+        (Subspace("resid_pre", 1, BASIS, other()[1, 4:5], positions=3), [3], other()[1, 4:5]),
         (Subspace("resid_pre", 1, BASIS, 0.0), None, 0.0),
     )
     for item, places, source in cases:
@@ -58,9 +64,9 @@ def test_it_moves_a_subspace_and_nothing_else() -> None:
 
 
 def test_of_all_dimensions_it_is_a_patch_and_of_its_own_run_nothing() -> None:
-    whole = forward(MODEL, IDS, Subspace("resid_pre", 1, np.eye(E), PerLayer(OTHER))).logits
+    whole = forward(MODEL, IDS, Subspace("resid_pre", 1, np.eye(E), PerLayer(other()))).logits
     np.testing.assert_allclose(
-        whole, forward(MODEL, IDS, ActivationPatch("resid_pre", 1, PerLayer(OTHER))).logits, atol=LOGITS
+        whole, forward(MODEL, IDS, ActivationPatch("resid_pre", 1, PerLayer(other()))).logits, atol=LOGITS
     )
     own = forward(MODEL, IDS, capture="resid_pre")
     same = forward(MODEL, IDS, Subspace("resid_pre", 1, BASIS, PerLayer(own["resid_pre"]))).logits
@@ -73,11 +79,11 @@ def test_its_gradient_is_a_finite_difference() -> None:
         return METRIC(forward(MODEL, IDS, Subspace("resid_mid", 1, basis, source)))
 
     turns = RNG.normal(size=(E, 3)).astype(np.float32), RNG.normal(size=(T, E)).astype(np.float32)
-    slopes, step = jax.grad(value, (0, 1))(BASIS, OTHER[1]), 1e-2
+    slopes, step = jax.grad(value, (0, 1))(BASIS, other()[1]), 1e-2
     for number, turn in enumerate(turns):
         ends = []
         for sign in (1, -1):
-            given = [BASIS, OTHER[1]]
+            given = [BASIS, other()[1]]
             given[number] = given[number] + sign * step * turn
             ends.append(float(value(*given)))
         moved = (ends[0] - ends[1]) / (2 * step)
@@ -88,11 +94,11 @@ def test_its_gradient_is_a_finite_difference() -> None:
 
 def test_it_maps_over_layers_bases_and_sources() -> None:
     layers, bases = np.arange(3), RNG.normal(size=(3, E, 3)).astype(np.float32)
-    family = Subspace("resid_pre", layers, bases, OTHER)
+    family = Subspace("resid_pre", layers, bases, other())
     found = sweep(MODEL, IDS, family, METRIC, batch_size=2)
-    mapped = jax.vmap(lambda one: METRIC(forward(MODEL, IDS, one)))(Subspace("resid_pre", layers, bases, OTHER))
+    mapped = jax.vmap(lambda one: METRIC(forward(MODEL, IDS, one)))(Subspace("resid_pre", layers, bases, other()))
     for number in range(3):
-        alone = METRIC(forward(MODEL, IDS, Subspace("resid_pre", number, bases[number], OTHER[number])))
+        alone = METRIC(forward(MODEL, IDS, Subspace("resid_pre", number, bases[number], other()[number])))
         np.testing.assert_allclose([found[number], mapped[number]], float(alone), atol=LOGITS)
 
 
@@ -113,10 +119,10 @@ def test_it_goes_to_prompts_of_a_set_and_from_the_token_that_it_changes_on() -> 
 
 def test_it_is_generated_with() -> None:
     """Its source covers the prompt, and leaves what is generated alone."""
-    item = Subspace("resid_pre", 1, BASIS, 5 * OTHER[1])
+    item = Subspace("resid_pre", 1, BASIS, 5 * other()[1])
     found, ids = generate(MODEL, IDS, 4, item), IDS
     for token in found:
-        longer = np.concatenate([5 * OTHER[1], np.zeros((len(ids) - T, E), np.float32)])
+        longer = np.concatenate([5 * other()[1], np.zeros((len(ids) - T, E), np.float32)])
         out = forward(MODEL, ids, Subspace("resid_pre", 1, BASIS, longer, positions=list(range(T))))
         assert int(out.logits[-1].argmax()) == int(token)
         ids = np.append(ids, np.int32(token))
@@ -150,7 +156,7 @@ def test_torch_does_the_same(tmp_path: Any) -> None:
     MODEL.save_pretrained(tmp_path)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
     items = [
-        Subspace("resid_pre", 1, BASIS, OTHER[1]), Subspace("z", 2, BASIS[:6, :2], PerLayer(np.ones((3, 4, 1, 6), np.float32))),
+        Subspace("resid_pre", 1, BASIS, other()[1]), Subspace("z", 2, BASIS[:6, :2], PerLayer(np.ones((3, 4, 1, 6), np.float32))),
         Subspace("final_norm", None, BASIS, 1.0, positions=-1), Edit("act", "scale", 0, value=2.0),
     ]  # fmt: skip
     for mask in (None, np.arange(T) < 8):
