@@ -109,7 +109,7 @@ def run_layers(
 
     def scanned(carry: tuple[Any, ...], xs: tuple[Array, Any, Any]) -> tuple[Any, None]:
         (resid, buffers, applied, cache), (layer, sliced, own) = carry, xs
-        run = _indexed(one, (model.layers, past)) if sliced is None else one
+        run: Step = _indexed(one, (model.layers, past)) if sliced is None else one
         resid, found, counts, cache = run(resid, layer, *(sliced or (None, None)), cache, own)
         buffers = {
             name: _store(buffers[name], value, slots[name], layer, bool((slots[name][start:until] >= 0).all()))
