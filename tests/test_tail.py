@@ -146,3 +146,17 @@ def test_a_torch_model_refuses_it(tmp_path: Any) -> None:
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match=r"start= begins a run at a layer.*oculi_jax.from_pretrained"):
         forward(hf, IDS, start=(1, np.zeros((T, 24), np.float32)))
+
+
+def test_a_backward_pass_keeps_no_weights() -> None:
+    """A loop over some of the layers indexes their weights, and would keep them all, layer by layer, for the way back."""
+    wide = tiny_llama(intermediate_size=4000)
+
+    def value(model: Any, resid: Any) -> Any:
+        return forward(model, IDS[:2], start=(1, resid), logits="last").logits[3]
+
+    compiled = jax.jit(jax.grad(value, 1)).lower(wide, jnp.zeros((2, 24))).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    weights = sum(x[1:].nbytes for x in jax.tree.leaves(wide.layers))
+    assert memory.temp_size_in_bytes < weights

@@ -27,6 +27,11 @@ Past = tuple[Array, Array]
 Step = Callable[..., Any]
 
 
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a backward pass keeps what an operation made: not what only takes a part of an array, or shapes it."""
+    return primitive.name not in ("dynamic_slice", "squeeze", "reshape", "transpose")
+
+
 class Ran(NamedTuple):
     """What the loop leaves: the residual stream, site → what was read `[layers asked for, …]`, on how many layers each
     intervention changed something, and the cache with what ran.
@@ -104,8 +109,8 @@ def run_layers(
 
     def scanned(carry: tuple[Any, ...], xs: tuple[Array, Any, Any]) -> tuple[Any, None]:
         (resid, buffers, applied, cache), (layer, sliced, own) = carry, xs
-        block, beside = _of_layer((model.layers, past), layer) if sliced is None else sliced
-        resid, found, counts, cache = one(resid, layer, block, beside, cache, own)
+        run: Step = _indexed(one, (model.layers, past)) if sliced is None else one
+        resid, found, counts, cache = run(resid, layer, *(sliced or (None, None)), cache, own)
         buffers = {
             name: _store(buffers[name], value, slots[name], layer, bool((slots[name][start:until] >= 0).all()))
             for name, value in found.items()
@@ -126,6 +131,16 @@ def _replacing(one: Callable[..., Any], given: Any, layer: Array, carry: tuple[A
     """One layer of a run that starts anywhere: what is read takes the place of what an earlier run had there."""
     resid, found, *_ = one(carry[0], layer, *_of_layer(given, layer))
     return resid, {name: _put(carry[1][name], value, layer) for name, value in found.items()}
+
+
+def _indexed(one: Callable[..., Any], whole: Any) -> Callable[..., Any]:
+    """`one` layer, of weights that it indexes; a backward pass does so again, since it would keep what they are of every layer."""
+
+    @partial(jax.checkpoint, prevent_cse=False, policy=_is_kept)
+    def run(resid: Any, layer: Array, _: None, __: None, cache: Any, own: Any) -> Any:
+        return one(resid, layer, *_of_layer(whole, layer), cache, own)
+
+    return run
 
 
 def _of_layer(tree: Any, layer: Any) -> Any:
