@@ -112,9 +112,8 @@ def attend(
     """
     n, mesh = sight.n_seen, jax.typeof(q).sharding.mesh
     n_parts = mesh.shape.get("model", 1)
-    if (
-        len(q) % n_parts == 0 and len(k) % n_parts
-    ):  # heads whose groups lie on several devices find their own keys there
+    if len(q) % n_parts == 0 and len(k) % n_parts:
+        # Heads whose groups lie on several devices find their own keys there.
         own = np.arange(len(q)) // (len(q) // len(k))
         k, v = (x.at[own].get(mode="promise_in_bounds") for x in (k, v))
     if cap is None and not tap.touches("scores", "allowed", "pattern"):
