@@ -116,9 +116,9 @@ def programs(config: LlamaConfig, mesh: Mesh) -> dict[str, tuple[Callable[..., A
         options = dict(how=pairs.how, single=False, at_once=at_once, remat=remat)
         return attribution.attribute(model, clean, corrupted, None, None, METRIC, pairs.readings, **options)
 
-    resumed = lambda params, tokens, rows, base, which, start: swept(  # noqa: E731
-        params, tokens, rows, METRIC, base=base, which=which, start=start, first=T // 2
-    )
+    def resumed(params: Any, tokens: Any, rows: Any, base: Any, which: Any, start: Any) -> Any:
+        return swept(params, tokens, rows, METRIC, base=base, which=which, start=start, first=T // 2)
+
     n = 2 * VARIANTS
     return {
         "forward": (run, (params, batch), None),
