@@ -1,6 +1,7 @@
 """Things fitted to a model that is left as it is: `fit`, the loop, and what is built on it; the tuned lens."""
 
 from .alignment import Alignment, boundless_das, das, interchange_accuracy
+from .controls import untrained
 from .fitting import Fit, fit
 from .steps import Now
 from .top_k import soft_top_k
@@ -18,4 +19,5 @@ __all__ = [
     "soft_top_k",
     "train_tuned_lens",
     "tuned_lens_kl",
+    "untrained",
 ]

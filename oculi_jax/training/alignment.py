@@ -18,9 +18,9 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..arrays import integer, random_key
-from ..intervals import bootstrap
 from ..intervention import Subspace
 from ..pytrees import pytree
+from .controls import beside
 from .fitting import Fit, fit
 from .interchanges import Pairs, Weighted, hits, prepare, surprise
 
@@ -65,15 +65,8 @@ class Alignment:
         return replace(self.subspace, source=source)
 
     def __repr__(self) -> str:
-        def share(values: np.ndarray) -> str:
-            if len(values) < 2:
-                return f"{float(values.mean()):.2f}"
-            spread = bootstrap(values)
-            return f"{float(spread.mean):.2f} ({float(spread.low):.2f} to {float(spread.high):.2f})"
-
-        beside = "".join(f"; {name} {share(values)}" for name, values in self.controls.items())
         where = f"{self.subspace.site}, layer {self.subspace.layer}, rank {self.subspace.basis.shape[1]}"
-        return f"Alignment({where}: {share(self.accuracy)} of {len(self.accuracy)} held-out pairs{beside})"
+        return f"Alignment({where}: {beside(self.accuracy, self.controls, 'held-out pairs')})"
 
 
 def das(
