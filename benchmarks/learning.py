@@ -19,9 +19,10 @@ from oculi_jax import embedded_model, forward
 from oculi_jax.intervention import Steer
 from oculi_jax.models.llama import Llama
 from oculi_jax.tasks import indirect_object
-from oculi_jax.training import alignment, fit
+from oculi_jax.training import DAS, fit
 from oculi_jax.training.fitting import check_parameters
 from oculi_jax.training.interchanges import prepare
+from oculi_jax.training.searching import search_loss
 from oculi_jax.training.steps import Loss, Now, Programs
 from oculi_jax.utils.tokens import load_tokenizer
 
@@ -33,16 +34,16 @@ def step_row(model: Any, tokenizer: Any) -> Row:
     import optax
 
     pairs = indirect_object(tokenizer, N)
-    found = prepare(
+    (found,) = prepare(
         model, pairs.clean, pairs.corrupted, np.asarray(pairs.answers), LAYER, "resid_pre", -1, None,
         (pairs.mask, pairs.mask),
     )  # fmt: skip
     examples = {**found.examples(np.arange(N)), "shuffled": jnp.asarray(pairs.others)}
     drawn = np.random.default_rng(0).normal(size=(found.width, RANK)).astype(np.float32)
-    begun, _ = check_parameters({"basis": drawn, "shuffled": np.int32(0)}, 0)
+    begun, _ = check_parameters({"own": {"basis": drawn}, "place": np.int32(0), "shuffled": np.int32(0)}, 0)
     now = jax.eval_shape(lambda: Now(jnp.int32(0), jax.random.key(0), None))
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
-    loss = Loss.of(alignment.search_loss(model, "resid_pre", LAYER, -1), begun, example, now)
+    loss = Loss.of(search_loss(DAS(RANK), found, None), begun, example, now)
     programs = Programs.of(loss, optax.adam(1e-2), begun, N, data=examples, schedules=None, key=jax.random.key(0))
     order, state = np.arange(N, dtype=np.int32)[None], programs.state(begun.trained)
 

@@ -24,8 +24,8 @@ MODULES = (
     "oculi_jax.tasks", "oculi_jax.visualize", "oculi_jax.training", "oculi_jax.rules", "oculi_jax.models.llama", "oculi_jax.diagnostics",
     "oculi_jax.utils",
 )  # fmt: skip
-# A method that takes one of these is called inside a run, and `check` before one: users call neither.
-INSIDE = {"frame", "n_prompts", "owner", "sizes", "tap"}
+# A method that takes one of these is called inside a run or a fit, and `check` before one: users call neither.
+INSIDE = {"fixed", "frame", "n_prompts", "owner", "parameters", "sizes", "tap", "values"}
 PARSER = doctest.DocTestParser()
 
 

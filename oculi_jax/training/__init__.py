@@ -1,19 +1,29 @@
 """Things fitted to a model that is left as it is: `fit`, the loop, and what is built on it; the tuned lens."""
 
-from .alignment import Alignment, boundless_das, das, interchange_accuracy
+from .aligning import align, interchange_accuracy
+from .alignment import Alignment, Alignments, VariableScore
 from .controls import untrained
+from .disentangling import Disentanglement, disentanglement
 from .fitting import Fit, fit
+from .masking import DBM
+from .rotations import DAS, BoundlessDAS
 from .steps import Now
 from .top_k import soft_top_k
 from .tuned_lens import TunedLens, train_tuned_lens, tuned_lens_kl
 
 __all__ = [
+    "DAS",
+    "DBM",
     "Alignment",
+    "Alignments",
+    "BoundlessDAS",
+    "Disentanglement",
     "Fit",
     "Now",
     "TunedLens",
-    "boundless_das",
-    "das",
+    "VariableScore",
+    "align",
+    "disentanglement",
     "fit",
     "interchange_accuracy",
     "soft_top_k",

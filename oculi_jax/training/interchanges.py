@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from ..arrays import AnyArray, as_array, integer, listing
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
-from ..intervention import Basis, Layer, Positions, Subspace, Values, Vector, field
+from ..intervention import Basis, Layer, Positions, Values, field
 from ..intervention.each import Whole
 from ..intervention.edit import Edit
 from ..intervention.named import Sizes, at
@@ -24,7 +24,7 @@ from ..intervention.subspace import interchange
 from ..prompts import check_prompts
 from ..pytrees import pytree
 from ..run import forward
-from ..sites import site_of
+from ..sites import SITES, site_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -37,20 +37,36 @@ _AT_ONCE = 16  # prompts
 
 @pytree
 class Weighted:
-    """A `Subspace` of all dimensions, each taken with a weight of its own: h + (source − h) B diag(weights) Bᵀ."""
+    """A `Subspace` whose dimensions are each taken with a weight of its own: h + (source − h) B diag(weights) Bᵀ.
+
+    `basis` is B, orthonormal, and `weighted` is B diag(weights).
+    """
 
     site: str = field(None)
     layer: Any = field(Layer(site="site"))
     basis: Any = field(Basis())
-    weights: Any = field(Vector())
+    weighted: Any = field(Basis())
     source: Any = field(Values())
     positions: Any = field(Positions(optional=True), default=None)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
-        basis = jnp.linalg.qr(jnp.asarray(self.basis))[0]
-        read = basis * jnp.asarray(self.weights).astype(basis.dtype)[None, :]
         mask = at(self.site, sizes, positions=self.positions)
-        return (Edit(self.site, "apply", self.layer, mask, (Whole(read), Whole(basis), self.source), interchange),)
+        value = Whole(jnp.asarray(self.weighted)), Whole(jnp.asarray(self.basis)), self.source
+        return (Edit(self.site, "apply", self.layer, mask, value, interchange),)
+
+
+class Where(NamedTuple):
+    """Where an interchange is, and what is put there.
+
+    Attributes:
+        source: of the site's axes, of one token.
+        position: in the base prompt.
+    """
+
+    site: str
+    layer: int
+    source: Array
+    position: Any
 
 
 @dataclass(frozen=True)
@@ -59,8 +75,9 @@ class Pairs:
 
     Attributes:
         tokens, mask: `[B, T]` of the base prompts.
+        positions: the P places that are looked at, in the base prompts.
         resid: `[B, T, E]`, the stream that enters the layer.
-        source: of the site's axes after `B`, of one token.
+        source: `[B, …]`, of the site's axes, whose tokens are the P places.
         labels: `[B]`.
         width: how long the site's last axis is.
     """
@@ -68,11 +85,11 @@ class Pairs:
     model: Decoder
     site: str
     layer: int
-    position: int
+    positions: tuple[int, ...]
     tokens: Int[AnyArray, "B T"]
     mask: Bool[AnyArray, "B T"] | None
-    resid: Float[Array, "B T E"]
-    source: Float[Array, "B ..."]
+    resid: Float[AnyArray, "B T E"]
+    source: Float[AnyArray, "B ..."]
     labels: Int[np.ndarray, "B"]
     width: int
 
@@ -85,7 +102,24 @@ class Pairs:
             "source": self.source,
             "label": self.labels,
         }
-        return jax.tree.map(lambda x: jnp.asarray(x)[rows], every)
+        return jax.tree.map(lambda x: jnp.asarray(x[rows]), every)
+
+    def values(self, rows: Int[np.ndarray, "N"], place: int) -> Float[np.ndarray, "N n"]:
+        """What the source prompts of some pairs hold at a place; of a site with heads, each head's."""
+        taken = np.take(np.asarray(self.source)[rows], place, axis=1 + SITES[self.site].axes.index("T"))
+        return taken.reshape(-1, self.width)
+
+
+def where_of(site: str, layer: int, positions: tuple[int, ...], source: Array, place: Array | int) -> Where:
+    """The interchange of one pair at a place, which may be data.
+
+    Args:
+        source: what `Pairs.examples` has as that of one pair.
+    """
+    if len(positions) == 1:
+        return Where(site, layer, source, positions[0])
+    taken = jax.lax.dynamic_index_in_dim(source, place, SITES[site].axes.index("T"), keepdims=True)
+    return Where(site, layer, taken, jnp.asarray(positions)[place])
 
 
 def prepare(
@@ -93,28 +127,25 @@ def prepare(
     base: ArrayLike,
     source: ArrayLike,
     labels: ArrayLike,
-    layer: int,
+    layers: int | Sequence[int],
     site: str,
-    position: int,
-    source_position: int | None,
+    positions: int | Sequence[int],
+    source_positions: int | Sequence[int] | None,
     masks: Sequence[ArrayLike | None],
-) -> Pairs:
-    """Checks what is given to an alignment search, and runs the prompts up to the layer."""
+) -> list[Pairs]:
+    """Checks what is given to an alignment search, and runs the prompts once: pairs at each of the layers."""
     config = check_model(model)
     found = site_of(site, config.sites)
     if not found.layered or found.axes[-1] in "TS":
         why = "its last axis is tokens" if found.layered else "it lies outside the layers"
         raise ValueError(f"site is {site!r}, and a site of the layers whose last axis holds features is needed: {why}.")
-    layer = integer(layer, "layer", 0, config.num_hidden_layers - 1)
-    position = integer(position, "position")
-    other = position if source_position is None else integer(source_position, "source_position")
-    (tokens, mask, one), (others, other_mask, _) = (
+    (tokens, mask, one), (spoilt, other_mask, _) = (
         check_prompts(config, ids, mask) for ids, mask in zip((base, source), masks, strict=True)
     )
     ids = as_array(labels)
-    if one or len(tokens) != len(others) or ids.shape != (len(tokens),):
+    if one or len(tokens) != len(spoilt) or ids.shape != (len(tokens),):
         raise ValueError(
-            f"base has shape {listing(np.shape(tokens))}, source {listing(np.shape(others))} and labels {listing(ids.shape)}: "
+            f"base has shape {listing(np.shape(tokens))}, source {listing(np.shape(spoilt))} and labels {listing(ids.shape)}: "
             "[B, T], [B, S] and [B] are needed, one of each to a pair."
         )
     if (
@@ -123,21 +154,71 @@ def prepare(
         or (np.asarray(ids) >= config.vocab_size).any()
     ):
         raise ValueError(f"labels holds what is no token id of this model: they are 0 to {config.vocab_size - 1}.")
-    taken = _read(model, others, other_mask, site, layer, (other,))
-    resid = _read(model, tokens, mask, "resid_pre", layer, None)
-    width = config.sizes[found.axes[-1]]
-    return Pairs(model, site, layer, position, tokens, mask, resid, taken, np.asarray(ids, np.int32), width)
+    chosen = _several(layers, "layers", 0, config.num_hidden_layers - 1)
+    places = _several(positions, "positions", *_ends(tokens, mask))
+    others = places if source_positions is None else _several(source_positions, "source_positions", distinct=False)
+    if len(others) != len(places):
+        raise ValueError(
+            f"positions are {listing(places)} and source_positions {listing(others)}: one of these to each of those is needed."
+        )
+    taken = _read(model, spoilt, other_mask, site, chosen, others)
+    resid = _read(model, tokens, mask, "resid_pre", chosen, None)
+    width, wanted = config.sizes[found.axes[-1]], np.asarray(ids, np.int32)
+    return [
+        Pairs(model, site, layer, places, tokens, mask, own, other, wanted, width)
+        for layer, own, other in zip(chosen, resid, taken, strict=True)
+    ]
 
 
-@compiled("site", "layer", "positions")
+def _ends(tokens: AnyArray, mask: AnyArray | None) -> tuple[int, int]:
+    """Which positions every prompt has."""
+    shortest = tokens.shape[1] if mask is None else int(np.asarray(mask).sum(axis=1).min())
+    return -shortest, shortest - 1
+
+
+def _several(
+    given: int | Sequence[int], what: str, low: int | None = None, high: int | None = None, *, distinct: bool = True
+) -> tuple[int, ...]:
+    """One integer, or a list, a tuple or a range of them."""
+    every = tuple(given) if isinstance(given, list | tuple | range) else (given,)
+    found = tuple(integer(x, what, low, high) for x in every)
+    if not found:
+        raise ValueError(f"{what} is empty.")
+    if distinct and len(set(found)) < len(found):
+        raise ValueError(f"{what} holds {listing(found)}: each once is enough.")
+    return found
+
+
 def _read(
-    model: Decoder, tokens: AnyArray, mask: AnyArray | None, site: str, layer: int, positions: tuple[int, ...] | None
-) -> Array:
-    """What a site holds at a layer, of each prompt."""
+    model: Decoder,
+    tokens: AnyArray,
+    mask: AnyArray | None,
+    site: str,
+    layers: tuple[int, ...],
+    positions: tuple[int, ...] | None,
+) -> list[np.ndarray]:
+    """What a site holds at each layer, of each prompt `[B, …]`; on the host."""
+    once = None if positions is None else tuple(dict.fromkeys(positions))
+    found = np.asarray(_captured(model, tokens, mask, site, layers, once))
+    if once is not None and once != positions:
+        assert positions is not None
+        rows = [once.index(x) for x in positions]
+        found = np.take(found, rows, axis=2 + SITES[site].axes.index("T"))
+    return [found[:, i] for i in range(len(layers))]
 
+
+@compiled("site", "layers", "positions")
+def _captured(
+    model: Decoder,
+    tokens: AnyArray,
+    mask: AnyArray | None,
+    site: str,
+    layers: tuple[int, ...],
+    positions: tuple[int, ...] | None,
+) -> Float[Array, "B L ..."]:
     def one(prompt: tuple[Array, Array | None]) -> Array:
-        spec = CaptureSpec(site, [layer], positions)
-        return forward(model, prompt[0], capture=spec, mask=prompt[1], logits="none")[site][0]
+        spec = CaptureSpec(site, layers, positions)
+        return forward(model, prompt[0], capture=spec, mask=prompt[1], logits="none")[site]
 
     return jax.lax.map(one, (tokens, mask), batch_size=min(len(tokens), _AT_ONCE))
 
@@ -160,21 +241,47 @@ def surprise(
 
 
 def hits(
-    pairs: Pairs, basis: Float[Array, "n r"], rows: Int[np.ndarray, "M"], labels: Int[np.ndarray, "B"] | None = None
-) -> Float[np.ndarray, "M"]:
-    """1 where the likeliest token under interchange is the label (None: the pairs' own), else 0."""
-    said = _likeliest(pairs.model, basis, pairs.examples(rows), pairs.site, pairs.layer, pairs.position)
-    want = pairs.labels if labels is None else labels
-    return (np.asarray(said) == want[rows]).astype(np.float32)
+    pairs: Pairs,
+    bases: Sequence[Float[np.ndarray, "n r"]],
+    places: Sequence[int],
+    rows: Int[np.ndarray, "M"],
+    labels: Sequence[Int[np.ndarray, "B"]] | None = None,
+) -> Float[np.ndarray, "R M"]:
+    """Of each subspace and pair 1 where the likeliest token under interchange is the label, else 0.
+
+    Args:
+        bases: orthonormal, of any ranks.
+        places: where each is.
+        rows: which pairs.
+        labels: of each subspace; the pairs' own for None.
+    """
+    widest = max(basis.shape[1] for basis in bases)
+    given = np.stack([np.pad(basis, ((0, 0), (0, widest - basis.shape[1]))) for basis in bases]).astype(np.float32)
+    at = np.asarray(places, np.int32)
+    said = _likeliest(pairs.model, given, at, pairs.examples(rows), pairs.site, pairs.layer, pairs.positions)
+    want = [pairs.labels] * len(bases) if labels is None else labels
+    return (np.asarray(said) == np.stack([label[rows] for label in want])).astype(np.float32)
 
 
-@compiled("site", "layer", "position")
+@compiled("site", "layer", "positions")
 def _likeliest(
-    model: Decoder, basis: Array, examples: dict[str, Any], site: str, layer: int, position: int
-) -> Int[Array, " M"]:
-    def one(example: dict[str, Any]) -> Array:
-        there: Any = Subspace(site, layer, basis, example["source"], position)
-        return jnp.argmax(last_logits(model, there, layer, example))
+    model: Decoder,
+    bases: AnyArray,
+    places: AnyArray,
+    examples: dict[str, Any],
+    site: str,
+    layer: int,
+    positions: tuple[int, ...],
+) -> Int[Array, "R M"]:
+    def of(given: tuple[Array, Array]) -> Array:
+        basis, place = given
 
-    n = len(examples["tokens"])
-    return jax.lax.map(one, examples, batch_size=min(n, _AT_ONCE))
+        def one(example: dict[str, Any]) -> Array:
+            where = where_of(site, layer, positions, example["source"], place)
+            there: Any = Weighted(site, layer, basis, basis, where.source, where.position)
+            return jnp.argmax(last_logits(model, there, layer, example))
+
+        n = len(examples["tokens"])
+        return jax.lax.map(one, examples, batch_size=min(n, _AT_ONCE))
+
+    return jax.lax.map(of, (jnp.asarray(bases), jnp.asarray(places)))

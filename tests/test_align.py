@@ -15,7 +15,7 @@ from oculi_jax import forward, sweep
 from oculi_jax.intervention import PerPrompt, Subspace
 from oculi_jax.metrics import rank
 from oculi_jax.models.llama import Llama
-from oculi_jax.training import boundless_das, das, interchange_accuracy
+from oculi_jax.training import DAS, DBM, BoundlessDAS, align, disentanglement, interchange_accuracy
 
 from .tiny import tiny_llama
 
@@ -46,7 +46,7 @@ def planted() -> Llama:
 
 IDS = RNG.integers(0, 61, (2 * N, T)).astype(np.int32)
 BASE, SOURCE = IDS[:N], IDS[N:]
-SETTINGS: dict[str, Any] = dict(layer=LAYER, batch_size=32, learning_rate=0.03, key=jax.random.key(1), progress=False)
+SETTINGS: dict[str, Any] = dict(layers=LAYER, batch_size=32, learning_rate=0.03, key=jax.random.key(1), progress=False)
 
 
 @cache
@@ -93,11 +93,11 @@ def test_accuracy_is_what_ordinary_sweeps_of_the_subspace_say() -> None:
 
 def test_a_planted_plane_is_found_and_controls_are_at_chance() -> None:
     model, runs, labels = made()
-    found = das(model, BASE, SOURCE, labels, rank=2, steps=600, **SETTINGS)
+    found = align(model, BASE, SOURCE, labels, DAS(rank=2), steps=600, **SETTINGS)[LAYER, -1]
     assert angle(found.subspace.basis) <= 5
     assert found.accuracy.mean() >= 0.95 and len(found.accuracy) == N // 4
     chance = np.bincount(labels).max() / N + 0.1
-    assert set(found.controls) == {"random basis", "shuffled labels"}
+    assert set(found.controls) == {"random basis", "shuffled labels", "untrained model"}
     assert all(hits.mean() <= chance for hits in found.controls.values()), {
         k: x.mean() for k, x in found.controls.items()
     }
@@ -113,34 +113,106 @@ def test_a_planted_plane_is_found_and_controls_are_at_chance() -> None:
 
 def test_the_boundless_form_finds_the_rank_too() -> None:
     model, _, labels = made()
-    found = boundless_das(model, BASE, SOURCE, labels, steps=600, penalty=10.0, controls=False, **SETTINGS)
+    found = align(model, BASE, SOURCE, labels, BoundlessDAS(penalty=10.0), steps=600, controls=False, **SETTINGS)[
+        LAYER, -1
+    ]
     basis = np.asarray(found.subspace.basis)
     assert 2 <= basis.shape[1] <= 4 and found.controls == {}
     assert np.degrees(subspace_angles(basis, PLANE).max()) <= 10  # the plane lies within it
     assert found.accuracy.mean() >= 0.9
 
 
+def test_a_mask_finds_the_directions_of_the_plane_among_others() -> None:
+    """Of 24 orthonormal directions, of which two span the plane, those two alone."""
+    model, _, labels = made()
+    rest = np.linalg.svd(PLANE.T)[2][2:].T.astype(np.float32)
+    every = np.concatenate([rest[:, :10], PLANE, rest[:, 10:]], axis=1)
+    method = DBM(every, penalty=0.02)
+    found = align(model, BASE, SOURCE, labels, method, steps=200, **{**SETTINGS, "learning_rate": 0.2})[LAYER, -1]
+    np.testing.assert_array_equal(np.asarray(found.subspace.basis), every[:, 10:12])
+    chance = np.bincount(labels).max() / N + 0.1
+    assert found.accuracy.mean() >= 0.98
+    assert all(hits.mean() <= chance for hits in found.controls.values()), found
+
+
+def test_directions_are_axes_or_principal_ones() -> None:
+    values = RNG.normal(size=(200, 5)) @ np.diag([5.0, 3.0, 2.0, 1.0, 0.5]) @ np.linalg.qr(RNG.normal(size=(5, 5)))[0]
+    _, axes = DBM().start(values, jax.random.key(0))
+    np.testing.assert_array_equal(axes, np.eye(5))
+    _, principal = DBM("pca").start(values, jax.random.key(0))
+    want = np.linalg.eigh(np.cov(values.T))[1][:, ::-1]
+    np.testing.assert_allclose(np.abs(np.sum(want * principal, axis=0)), 1, atol=1e-5)
+    for basis, message in (("sae", "basis is 'sae'"), (np.ones((5, 2)), "not orthonormal"), (np.eye(4), "n = 5")):
+        with pytest.raises(ValueError, match=message):
+            DBM(basis).start(values, jax.random.key(0))
+
+
+def test_places_and_seeds_of_one_program_are_those_of_single_ones() -> None:
+    """At the last token the plane is there, at the one before it is not; MIB's score takes the better one."""
+    model, _, labels = made()
+    some: dict[str, Any] = {**SETTINGS, "steps": 60, "controls": False}
+    found = align(
+        model, BASE, SOURCE, labels, DAS(rank=2), **{**some, "layers": (LAYER, 2), "positions": (-1, -2), "seeds": 2}
+    )
+    alone = align(model, BASE, SOURCE, labels, DAS(rank=2), **some)
+    a, b = (np.asarray(x[LAYER, -1].subspace.basis) for x in (found, alone))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    np.testing.assert_allclose(found[LAYER, -1].losses, alone[LAYER, -1].losses, atol=1e-4)
+    assert found.accuracy.shape == (2, 2) and len(found[2, -2].by_seed) == 2
+    assert found[2, -1].by_seed[0] == found.accuracy[1, 0] and "2 seeds" in repr(found[2, -1])
+    before = [found[layer, -2] for layer in (LAYER, 2)]
+    kept = np.asarray(made()[1].logits[:N, -1].argmax(axis=-1)) == labels
+    assert all(abs(x.accuracy.mean() - kept[x.held_out].mean()) <= 0.02 for x in before)
+    score = found.score()
+    want = found.accuracy.max(axis=1)
+    assert (float(score.mean.mean), float(score.best.mean)) == pytest.approx((want.mean(), want.max()))
+    assert score.mean.low <= score.mean.mean <= score.mean.high and "2 layers × 2 positions" in repr(found)
+
+
+def test_disentanglement_is_the_mean_of_what_moved_and_what_stayed() -> None:
+    """A whole stream moves everything; a plane across the planted one moves nothing."""
+    model, runs, labels = made()
+    said = np.asarray(runs.logits[:N, -1].argmax(axis=-1), np.int32)
+    few = slice(0, 40)
+    cause, kept = (BASE[few], SOURCE[few], labels[few]), (BASE[few], SOURCE[few], said[few])
+    same = (said[few] == labels[few]).mean()
+    whole: Any = Subspace("resid_pre", LAYER, np.eye(E, dtype=np.float32), 0.0, -1)
+    across: Any = Subspace("resid_pre", LAYER, np.linalg.svd(PLANE.T)[2][2:4].T, 0.0, -1)
+    for there, moved, stayed in ((whole, 1, same), (across, same, 1)):
+        found = disentanglement(model, there, cause, {"own": kept, "again": kept})
+        assert found.score == pytest.approx((moved + stayed) / 2)
+        assert found.interval.low <= found.score <= found.interval.high
+    with pytest.raises(ValueError, match="isolate is empty"):
+        disentanglement(model, whole, cause, {})
+
+
 def test_heads_are_a_site_like_another() -> None:
     model, _, labels = made()
-    found = das(model, BASE[:8], SOURCE[:8], labels[:8], site="z", rank=2, steps=2, **{**SETTINGS, "batch_size": 4})
+    some = {**SETTINGS, "batch_size": 4, "steps": 2, "site": "z", "controls": False}
+    found = align(model, BASE[:8], SOURCE[:8], labels[:8], DAS(rank=2), **some)[LAYER, -1]
     assert found.subspace.basis.shape == (6, 2) and found.losses.shape == (2,)
 
 
 def test_what_cannot_be_is_told() -> None:
     model, _, labels = made()
-    good: dict[str, Any] = dict(rank=2, steps=1, **SETTINGS)
+    good: dict[str, Any] = dict(method=DAS(rank=2), steps=1, **SETTINGS)
     for given, options, message in (
         ((BASE, SOURCE[:3], labels), {}, r"source \[3, 7\] and labels \[1000\]: \[B, T\], \[B, S\] and \[B\] are needed"),
         ((BASE[0], SOURCE, labels), {}, r"\[B, T\], \[B, S\] and \[B\] are needed"),
         ((BASE, SOURCE, labels + 60), {}, "labels holds what is no token id of this model: they are 0 to 60"),
-        ((BASE, SOURCE, labels), {"rank": 25}, "rank is 25, and must be 1 to 24"),
-        ((BASE, SOURCE, labels), {"layer": 3}, "layer is 3, and must be 0 to 2"),
+        ((BASE, SOURCE, labels), {"method": DAS(rank=25)}, "rank is 25, and must be 1 to 24"),
+        ((BASE, SOURCE, labels), {"layers": 3}, "layers is 3, and must be 0 to 2"),
+        ((BASE, SOURCE, labels), {"layers": ()}, "layers is empty"),
+        ((BASE, SOURCE, labels), {"layers": [1, 1]}, "each once is enough"),
         ((BASE, SOURCE, labels), {"site": "pattern"}, "its last axis is tokens"),
         ((BASE, SOURCE, labels), {"site": "final_norm"}, "it lies outside the layers"),
         ((BASE, SOURCE, labels), {"site": "residual"}, "Unknown site 'residual'"),
-        ((BASE, SOURCE, labels), {"position": 7}, "positions"),
+        ((BASE, SOURCE, labels), {"positions": 7}, "positions is 7, and must be -7 to 6"),
+        ((BASE, SOURCE, labels), {"positions": (0, 1), "source_positions": 1}, "one of these to each of those"),
         ((BASE, SOURCE, labels), {"held_out": 2}, "held_out is 2, and must be a share"),
         ((BASE[:1], SOURCE[:1], labels[:1]), {}, "There are 1 pairs"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            das(model, *given, **{**good, **options})
+            align(model, *given, **{**good, **options})
+    with pytest.raises(TypeError, match=r"one such as DAS\(rank=8\)"):
+        align(model, BASE, SOURCE, labels, **{**good, "method": DAS})
