@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oculi_jax.tasks import PromptPairs, indirect_object
+from oculi_jax.tasks import PromptPairs, arithmetic, indirect_object, multiple_choice
 
 MIB = json.loads(files("oculi_jax.tasks").joinpath("ioi.json").read_text(encoding="utf-8"))
 FEW: dict[str, Any] = dict(names=("Mary", "John", "Anna"), places=("park",), objects=("key",))
@@ -100,3 +100,76 @@ def test_the_embedded_model_is_asked_for_opposites(pairs: PromptPairs, hf_traine
             found[row, column] = logits[pairs.answers[row]] - logits[pairs.others[row]]
     away = found.mean(axis=0) / (found.std(axis=0) / len(pairs) ** 0.5)  # in standard errors
     assert away[0] > 4 and away[1] < -4
+
+
+WORDS: dict[str, Any] = dict(
+    things=(("key", "small"), ("map", "new"), ("hat", "old"), ("lamp", "bright"), ("cup", "cold")),
+    letters=("B", "one", "two", "three", "four", "five", "six"),  # of which the first is no token
+)
+
+
+@pytest.mark.parametrize("kind", ["position", "letters", "both"])
+def test_choices_differ_in_what_is_asked_for(kind: str, embedded: Any) -> None:
+    """Read back from the texts: what is right, where it stands, and by which letter."""
+    tokenizer = embedded[1]
+    pairs = multiple_choice(tokenizer, 40, counterfactual=kind, n_choices=3, **WORDS)
+
+    def read(text: str) -> tuple[str, str, list[str], list[str]]:
+        match = re.fullmatch(
+            r"The (\w+) is (\w+)\. What color is the \1\?\n(\w+)\. (\w+)\n(\w+)\. (\w+)\n(\w+)\. (\w+)\nAnswer:", text
+        )
+        assert match, text
+        thing, color, *rest = match.groups()
+        return thing, color, rest[::2], rest[1::2]
+
+    assert len(set(pairs.texts)) == len(pairs) == 40 and pairs.clean.shape == pairs.corrupted.shape
+    for row, texts in enumerate(zip(pairs.texts, pairs.corrupted_texts, strict=True)):
+        (thing, color, letters, colors), (other, same, theirs, changed) = map(read, texts)
+        assert (thing, color) == (other, same) and [thing, color] in [list(x) for x in WORDS["things"]]
+        assert letters == ["one", "two", "three"] and len(set(colors)) == 3 and sorted(colors) == sorted(changed)
+        place, there = colors.index(color), changed.index(color)
+        assert (place == there) == (kind == "letters") and (theirs == letters) == (kind == "position")
+        assert kind == "position" or not set(theirs) & set(letters)
+        said = [tokenizer.decode([int(x[row])]) for x in (pairs.answers, pairs.others, pairs.pointed)]
+        assert said == [letters[place], theirs[there], letters[there]]
+    assert type(pairs[:3]).__name__ == "ChoicePairs" and pairs[:3].pointed.shape == (3,)
+
+
+def test_choices_that_cannot_be_made_are_told(embedded: Any) -> None:
+    for options, message in (
+        ({"counterfactual": "symbol"}, "counterfactual is 'symbol', and must be one of 'position'"),
+        ({"n_choices": 6}, "things have 5 colors, and 6 choices"),
+        ({"counterfactual": "both", "n_choices": 4}, "Of the letters 6 are a single token of this tokenizer, and 8"),
+        ({"template": "What color is the {object}?"}, "has no {color}"),
+        ({"n": 60, "n_choices": 2}, "different prompts were found"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            multiple_choice(embedded[1], **{"n": 2, **WORDS, **options})
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("operation", ["addition", "subtraction"])
+def test_sums_are_right(operation: str, directory: Any) -> None:
+    from oculi_jax import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    pairs = arithmetic(tokenizer, 50, operation=operation)
+    word, sign = {"addition": ("plus", 1), "subtraction": ("minus", -1)}[operation]
+    assert len(set(pairs.texts)) == 50
+    for texts, ids in ((pairs.texts, pairs.answers), (pairs.corrupted_texts, pairs.others)):
+        for text, answer in zip(texts, ids, strict=True):
+            match = re.fullmatch(rf"Q: How much is (\d\d) {word} (\d\d)\? A: ", text)
+            assert match, text
+            a, b = map(int, match.groups())
+            assert tokenizer.decode([int(answer)]) == str(a + sign * b)[0]
+    assert (pairs.answers != pairs.others).all()
+
+
+def test_sums_that_cannot_be_asked_are_told(embedded: Any) -> None:
+    for options, message in (
+        ({"operation": "product"}, "operation is 'product', and must be 'addition' or 'subtraction'"),
+        ({"template": "{a} and"}, "has no {b}"),
+        ({}, "This tokenizer does not know '0'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            arithmetic(embedded[1], 2, **options)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import integer
 from ..prompts import padded
-from ..utils.tokens import to_single_token
+from ..utils.tokens import is_single_token, to_single_token
 from .pairs import PromptPairs
 
 if TYPE_CHECKING:
@@ -87,15 +87,7 @@ def indirect_object(
 
 def _single(tokenizer: Tokenizer, names: Sequence[str]) -> list[str]:
     """The names that are one token after a space."""
-
-    def is_single(name: str) -> bool:
-        try:
-            to_single_token(tokenizer, f" {name}")
-        except ValueError:
-            return False
-        return True
-
-    found = [name for name in dict.fromkeys(names) if is_single(name)]
+    found = [name for name in dict.fromkeys(names) if is_single_token(tokenizer, f" {name}")]
     if len(found) < 2:
         raise ValueError(
             f"Of {len(names)} names {len(found)} are a single token of this tokenizer, and two are needed: give names of its own."

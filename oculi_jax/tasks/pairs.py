@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -47,11 +47,11 @@ class PromptPairs:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, some: slice) -> PromptPairs:
+    def __getitem__(self, some: slice) -> Self:
         """Some of the pairs, to score on those and to judge on others."""
         if not isinstance(some, slice):
             raise TypeError(f"PromptPairs are cut by a slice, such as pairs[:40], and {some!r} was given.")
-        return PromptPairs(*(x[some] for x in vars(self).values()))
+        return type(self)(*(x[some] for x in vars(self).values()))
 
     def __repr__(self) -> str:
-        return f"PromptPairs({len(self)} pairs of {self.clean.shape[1]} tokens)"
+        return f"{type(self).__name__}({len(self)} pairs of {self.clean.shape[1]} tokens)"

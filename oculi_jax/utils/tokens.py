@@ -76,6 +76,15 @@ def to_single_token(tokenizer: Tokenizer | None, text: str) -> int:
     return int(ids[0])
 
 
+def is_single_token(tokenizer: Tokenizer | None, text: str) -> bool:
+    """Whether a text is exactly one token of the vocabulary."""
+    try:
+        to_single_token(tokenizer, text)
+    except ValueError:
+        return False
+    return True
+
+
 def unknown_words(tokenizer: Tokenizer | None, text: str) -> list[str]:
     """The parts of a text for which the tokenizer has no token but its unknown one, in order."""
     known = _need(tokenizer)
