@@ -5,7 +5,7 @@ A step of an alignment search in SmolLM2-135M, beside the gradient that it canno
 
 from __future__ import annotations
 
-from table import Plan, Row, arguments, measure, side_by_side, verdict  # isort: skip
+from table import Plan, Row, arguments, compilations, measure, side_by_side, verdict  # isort: skip
 
 import time
 from functools import partial
@@ -21,7 +21,7 @@ from oculi_jax.models.llama import Llama
 from oculi_jax.tasks import indirect_object
 from oculi_jax.training import DAS, fit
 from oculi_jax.training.fitting import check_parameters
-from oculi_jax.training.interchanges import prepare
+from oculi_jax.training.interchanges import Pairs, prepare
 from oculi_jax.training.searching import search_loss
 from oculi_jax.training.steps import Loss, Now, Programs
 from oculi_jax.utils.tokens import load_tokenizer
@@ -29,23 +29,35 @@ from oculi_jax.utils.tokens import load_tokenizer
 LAYER, N, RANK = 20, 16, 8
 
 
-def step_row(model: Any, tokenizer: Any) -> Row:
-    """One step at layer 20 of 16 pairs of indirect objects, and forward and backward of the layers from there on."""
+def programs_of(found: Pairs, examples: Any, bases: Any) -> tuple[Programs, dict[str, Any]]:
+    """The steps of alignment searches from bases `[R, n, r]`, as one program, and the state that they begin with."""
     import optax
 
-    pairs = indirect_object(tokenizer, N)
-    (found,) = prepare(
-        model, pairs.clean, pairs.corrupted, np.asarray(pairs.answers), LAYER, "resid_pre", -1, None,
-        (pairs.mask, pairs.mask),
-    )  # fmt: skip
-    examples = {**found.examples(np.arange(N)), "shuffled": jnp.asarray(pairs.others)}
-    drawn = np.random.default_rng(0).normal(size=(found.width, RANK)).astype(np.float32)
-    begun, _ = check_parameters({"own": {"basis": drawn}, "place": np.int32(0), "shuffled": np.int32(0)}, 0)
+    n = len(bases)
+    start = {"own": {"basis": bases}, "place": np.zeros(n, np.int32), "shuffled": np.zeros(n, np.int32)}
+    begun, _ = check_parameters(start, 1)
     now = jax.eval_shape(lambda: Now(jnp.int32(0), jax.random.key(0), None))
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     loss = Loss.of(search_loss(DAS(RANK), found, None), begun, example, now)
-    programs = Programs.of(loss, optax.adam(1e-2), begun, N, data=examples, schedules=None, key=jax.random.key(0))
-    order, state = np.arange(N, dtype=np.int32)[None], programs.state(begun.trained)
+    fixed = {"data": examples, "schedules": None, "key": jax.random.key(0)}
+    programs = Programs.of(loss, optax.adam(1e-2), begun, len(examples["tokens"]), **fixed)
+    return programs, programs.state(begun.trained)
+
+
+def pairs_at(model: Any, tokenizer: Any, n: int, layers: Any) -> list[tuple[Pairs, Any]]:
+    """Indirect objects as they are at each layer, and as the examples of a fit."""
+    pairs = indirect_object(tokenizer, n)
+    given = np.asarray(pairs.answers), layers, "resid_pre", -1, None, (pairs.mask, pairs.mask)
+    found = prepare(model, pairs.clean, pairs.corrupted, *given)
+    return [(own, {**own.examples(np.arange(n)), "shuffled": jnp.asarray(pairs.others)}) for own in found]
+
+
+def step_row(model: Any, tokenizer: Any) -> Row:
+    """One step at layer 20 of 16 pairs of indirect objects, and forward and backward of the layers from there on."""
+    ((found, examples),) = pairs_at(model, tokenizer, N, LAYER)
+    drawn = np.random.default_rng(0).normal(size=(1, found.width, RANK)).astype(np.float32)
+    programs, state = programs_of(found, examples, drawn)
+    order = np.arange(N, dtype=np.int32)[None]
 
     def step() -> None:
         nonlocal state
@@ -67,6 +79,35 @@ def step_row(model: Any, tokenizer: Any) -> Row:
         return jax.value_and_grad(value)(examples["resid"])
 
     return side_by_side(step, lambda: jax.block_until_ready(slopes(model, examples)), bar=1.3, pairs=9)
+
+
+def layers_row(model: Any, tokenizer: Any) -> Row:
+    """Thirty fits, five layers × six seeds, three steps of eight pairs: a program a layer, beside single fits. Compiling apart."""
+    order, rng = np.tile(np.arange(8, dtype=np.int32), (3, 1)), np.random.default_rng(0)
+    together, single, apart, compiled = 0.0, 0.0, 0.0, 0
+    for found, examples in pairs_at(model, tokenizer, 8, range(25, 30)):
+        bases = rng.normal(size=(6, found.width, RANK)).astype(np.float32)
+        ends: list[Any] = []
+        for programs, every in ((programs_of(found, examples, bases)[0], [bases]),
+                                (programs_of(found, examples, bases[:1])[0], list(bases[:, None]))):  # fmt: skip
+            for number, some in enumerate((every[0], *every)):  # the first compiles
+                state = programs.state([some])
+                with compilations() as heard:
+                    begin = time.perf_counter()
+                    state, _ = jax.block_until_ready(programs.block(state, order, 0, 3))
+                    took = time.perf_counter() - begin
+                if not number:
+                    compiled += len(heard) if len(every) == 1 else 0
+                    continue
+                ends.append(np.linalg.qr(np.asarray(state["trained"][0]))[0])
+                together, single = (together + took, single) if len(every) == 1 else (together, single + took)
+        apart = max(apart, float(np.abs(ends[0] - np.concatenate(ends[1:])).max()))
+    share = together / single
+    ok = share <= 1.1 and apart <= 1e-4 and compiled == 5
+    told = (
+        f"{share:.2f}×: {together:.1f} s, {single:.1f} s; subspaces {apart:.1e} apart; {compiled} programs of 5 layers"
+    )
+    return verdict(told, "≤ 1.1×; 1e-4; one a layer", ok, ratio=share, apart=apart, compiled=compiled)
 
 
 def seeds_row() -> Row:
@@ -100,6 +141,7 @@ def main() -> None:
     plan: Plan = [
         (f"a step of an alignment search, layer {LAYER}, {N} prompts: of forward and backward of the last layers", "",
          partial(step_row, model, tokenizer)),
+        ("30 fits of SmolLM2, a program a layer: of as many single ones", "", partial(layers_row, model, tokenizer)),
         ("30 fits as one program, tiny-facts, 100 steps: of as many single ones", "", seeds_row),
     ]  # fmt: skip
     measure(plan, "Learning interventions", args)

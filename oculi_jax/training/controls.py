@@ -62,7 +62,8 @@ def share(values: Float[np.ndarray, " M"]) -> str:
     if len(values) < 2:
         return f"{float(np.mean(values)):.2f}"
     spread = bootstrap(values)
-    return f"{float(spread.mean):.2f} ({float(spread.low):.2f} to {float(spread.high):.2f})"
+    ends = spread.mean, spread.low, spread.high
+    return "{:.2f} ({:.2f} to {:.2f})".format(*(round(float(x), 2) + 0.0 for x in ends))
 
 
 def beside(values: Float[np.ndarray, " M"], controls: Mapping[str, Float[np.ndarray, " M"]], of: str) -> str:
