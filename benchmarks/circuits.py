@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from oculi_jax import Edit, forward, rules
 from oculi_jax.causal import attribution_patching, verify
-from oculi_jax.circuits import Circuit, Curve, EdgeScores, Graph, edge_attribution, edges, faithfulness
+from oculi_jax.circuits import Circuit, Curve, Graph, Scores, edge_attribution, edges, faithfulness
 from oculi_jax.circuits.pairs import Batch
 from oculi_jax.metrics import check_metric, logit_difference
 from oculi_jax.models.decoder.parameters import parameter_table
@@ -63,7 +63,7 @@ def edges_row(model: Any, pairs: PromptPairs) -> Row:
     )  # fmt: skip
 
 
-def curve_row(model: Any, pairs: PromptPairs, scores: EdgeScores) -> Row:
+def curve_row(model: Any, pairs: PromptPairs, scores: Scores) -> Row:
     """Ten sizes, beside as many plain forwards of the same prompts."""
 
     def plain() -> None:
@@ -79,22 +79,22 @@ def last_logits(model: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.vmap(lambda *row: forward(model, row[0], mask=row[1], logits="last").logits)(tokens, mask)
 
 
-def methods_of(model: Any, pairs: PromptPairs) -> dict[str, EdgeScores]:
+def methods_of(model: Any, pairs: PromptPairs) -> dict[str, Scores]:
     """What the board of MIB compares, scored on some pairs."""
     graph = Graph.of(model.config)
     drawn = np.random.default_rng(0).normal(size=graph.edges.shape).astype(np.float32)
     return {
-        "random": EdgeScores(jnp.asarray(drawn * graph.edges), graph),
+        "random": Scores(jnp.asarray(drawn * graph.edges), graph),
         "EAP": edge_attribution(model, **given(pairs)),
         "EAP-IG": edge_attribution(model, **given(pairs), steps=5),
         "RelP": edge_attribution(model, **given(pairs), rules=rules.relp(model.config)),
     }
 
 
-def mib_row(model: Any, methods: dict[str, EdgeScores], pairs: PromptPairs, of: str) -> Row:
+def mib_row(model: Any, methods: dict[str, Scores], pairs: PromptPairs, of: str) -> Row:
     """CPR of circuits chosen by signed score, or CMD of those chosen by magnitude."""
 
-    def curve(scores: EdgeScores) -> Curve:
+    def curve(scores: Scores) -> Curve:
         return faithfulness(model, scores, **given(pairs), absolute=of == "cmd")
 
     found = {name: curve(scores).interval(of) for name, scores in methods.items()}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from oculi_jax import forward, padded
-from oculi_jax.circuits import Circuit, EdgeScores, Graph, edge_attribution, run_circuit
+from oculi_jax.circuits import Circuit, Graph, Scores, edge_attribution, run_circuit
 from oculi_jax.cli import circuit as command
 from oculi_jax.cli import report as report_command
 from oculi_jax.metrics import logit_difference
@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, oculi_here, trained: LlamaAttentionAdap
 
 
 @pytest.fixture(scope="module")
-def scores(trained: LlamaAttentionAdapter) -> EdgeScores:
+def scores(trained: LlamaAttentionAdapter) -> Scores:
     clean, corrupted = (np.array(trained.tokenizer.encode(text)) for text in TEXTS)
     metric = logit_difference(*(trained.to_single_token(name) for name in ("Mary", "John")))
     return edge_attribution(trained.model, clean, corrupted, metric, steps=5)

@@ -10,7 +10,7 @@ import pytest
 
 from oculi_jax import causal, padded
 from oculi_jax.causal import Verification, attribution_patching
-from oculi_jax.circuits import EdgeScores, edge_attribution, path_patching, run_circuit, verify
+from oculi_jax.circuits import Scores, edge_attribution, path_patching, run_circuit, verify
 from oculi_jax.rules import relp
 
 from .compilations import compilations
@@ -22,12 +22,12 @@ WRITERS, READERS = GRAPH.writers, GRAPH.readers
 
 
 @pytest.fixture(scope="module")
-def scores() -> EdgeScores:
+def scores() -> Scores:
     return edge_attribution(*GIVEN)
 
 
 @pytest.fixture(scope="module")
-def checked(scores: EdgeScores) -> Verification:
+def checked(scores: Scores) -> Verification:
     return verify(scores, *GIVEN, top=8, sample=16)
 
 
@@ -52,7 +52,7 @@ def test_each_exact_effect_is_hugging_faces_without_that_edge(checked: Verificat
     near(exact(checked), [whole - score(masked_logits(hf, CLEAN, CORRUPTED, without(edge))) for edge in edges])
 
 
-def test_entries_are_the_largest_and_others_with_their_scores(checked: Verification, scores: EdgeScores) -> None:
+def test_entries_are_the_largest_and_others_with_their_scores(checked: Verification, scores: Scores) -> None:
     values = np.asarray(scores.values)
     assert [entry["top"] for entry in checked.entries] == [True] * 8 + [False] * 16
     assert all(entry["estimate"] == values[GRAPH.edge(entry["edge"])] for entry in checked.entries)
@@ -67,14 +67,14 @@ def test_entries_are_the_largest_and_others_with_their_scores(checked: Verificat
 
 @pytest.mark.parametrize("edge", ["input->m1", "a0.h1->a1.h2<q>", "m0->a2.h3<v>", "a1.h0->logits"])
 def test_an_edge_is_the_path_past_frozen_mlps(edge: str) -> None:
-    alone = EdgeScores(1 - np.float32(without(edge)), GRAPH)
+    alone = Scores(1 - np.float32(without(edge)), GRAPH)
     (entry,) = verify(alone, *GIVEN, top=1, sample=0).entries
     sender, receiver = edge.split("->")
     assert entry["edge"] == edge and entry["top"]
     near([entry["exact"]], [-path_patching(*GIVEN, sender, receiver, mlps="frozen").values])
 
 
-def test_of_a_set_it_is_the_mean_and_other_scores_run_the_same_program(scores: EdgeScores) -> None:
+def test_of_a_set_it_is_the_mean_and_other_scores_run_the_same_program(scores: Scores) -> None:
     rows = [(CLEAN, CORRUPTED), pair(1), pair(2, 6)]
     clean, mask = padded([row for row, _ in rows])
     corrupted, _ = padded([row for _, row in rows])
@@ -82,7 +82,7 @@ def test_of_a_set_it_is_the_mean_and_other_scores_run_the_same_program(scores: E
     for entry in checked.entries:
         ends = [[METRIC(run_circuit(MODEL, *row, edges=edges)) for row in rows] for edges in (np.ones(GRAPH.edges.shape), without(entry["edge"]))]  # fmt: skip
         near([entry["exact"]], [np.mean(ends[0]) - np.mean(ends[1])], 1e-3)
-    others = EdgeScores(-np.asarray(scores.values), GRAPH)
+    others = Scores(-np.asarray(scores.values), GRAPH)
     with compilations() as found:
         again = verify(others, MODEL, clean, corrupted, METRIC, mask=mask, top=2, sample=2, seed=3)
     assert not found and [e["edge"] for e in again.entries[:2]] == [e["edge"] for e in checked.entries[:2]]
@@ -109,13 +109,13 @@ def test_an_edge_of_a_group_is_all_its_heads_edges() -> None:
     near([entry["exact"]], [whole - less], 1e-3)
 
 
-def test_what_cannot_be_verified_is_refused(scores: EdgeScores) -> None:
+def test_what_cannot_be_verified_is_refused(scores: Scores) -> None:
     found = attribution_patching(*GIVEN)
     with pytest.raises(
-        TypeError, match="is a AttributionResult, and EdgeScores are needed.*verified by oculi_jax.causal.verify"
+        TypeError, match="is a AttributionResult, and Scores are needed.*verified by oculi_jax.causal.verify"
     ):
         verify(found, *GIVEN)
-    with pytest.raises(TypeError, match="is a EdgeScores.*Scores of edges are verified by oculi_jax.circuits.verify"):
+    with pytest.raises(TypeError, match="is a Scores.*Scores of edges are verified by oculi_jax.circuits.verify"):
         causal.verify(scores, *GIVEN)
     with pytest.raises(ValueError, match="nothing to verify"):
         verify(scores, *GIVEN, top=0, sample=0)

@@ -11,7 +11,7 @@ import pytest
 
 from oculi_jax import forward, padded
 from oculi_jax.causal import attribution_patching
-from oculi_jax.circuits import Circuit, EdgeScores, Graph, edge_attribution
+from oculi_jax.circuits import Circuit, Graph, Scores, edge_attribution
 from oculi_jax.metrics import logit_difference, rank
 from oculi_jax.rules import Rules
 
@@ -41,7 +41,7 @@ def near(found: Any, wanted: Any, tolerance: float = ROUTES) -> None:
 
 
 @pytest.fixture(scope="module")
-def scores() -> EdgeScores:
+def scores() -> Scores:
     return edge_attribution(MODEL, CLEAN, CORRUPTED, METRIC)
 
 
@@ -58,7 +58,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.torch
-def test_edges_are_autograds_on_hugging_faces_llama(modules: Any, scores: EdgeScores) -> None:
+def test_edges_are_autograds_on_hugging_faces_llama(modules: Any, scores: Scores) -> None:
     from .split import edge_scores, names_of, run_split
 
     near(run_split(modules, CLEAN)[1].detach(), forward(MODEL, CLEAN).logits)
@@ -103,12 +103,12 @@ def group_of(name: str) -> str:
     return f"{layer}.g{int(head[0]) // 2}{head[1:]}"
 
 
-def test_there_is_no_score_where_there_is_no_edge(scores: EdgeScores) -> None:
+def test_there_is_no_score_where_there_is_no_edge(scores: Scores) -> None:
     values = np.asarray(scores.values)
     assert values.dtype == np.float32 and (values[~GRAPH.edges] == 0).all() and (values[GRAPH.edges] != 0).mean() > 0.9
 
 
-def test_edges_of_a_writer_add_up_to_what_a_change_of_it_does(scores: EdgeScores) -> None:
+def test_edges_of_a_writer_add_up_to_what_a_change_of_it_does(scores: Scores) -> None:
     """The sum over readers is the gradient at the writer, by attribution patching at the clean run."""
     found = attribution_patching(MODEL, CORRUPTED, CLEAN, METRIC, ("z", "mlp_out", "embed")).values
     z, mlp = -np.asarray(found["z"]).sum(-1), -np.asarray(found["mlp_out"]).sum(-1)
@@ -124,7 +124,7 @@ def test_steps_explain_the_whole_difference() -> None:
     assert errors[1] < 0.05 * abs(whole) and errors[1] < errors[0] / 5
 
 
-def test_pairs_of_a_set_are_averaged_whatever_their_lengths(scores: EdgeScores) -> None:
+def test_pairs_of_a_set_are_averaged_whatever_their_lengths(scores: Scores) -> None:
     rows = [(CLEAN, CORRUPTED), pair(1), pair(2, 6)]
     clean, mask = padded([row for row, _ in rows])
     corrupted, _ = padded([row for _, row in rows])
@@ -136,14 +136,14 @@ def test_pairs_of_a_set_are_averaged_whatever_their_lengths(scores: EdgeScores) 
     near(edge_attribution(MODEL, clean, corrupted, targets, mask=mask).values, np.mean(alone, axis=0))
 
 
-def test_a_file_brings_scores_and_circuits_back(tmp_path: Path, scores: EdgeScores) -> None:
+def test_a_file_brings_scores_and_circuits_back(tmp_path: Path, scores: Scores) -> None:
     """The fields of MIB's own format, as EAP-IG's `Graph.to_json` writes them."""
     scores.save(tmp_path / "importances.json")
     whole = json.loads((tmp_path / "importances.json").read_text())
     assert whole["cfg"] == {"n_layers": 3, "n_heads": 4, "parallel_attn_mlp": False, "d_model": 24}
     assert set(whole["nodes"]) == {*GRAPH.writers, "logits"} and len(whole["edges"]) == GRAPH.n_edges
     assert set(whole["edges"]["a0.h1->a2.h3<k>"]) == {"score", "in_graph"}
-    back = EdgeScores.load(tmp_path / "importances.json")
+    back = Scores.load(tmp_path / "importances.json")
     np.testing.assert_array_equal(back.values, scores.values)
     assert back.graph == GRAPH
     circuit = scores.top(40)
@@ -160,7 +160,7 @@ def test_a_file_brings_scores_and_circuits_back(tmp_path: Path, scores: EdgeScor
     with pytest.raises(ValueError, match="coordinates of what nodes write"):
         Circuit.load(tmp_path / "neurons.json")
     with pytest.raises(ValueError, match="this graph is grouped"):
-        EdgeScores(np.zeros(GROUPED.edges.shape, np.float32), GROUPED).save(tmp_path / "x.json")
+        Scores(np.zeros(GROUPED.edges.shape, np.float32), GROUPED).save(tmp_path / "x.json")
 
 
 def test_circuits_are_the_largest_and_pruned() -> None:
@@ -168,7 +168,7 @@ def test_circuits_are_the_largest_and_pruned() -> None:
     order = ("input->a0.h1<q>", "a0.h1->m2", "m2->logits", "a1.h0->logits", "input->m0", "input->logits")
     for name, score in zip(order, (5.0, 4.0, 3.0, 2.0, 1.5, -9.0), strict=True):
         values[GRAPH.edge(name)] = score
-    found = EdgeScores(values, GRAPH)
+    found = Scores(values, GRAPH)
     # Nothing leads into a1.h0, and nothing out of m0.
     assert found.top(5).names == ("input->a0.h1<q>", "a0.h1->m2", "m2->logits")
     assert found.top(5, absolute=True).names == ("input->a0.h1<q>", "input->logits", "a0.h1->m2", "m2->logits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import scipy.integrate
 import scipy.stats
 
 from oculi_jax import forward, padded, plan
-from oculi_jax.circuits import MIB_SIZES, Circuit, Curve, EdgeScores, edge_attribution, faithfulness, run_circuit
+from oculi_jax.circuits import MIB_SIZES, Circuit, Curve, Scores, edge_attribution, faithfulness, run_circuit
 
 from .compilations import compilations
 from .test_edges import GRAPH, METRIC, MODEL, near, pair
@@ -22,9 +23,9 @@ CORRUPTED, _ = padded([corrupted for _, corrupted in ROWS])
 PAIRS = (CLEAN, CORRUPTED)
 
 
-def scores(seed: int = 0) -> EdgeScores:
+def scores(seed: int = 0) -> Scores:
     values = np.random.default_rng(seed).normal(size=GRAPH.edges.shape).astype(np.float32)
-    return EdgeScores(values * GRAPH.edges, GRAPH)
+    return Scores(values * GRAPH.edges, GRAPH)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,35 @@ def test_circuits_of_nodes_and_of_neurons_are_judged_likewise() -> None:
     near(found.by_prompt[0], [METRIC(run_circuit(MODEL, *ROWS[0], neurons=neurons.neurons, ablation="zero"))])
 
 
+def test_scores_of_nodes_and_of_neurons_make_circuits_of_the_largest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for kind, shape in (("nodes", (16,)), ("neurons", (3, 40))):
+        values = rng.normal(size=shape).astype(np.float32)
+        found = Scores(values, GRAPH)
+        assert (found.kind, found.n) == (kind, values.size) and repr(found) == f"Scores({values.size} {kind})"
+        for absolute in (False, True):
+            own = np.abs(values) if absolute else values
+            chosen = [
+                Circuit(GRAPH, **{kind: own >= np.sort(own, axis=None)[-n]}) for n in (values.size // 2, values.size)
+            ]
+            curve = faithfulness(MODEL, found, *ROWS[0], METRIC, sizes=(0.5, 1.0), absolute=absolute)
+            wanted = faithfulness(MODEL, chosen, *ROWS[0], METRIC)
+            np.testing.assert_array_equal(curve.by_prompt, wanted.by_prompt)
+            assert curve.counts[:, 0].tolist() == [values.size // 2, values.size]
+    nodes = Scores(rng.normal(size=16).astype(np.float32), GRAPH)
+    nodes.save(tmp_path / "nodes.json")
+    np.testing.assert_array_equal(Scores.load(tmp_path / "nodes.json").values, nodes.values)
+    np.testing.assert_array_equal(nodes.nodes, nodes.values)
+    with pytest.raises(ValueError, match="no place for neurons"):
+        found.save(tmp_path / "neurons.json")
+    with pytest.raises(ValueError, match="say nothing of nodes"):
+        _ = found.nodes
+    with pytest.raises(
+        ValueError, match=r"values has shape \[15\], and \[16, 40\] is needed of edges, \[16\] of nodes"
+    ):
+        _ = Scores(np.ones(15), GRAPH).kind
+
+
 def test_what_cannot_be_judged_is_refused() -> None:
     for given, words in (
         (dict(circuits_or_scores=[Circuit(GRAPH, nodes=["input", "m0"]), scores().top(3)]), "of one kind"),
@@ -120,7 +150,7 @@ def test_what_cannot_be_judged_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             faithfulness(MODEL, clean=CLEAN, corrupted=CORRUPTED, metric=METRIC, **given)
-    with pytest.raises(TypeError, match="neither EdgeScores nor a Circuit"):
+    with pytest.raises(TypeError, match="neither Scores nor a Circuit"):
         faithfulness(MODEL, np.ones(3), *PAIRS, METRIC)
 
 

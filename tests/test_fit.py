@@ -115,6 +115,21 @@ def test_many_fits_are_the_single_ones_and_one_program() -> None:
     assert (many.losses[-1] < many.losses[0]).all()
 
 
+def test_a_model_that_was_put_on_a_device_has_one_program_of_steps() -> None:
+    """As loaded ones are: what a program makes of such arrays is tied to their device, as the first state must be."""
+    settings: dict[str, Any] = dict(batch_size=4, key=KEY, progress=False)
+
+    def compiled(x: Any) -> int:
+        with compilations() as heard:
+            fit(lambda w, example: squares(w, example) + (x * w).sum(), np.zeros(3), DATA, steps=3, **settings)
+        return len(heard)
+
+    arrays = jnp.zeros(3), jax.device_put(jnp.zeros(3), jax.devices()[0])
+    for x in arrays:  # what all fits share
+        compiled(x)
+    assert compiled(arrays[1]) == compiled(arrays[0])
+
+
 def test_it_is_optax_by_hand() -> None:
     """Weight decay, which reads the parameters, and a model, which the loss closes over."""
     optimiser, vector = optax.adamw(0.05, weight_decay=0.1), jnp.ones(24)

@@ -12,7 +12,7 @@ import pytest
 
 from oculi_jax import CaptureConfig, forward
 from oculi_jax.analysis import LogitLensAnalysis
-from oculi_jax.circuits import Circuit, EdgeScores, Graph
+from oculi_jax.circuits import Circuit, Graph, Scores
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.visualize import attention_view, circuit_view, lens_view, token_view
 
@@ -224,7 +224,7 @@ def test_colours_follow_the_numbers() -> None:
         (lambda: attention_view(np.zeros((30, 30, 140, 140), np.float32)), ValueError, r"MB of patterns.*layers=\[…\]"),
         (lambda: lens_view([{"layer": 0, "predictions": [("a", 1.0)]}]), TypeError, "one entry for each position"),
         (lambda: circuit_view(CIRCUIT, 0), ValueError, "n is 0, and must be at least 1"),
-        (lambda: circuit_view(EdgeScores(SCORES, GRAPH)), TypeError, r"circuit is a EdgeScores.*scores\.top\(40\)"),
+        (lambda: circuit_view(Scores(SCORES, GRAPH)), TypeError, r"circuit is a Scores.*scores\.top\(40\)"),
         (lambda: lens_view([]), TypeError, "one entry for each position"),
         (lambda: token_view(["a"], [1.0, 2.0]), ValueError, "tokens has 1 texts, and 2 are needed"),
         (lambda: token_view("ab", [1.0, 2.0]), TypeError, "a list of 2 texts"),

@@ -3,10 +3,11 @@
 from . import plans  # noqa: F401  registers what plans these
 from .circuit import Circuit
 from .curve import MIB_SIZES, Curve, faithfulness
-from .edges import EdgeScores, edge_attribution
+from .edges import edge_attribution
 from .graph import Graph
 from .paths import PathEffects, direct_effect, indirect_effect, path_patching, total_effect
 from .running import run_circuit
+from .scores import Scores
 from .searching import acdc, minimal
 from .verification import verify
 
@@ -14,9 +15,9 @@ __all__ = [
     "MIB_SIZES",
     "Circuit",
     "Curve",
-    "EdgeScores",
     "Graph",
     "PathEffects",
+    "Scores",
     "acdc",
     "direct_effect",
     "edge_attribution",

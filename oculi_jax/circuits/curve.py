@@ -17,9 +17,9 @@ from ..intervals import Interval
 from ..pytrees import pytree
 from .ablation import ablation_of
 from .circuit import Circuit
-from .edges import EdgeScores, largest
 from .pairs import Pairs
 from .running import share_of
+from .scores import Scores
 from .trials import values_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ MIB_SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def faithfulness(
     model: Decoder,
-    circuits_or_scores: EdgeScores | Circuit | Sequence[Circuit],
+    circuits_or_scores: Scores | Circuit | Sequence[Circuit],
     clean: ArrayLike,
     corrupted: ArrayLike,
     metric: MetricLike,
@@ -53,11 +53,12 @@ def faithfulness(
 
     Args:
         model: a model of any family.
-        circuits_or_scores: scores of edges, from which circuits of `sizes` are made; or a circuit, or several of one kind.
+        circuits_or_scores: scores, of edges, nodes or neurons, from which circuits of `sizes` are made; or a circuit, or several
+            of one kind.
         clean, corrupted, ablation, mask, corrupted_mask: as in `run_circuit`.
         metric: one of `oculi_jax.metrics`, or any function of an `Output` to a number.
-        sizes: shares of all edges, of scores alone; those of circuits are their own.
-        absolute: whether edges are chosen by magnitude. MIB's tables take CPR of circuits chosen by signed score and CMD of those
+        sizes: shares of all edges (nodes, neurons), of scores alone; those of circuits are their own.
+        absolute: whether they are chosen by magnitude. MIB's tables take CPR of circuits chosen by signed score and CMD of those
             chosen by magnitude.
         nulls: for each circuit so many random ones of as many edges (nodes, neurons) before pruning.
         key: of these, an integer or a JAX key; 0 for None.
@@ -203,19 +204,18 @@ def _chosen(
     given: Any, sizes: Sequence[float], absolute: bool
 ) -> tuple[str, Float[np.ndarray, "N"], np.ndarray, Int[np.ndarray, "N 2"]]:
     """The kind, sizes, masks, and numbers before and after pruning of what was given."""
-    if isinstance(given, EdgeScores):
+    if isinstance(given, Scores):
         shares = np.asarray(sizes, np.float64)
         if shares.ndim != 1 or not len(shares) or not ((shares > 0) & (shares <= 1)).all():
-            raise ValueError(f"sizes is {sizes!r}, and shares of all edges are needed, above 0 and up to 1.")
-        graph, values = given.graph, np.asarray(given.values)
-        raw = [largest(graph, values, int(share * graph.n_edges), absolute) for share in shares]
-        masks = np.stack([graph.pruned(edges) for edges in raw])
-        counts = np.array([[before.sum(), after.sum()] for before, after in zip(raw, masks, strict=True)])
-        return "edges", shares, masks, counts
+            raise ValueError(f"sizes is {sizes!r}, and shares of all {given.kind} are needed, above 0 and up to 1.")
+        raw = [int(share * given.n) for share in shares]
+        masks = np.stack([given.top(n, absolute=absolute).mask for n in raw])
+        counts = np.array([[n, mask.sum()] for n, mask in zip(raw, masks, strict=True)])
+        return given.kind, shares, masks, counts
     circuits = [given] if isinstance(given, Circuit) else list(given) if isinstance(given, Sequence) else []
     if not circuits or not all(isinstance(circuit, Circuit) for circuit in circuits):
         raise TypeError(
-            "circuits_or_scores is neither EdgeScores nor a Circuit nor several: edge_attribution(…) makes scores."
+            "circuits_or_scores is neither Scores nor a Circuit nor several: edge_attribution(…) makes scores."
         )
     kinds = {(circuit.kind, circuit.mask.shape) for circuit in circuits}
     if len(kinds) > 1:
@@ -232,9 +232,9 @@ def _nulls(
     kind: str, given: Any, counts: Int[np.ndarray, "N"], nulls: int, key: int | Array | None
 ) -> tuple[np.ndarray, Int[np.ndarray, "M N 2"]]:
     """Random circuits of as many edges, nodes or neurons, `[nulls, n, …]`, pruned; and their numbers."""
-    first: Any = given if isinstance(given, EdgeScores | Circuit) else given[0]
+    first: Any = given if isinstance(given, Scores | Circuit) else given[0]
     graph = first.graph
-    shape = graph.edges.shape if kind == "edges" else first.mask.shape
+    shape = np.shape(first.values) if isinstance(first, Scores) else first.mask.shape
     seed = 0 if key is None else key
     rng = np.random.default_rng(np.asarray(seed if isinstance(seed, int) else jax.random.key_data(seed)).reshape(-1))
     drawn = np.zeros((nulls, len(counts), *shape), bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,13 +17,12 @@ from ..backends.jax.compiled import compiled
 from ..metrics import of_prompt
 from ..models.decoder.attention import einsum
 from ..models.decoder.derivatives import Derivatives
-from ..pytrees import pytree, static
 from ..rules import Rules, check_rules, of_layer
 from ..traced import mapped
-from .circuit import Circuit, read, write
 from .graph import Graph
 from .pairs import Batch, Pairs, check_graph_of
 from .readers import cotangents, differences, observed, pulled, spans_of, through_norm
+from .scores import Scores
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -49,7 +47,7 @@ def edge_attribution(
     at: Literal["clean", "corrupted"] = "clean",
     rules: Rules | None = None,
     graph: Graph | None = None,
-) -> EdgeScores:
+) -> Scores:
     """Estimates what corrupting each edge of a model would take from a metric, all edges at once.
 
     `Σ (clean write − corrupted write) · ∂ metric / ∂ (what the reader reads)`, summed over positions, averaged over prompts: EAP
@@ -72,7 +70,7 @@ def edge_attribution(
         graph: of this model; `Graph.of(model.config)` for None. Static.
 
     Returns:
-        `EdgeScores`, positive where the edge raises the metric.
+        `Scores` of edges, positive where the edge raises the metric.
 
     Raises:
         ValueError, TypeError: something that can be seen to be wrong, before anything runs; a metric without a gradient.
@@ -80,7 +78,7 @@ def edge_attribution(
     Examples:
         >>> scores = circuits.edge_attribution(model, ids, other, metric, steps=5)
         >>> scores, scores.nodes.shape
-        (EdgeScores(29 writers, 77 readers, 927 edges), (29,))
+        (Scores(29 writers, 77 readers, 927 edges), (29,))
         >>> scores.top(60).names[0]
         'input->a0.h0<q>'
     """
@@ -92,82 +90,7 @@ def edge_attribution(
         total = total + _scores(
             model, pairs.of_call(chunk), ruled, graph=graph, steps=steps, path=path, at=at, remat=remat
         )  # float32
-    return EdgeScores(total / np.float32(len(pairs.clean)), graph)
-
-
-@pytree
-class EdgeScores:
-    """What `edge_attribution` returns.
-
-    Attributes:
-        values: float32 `[N_src, N_dst]`, of the writers and readers of `graph` in its order; 0 where there is no edge.
-        graph: static.
-
-    Examples:
-        >>> scores = circuits.edge_attribution(model, ids, other, metric)
-        >>> np.allclose(scores.nodes, scores.values.sum(axis=1))
-        True
-        >>> scores.save("importances.json")
-        >>> np.array_equal(circuits.EdgeScores.load("importances.json").values, scores.values)
-        True
-    """
-
-    values: Float[Array, "N M"]
-    graph: Graph = static()
-
-    @property
-    def nodes(self) -> Float[Array, "N"]:
-        """Of each writer: what its edges have together."""
-        return self.values.sum(axis=1)
-
-    def top(self, n: int | None = None, *, fraction: float | None = None, absolute: bool = False) -> Circuit:
-        """The circuit of the edges of the largest scores, pruned. Host function.
-
-        Args:
-            n: how many.
-            fraction: how many of all edges instead, rounded down.
-            absolute: by magnitude.
-
-        Raises:
-            ValueError, TypeError: neither is given, or both, or more than there are.
-
-        Examples:
-            >>> scores = circuits.edge_attribution(model, ids, other, metric)
-            >>> scores.top(10), scores.top(fraction=1.0)
-            (Circuit(8 of 927 edges), Circuit(927 of 927 edges))
-        """
-        if (n is None) == (fraction is None):
-            raise ValueError("Give n, how many edges, or fraction, of all edges: one of the two.")
-        if fraction is not None:
-            if not 0 <= fraction <= 1:
-                raise ValueError(f"fraction is {fraction!r}, and must be from 0 to 1.")
-            n = int(fraction * self.graph.n_edges)
-        values = np.asarray(self.values)
-        n = integer(n, "n", 0, self.graph.n_edges)
-        return Circuit(self.graph, edges=largest(self.graph, values, n, absolute), scores=values)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes MIB's `importances.json`, no edge in a circuit yet. OSError where it cannot; ValueError for a grouped graph."""
-        write(path, self.graph, np.zeros_like(self.graph.edges), np.asarray(self.values, np.float64), None)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> EdgeScores:
-        """Reads the scores of the edges in MIB's `importances.json`; ValueError for a file of something else."""
-        graph, _, scores, _, _ = read(path)
-        return cls(jnp.asarray(scores), graph)
-
-    def __repr__(self) -> str:
-        return f"EdgeScores{repr(self.graph).removeprefix('Graph')}"
-
-
-def largest(graph: Graph, values: Float[np.ndarray, "N M"], n: int, absolute: bool) -> np.ndarray:
-    """The n edges of the largest scores, not pruned."""
-    places = np.flatnonzero(graph.edges)
-    own = values.reshape(-1)[places]
-    order = np.argsort(-(np.abs(own) if absolute else own), kind="stable")
-    found = np.zeros(graph.edges.size, bool)
-    found[places[order[:n]]] = True
-    return found.reshape(graph.edges.shape)
+    return Scores(total / np.float32(len(pairs.clean)), graph)
 
 
 def _asked(
@@ -199,10 +122,10 @@ def _asked(
     if graph.grouped and graph.n_shared != c["K"]:
         raise ValueError(f"graph has {graph.n_shared} groups in a layer, and this model {c['K']}.")
     n_runs = steps * (2 * c["L"] + 1) if path == "activations" else steps
-    return pairs, graph, steps, n_runs, _bytes_of_backward(model, pairs.clean.shape[1]) > KEPT_BYTES
+    return pairs, graph, steps, n_runs, bytes_of_backward(model, pairs.clean.shape[1]) > KEPT_BYTES
 
 
-def _bytes_of_backward(model: Decoder, n_tokens: int) -> int:
+def bytes_of_backward(model: Decoder, n_tokens: int) -> int:
     """What a forward pass leaves for the backward pass, layers not run again."""
     c = model.config.sizes
     per_token = 12 * c["E"] + 6 * c["F"] + 6 * c["H"] * n_tokens
@@ -214,7 +137,7 @@ def _bytes(model: Decoder, graph: Graph, steps: int, n_tokens: int) -> int:
     c, some = model.config.sizes, min(steps, STEPS_AT_ONCE)
     own = (graph.n_heads + 2 * graph.n_shared) * c["D"] + 3 * c["E"]
     readers = (1 + max(end - begin for begin, end in spans_of(c["L"]))) * graph.n_readers * c["E"]
-    backward = min(_bytes_of_backward(model, n_tokens), KEPT_BYTES)
+    backward = min(bytes_of_backward(model, n_tokens), KEPT_BYTES)
     return backward + 4 * n_tokens * (len(graph.writers) * c["E"] + some * c["L"] * own + readers)
 
 

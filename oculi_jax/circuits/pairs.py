@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from ..arrays import AnyArray, listing, under_trace
 from ..backends import check_model, programs_of
@@ -75,6 +76,13 @@ class Pairs(NamedTuple):
             check_metric(metric, config.vocab_size, corrupted, other_real)
             checked = check_metric(metric, config.vocab_size, clean, real)
         return cls(clean, corrupted, real, other_real, single, *checked)
+
+    def some(self, rows: Int[np.ndarray, "N"]) -> Pairs:
+        """Those of some numbers."""
+        leaves, tree = jax.tree.flatten(self.metric)
+        metric = [x[rows] if lead else x for x, lead in zip(leaves, self.leads, strict=True)]
+        clean, corrupted, *masks = (None if x is None else x[rows] for x in self[:4])
+        return Pairs(clean, corrupted, *masks, False, jax.tree.unflatten(tree, metric), self.leads)
 
     def calls(self, model: Decoder, bytes_of_prompt: Callable[[int], int], budget: int) -> Iterator[Chunk]:
         """The pairs in calls: of near lengths where masks tell them, of as many as fit into `budget`.

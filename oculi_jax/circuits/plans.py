@@ -15,10 +15,11 @@ from ..sweeps.planning import Call, Cost, Part, Plan, plans
 from ..sweeps.sweeping import cost_of
 from .circuit import Circuit
 from .curve import _chosen, faithfulness
-from .edges import KEPT_BYTES, EdgeScores, _asked, _bytes, edge_attribution
+from .edges import KEPT_BYTES, _asked, _bytes, edge_attribution
 from .graph import Graph
 from .pairs import Chunk, Pairs
 from .readers import spans_of
+from .scores import Scores
 from .searching import acdc, minimal
 from .trials import at_once, bytes_of_run
 
@@ -69,7 +70,7 @@ def _plan_of_edges(
 @plans(faithfulness)
 def _plan_of_curve(
     model: Decoder,
-    circuits_or_scores: EdgeScores | Circuit | Sequence[Circuit],
+    circuits_or_scores: Scores | Circuit | Sequence[Circuit],
     clean: ArrayLike,
     corrupted: ArrayLike,
     metric: MetricLike,
@@ -83,7 +84,7 @@ def _plan_of_curve(
 ) -> Plan:
     pairs = Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask)
     kind, shares, _, _ = _chosen(circuits_or_scores, sizes, absolute)
-    first: Any = circuits_or_scores if isinstance(circuits_or_scores, EdgeScores | Circuit) else circuits_or_scores[0]
+    first: Any = circuits_or_scores if isinstance(circuits_or_scores, Scores | Circuit) else circuits_or_scores[0]
     n_circuits = 1 + len(shares) * (1 + nulls)
     note = f"{n_circuits} circuits and the two plain runs of each pair"
     return _plan_of_trials(model, pairs, first.graph, kind, n_circuits, 1, note)

@@ -20,7 +20,7 @@ from ..metrics import of_prompt
 from ..sweeps.planning import MOST_ROWS_ELSEWHERE
 from ..traced import mapped
 from .ablation import Ablated, ablated
-from .edges import KEPT_BYTES
+from .edges import KEPT_BYTES, bytes_of_backward
 from .pairs import Batch, Pairs
 from .running import masked
 
@@ -55,6 +55,14 @@ def bytes_of_run(model: Decoder, n_tokens: int) -> int:
     """What a run of one circuit holds of one prompt: what every writer wrote, before and after, and what a layer reads."""
     c = model.config.sizes
     return 4 * n_tokens * c["E"] * (2 * (1 + c["L"] * (c["H"] + 1)) + 4 * (3 * c["H"] + 1))
+
+
+def bytes_of_gradient(model: Decoder, kind: str, n_tokens: int) -> int:
+    """What a run of one circuit of one prompt keeps for its backward pass, layers not run again."""
+    c = model.config.sizes
+    own = bytes_of_backward(model, n_tokens)
+    # What each reader reads, before and after its norm.
+    return own + 2 * 4 * n_tokens * c["E"] * c["L"] * (3 * c["H"] + 1) if kind == "edges" else own
 
 
 @compiled("kind", "grouped", "at_once")

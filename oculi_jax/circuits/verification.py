@@ -8,9 +8,9 @@ import numpy as np
 
 from ..arrays import under_trace
 from ..causal.verification import ROUNDING, Verification, compared, drawn
-from .edges import EdgeScores
 from .pairs import Pairs
 from .running import share_of
+from .scores import Scores
 from .trials import values_of
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def verify(
-    scores: EdgeScores,
+    scores: Scores,
     model: Decoder,
     clean: ArrayLike,
     corrupted: ArrayLike,
@@ -62,11 +62,13 @@ def verify(
     """
     if under_trace((scores, model, clean, corrupted)):
         raise TypeError("verify runs on the host, and was called inside a trace (jit, vmap, grad): call it outside.")
-    if not isinstance(scores, EdgeScores):
+    if not isinstance(scores, Scores):
         raise TypeError(
-            f"scores is a {type(scores).__name__}, and EdgeScores are needed: edge_attribution(…). What attribution_patching "
+            f"scores is a {type(scores).__name__}, and Scores are needed: edge_attribution(…). What attribution_patching "
             "returns is verified by oculi_jax.causal.verify."
         )
+    if scores.kind != "edges":
+        raise ValueError(f"These are scores of {scores.kind}, and those of edges are verified.")
     pairs = Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask)
     graph = scores.graph
     kind, _, grouped = share_of(model.config, graph.edges, None, None)

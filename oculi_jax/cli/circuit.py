@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..causal import Verification
-    from ..circuits import Circuit, Curve, EdgeScores
+    from ..circuits import Circuit, Curve, Scores
     from ..metrics import Metric
     from ..models.llama import LlamaAttentionAdapter
 
@@ -145,7 +145,7 @@ class _Size:
             if self.edges > n:
                 raise ValueError(f"--edges is {self.edges}, and this model has {n}.")
 
-    def of(self, scores: EdgeScores) -> Circuit:
+    def of(self, scores: Scores) -> Circuit:
         n_all = scores.graph.n_edges
         n = min(self.edges or EDGES, n_all) if self.fraction is None else int(self.fraction * n_all)
         return scores.top(n, absolute=self.absolute)

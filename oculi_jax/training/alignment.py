@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from ..intervals import Interval
 from ..intervention import Subspace
 from ..pytrees import pytree
-from .controls import beside, share
+from .controls import beside, ranged, share
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -143,11 +143,8 @@ class Alignments:
         return np.stack(found).reshape(len(self.layers), len(self.positions), -1)
 
     def __repr__(self) -> str:
-        def mean(x: Interval) -> str:
-            return f"{float(x.mean):.2f} ({float(x.low):.2f} to {float(x.high):.2f})"
-
         shown = [("", self.score()), *((f"; {name} ", self.score(name)) for name in self.every[0].controls)]
-        told = "".join(f"{name}mean {mean(x.mean)}, best {mean(x.best)}" for name, x in shown)
+        told = "".join(f"{name}mean {ranged(x.mean)}, best {ranged(x.best)}" for name, x in shown)
         n, m = len(self.layers), len(self.positions)
         many = f"{n} layer{'s' * (n > 1)} × {m} position{'s' * (m > 1)}, {len(self.every[0].held_out)} held-out pairs"
         return f"Alignments({many}: {told})"

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ..arrays import random_key
 from ..backends import check_model
-from ..intervals import bootstrap
+from ..intervals import Interval, bootstrap
 
 if TYPE_CHECKING:
     from ..models.decoder.model import Decoder
@@ -59,11 +59,13 @@ def _drawn(x: Any, key: Array, layered: bool) -> Any:
 
 def share(values: Float[np.ndarray, " M"]) -> str:
     """A mean as it prints, with its interval where there is more than one value."""
-    if len(values) < 2:
-        return f"{float(np.mean(values)):.2f}"
-    spread = bootstrap(values)
-    ends = spread.mean, spread.low, spread.high
-    return "{:.2f} ({:.2f} to {:.2f})".format(*(round(float(x), 2) + 0.0 for x in ends))
+    return f"{float(np.mean(values)):.2f}" if len(values) < 2 else ranged(bootstrap(values))
+
+
+def ranged(spread: Interval) -> str:
+    """An interval of one number as it prints."""
+    mean, low, high = (round(float(x), 2) + 0.0 for x in (spread.mean, spread.low, spread.high))  # no −0.00
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def beside(values: Float[np.ndarray, " M"], controls: Mapping[str, Float[np.ndarray, " M"]], of: str) -> str:

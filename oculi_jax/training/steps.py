@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import eval_jaxpr
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from ..arrays import listing
@@ -133,9 +134,10 @@ class Programs:
         return cls(loss, optimiser, n_fits, batch_size, {**fixed, "consts": loss.consts, "carried": start.carried})
 
     def state(self, trained: list[Array]) -> dict[str, Any]:
-        """What steps change, at the beginning; the arrays are its own."""
+        """What steps change, at the beginning; the arrays are its own, and lie where a step will leave them."""
         trained = [jnp.array(x) for x in trained]
-        return {"trained": trained, "optimiser": jax.jit(mapped(self.optimiser.init, self.n_fits))(trained)}
+        own = jax.jit(mapped(self.optimiser.init, self.n_fits))(trained)
+        return jax.device_put({"trained": trained, "optimiser": own}, _home(self.fixed))
 
     def block(
         self, state: dict[str, Any], order: Int[np.ndarray, "N B"], first: int, count: int
@@ -154,6 +156,18 @@ class Programs:
     @cached_property
     def _held_out(self) -> Any:
         return compiled()(_held_out_of(self))
+
+
+def _home(fixed: Any) -> Any:
+    """Where a program puts what it makes of these arrays, if it is said; None for JAX's default.
+
+    A state that lay elsewhere would have a program of its own in the first call, and another one from the second on.
+    """
+    for x in jax.tree.leaves(fixed):
+        if isinstance(x, Array) and x.committed:
+            mesh = getattr(x.sharding, "mesh", None)
+            return x.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return None
 
 
 def _block_of(programs: Programs) -> Any:
