@@ -20,6 +20,7 @@ from .named import (
     Steer,
 )
 from .protocol import Intervention
+from .rank_one import RankOne
 from .subspace import Subspace
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "PerPrompt",
     "Positions",
     "QScaler",
+    "RankOne",
     "SpectraScaler",
     "Steer",
     "Strength",

@@ -47,7 +47,7 @@ def at(site: str, sizes: Sizes, *, head: object = None, positions: object = None
     return mask
 
 
-def _refuse_table(site: str) -> None:
+def refuse_table(site: str) -> None:
     if site == "allowed":
         raise ValueError("'allowed' is a table of yes and no: it has no directions. AttentionKnockout forbids an edge.")
 
@@ -126,7 +126,7 @@ class Blend:
 
     def check(self) -> None:
         """Raises ValueError where the site cannot be mixed."""
-        _refuse_table(self.site)
+        refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         site, keep = SITES[self.site], jnp.asarray(self.keep)
@@ -314,11 +314,11 @@ class Steer:
 
     def check(self) -> None:
         """Raises ValueError where the site cannot be added to."""
-        _refuse_table(self.site)
+        refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         mask = at(self.site, sizes, positions=self.positions)
-        return (Edit(self.site, "apply", self.layer, mask, (_rows(self.vector, self.site), self.scale), _add),)
+        return (Edit(self.site, "apply", self.layer, mask, (rows_of(self.vector, self.site), self.scale), _add),)
 
 
 @site_shaped
@@ -354,14 +354,14 @@ class DirectionAblation:
 
     def check(self) -> None:
         """Raises ValueError where the site has no directions."""
-        _refuse_table(self.site)
+        refuse_table(self.site)
 
     def edits(self, sizes: Sizes) -> tuple[Edit, ...]:
         mask = at(self.site, sizes, positions=self.positions)
-        return (Edit(self.site, "apply", self.layer, mask, _rows(self.direction, self.site), _project_out),)
+        return (Edit(self.site, "apply", self.layer, mask, rows_of(self.direction, self.site), _project_out),)
 
 
-def _rows(vector: Any, site: str) -> Any:
+def rows_of(vector: Any, site: str) -> Any:
     """A vector over a site's last axis; of a `PerLayer`, with the site's other axes as ones after `L`."""
     if not is_per_layer(vector):
         return vector
