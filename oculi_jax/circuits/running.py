@@ -155,6 +155,8 @@ def masked(
     other: Mapping[str, Array],
     kind: str,
     grouped: bool,
+    *,
+    remat: bool = False,
 ) -> Float[Array, "T E"]:
     """The stream after the final norm of one prompt, of which what `share` says is kept.
 
@@ -162,10 +164,11 @@ def masked(
         prompt: its tokens and its mask.
         share: float32, of edges `[N, M]`, nodes `[N]`, or neurons `[L, F]`.
         other: site → what takes the place of what is not kept, with all layers and tokens.
+        remat: run each layer again in the backward pass instead of keeping its intermediates.
     """
     layout = lay_out(model.config, *prompt)
     if kind == "edges":
-        return _of_edges(model, layout, share, other, grouped)
+        return _of_edges(model, layout, share, other, grouped, remat)
     edits: tuple[Any, ...]
     if kind == "neurons":
         edits = (Blend("act", share, PerLayer(other["act"])),)
@@ -176,13 +179,13 @@ def masked(
             Blend("z", layers[:, :-1], PerLayer(other["z"])),
             Blend("mlp_out", layers[:, -1:], PerLayer(other["mlp_out"])),
         )
-    done = passed(model, Taps.of(edits, model.config, layout), (), to_end=True)
+    done = passed(model, Taps.of(edits, model.config, layout), (), to_end=True, remat=remat)
     assert done.normalised is not None
     return done.normalised
 
 
 def _of_edges(
-    model: Decoder, layout: Layout, share: Float[Array, "N M"], other: Mapping[str, Array], grouped: bool
+    model: Decoder, layout: Layout, share: Float[Array, "N M"], other: Mapping[str, Array], grouped: bool, remat: bool
 ) -> Float[Array, "T E"]:
     """What `masked` finds of edges: layers carry what each writer wrote less what takes its place, and the sum of the latter."""
     config, dtype = model.config, model.dtype
@@ -203,7 +206,7 @@ def _of_edges(
         some["share"] = some["share"][:, :n]
         less = jnp.pad(less, [(0, n - len(less)), (0, 0), (0, 0)])
         stream: Any = less, base
-        less, base = run_layers(model, stream, taps, start=begin, stop=end, step=step, given=some).resid
+        less, base = run_layers(model, stream, taps, start=begin, stop=end, step=step, given=some, remat=remat).resid
     return model.normalise(_mixed(base, less, share[:, -1:])[0].astype(dtype), outside)
 
 
