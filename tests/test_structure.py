@@ -124,6 +124,7 @@ ALLOWED = {
         "circuits",
         "data.streams",
         "intervals",
+        "means",
         "metrics",
         "run",
         "sweeps.running",

@@ -155,6 +155,7 @@ def masked(
     other: Mapping[str, Array],
     kind: str,
     grouped: bool,
+    *,
     remat: bool = False,
 ) -> Float[Array, "T E"]:
     """The stream after the final norm of one prompt, of which what `share` says is kept.
@@ -205,7 +206,7 @@ def _of_edges(
         some["share"] = some["share"][:, :n]
         less = jnp.pad(less, [(0, n - len(less)), (0, 0), (0, 0)])
         stream: Any = less, base
-        less, base = run_layers(model, stream, taps, start=begin, stop=end, remat=remat, step=step, given=some).resid
+        less, base = run_layers(model, stream, taps, start=begin, stop=end, step=step, given=some, remat=remat).resid
     return model.normalise(_mixed(base, less, share[:, -1:])[0].astype(dtype), outside)
 
 

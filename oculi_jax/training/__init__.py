@@ -6,10 +6,12 @@ from .controls import untrained
 from .disentangling import Disentanglement, disentanglement
 from .fitting import Fit, fit
 from .masking import DBM
+from .optimal_ablation import OptimalAblation, optimal_ablation
 from .rotations import DAS, BoundlessDAS
 from .steps import Now
 from .top_k import soft_top_k
 from .tuned_lens import TunedLens, train_tuned_lens, tuned_lens_kl
+from .ugs import SampledEdges, ugs
 
 __all__ = [
     "DAS",
@@ -20,14 +22,18 @@ __all__ = [
     "Disentanglement",
     "Fit",
     "Now",
+    "OptimalAblation",
+    "SampledEdges",
     "TunedLens",
     "VariableScore",
     "align",
     "disentanglement",
     "fit",
     "interchange_accuracy",
+    "optimal_ablation",
     "soft_top_k",
     "train_tuned_lens",
     "tuned_lens_kl",
+    "ugs",
     "untrained",
 ]

@@ -1,0 +1,152 @@
+"""What a method makes small, a number of each prompt's run; and on which prompts it is fitted, chosen and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ..arrays import AnyArray, listing, under_trace
+from ..backends import check_model
+from ..backends.jax.compiled import compiled
+from ..capture import CaptureSpec
+from ..means import mean_activations
+from ..metrics import Metric, check_metric, kl_divergence
+from ..prompts import check_prompts
+from ..run import forward
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..metrics import MetricLike
+    from ..models.decoder.model import Decoder
+
+AT_ONCE = 16  # prompts
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss of a model's runs of prompts.
+
+    Attributes:
+        tokens, mask: `[B, T]`.
+        metric: as a pytree, of all prompts.
+        fitted, choosing, held: which prompts steps are made on, which say after how many to stop, which nothing is fitted to.
+    """
+
+    model: Decoder
+    tokens: Int[AnyArray, "B T"]
+    mask: Bool[AnyArray, "B T"] | None
+    metric: Any
+    fitted: Int[np.ndarray, "N"]
+    choosing: Int[np.ndarray, "N"]
+    held: Int[np.ndarray, "M"]
+
+    @classmethod
+    def of(
+        cls,
+        model: Decoder,
+        tokens: ArrayLike,
+        mask: ArrayLike | None,
+        loss: MetricLike | None,
+        held_out: float,
+        key: Array,
+    ) -> Objective:
+        """Checks what is given; the loss for None is the divergence of the next token from the whole model's.
+
+        Raises:
+            ValueError, TypeError: something that can be seen to be wrong, before a fit begins.
+        """
+        config = check_model(model)
+        if under_trace((model, tokens)):
+            raise TypeError("A fit runs on the host and was called inside a trace (jit, vmap, grad).")
+        ids, real, one = check_prompts(config, tokens, mask)
+        if one:
+            raise ValueError(f"tokens has shape {listing(np.shape(tokens))}, and several prompts [B, T] are needed.")
+        given = kl_divergence(last_logits(model, ids, real)) if loss is None else loss
+        metric, _ = check_metric(given, config.vocab_size, ids, real)
+        return cls(model, ids, real, jax.tree.map(jnp.asarray, metric), *_split(len(ids), held_out, key))
+
+    def examples(self, rows: Int[np.ndarray, "N"]) -> dict[str, Any]:
+        """Some prompts as the examples of a fit; `number` is which one of all."""
+        mask = None if self.mask is None else jnp.asarray(self.mask)[rows]
+        return {"tokens": jnp.asarray(self.tokens)[rows], "mask": mask, "number": jnp.asarray(rows, jnp.int32)}
+
+    @property
+    def seen(self) -> Int[np.ndarray, "N"]:
+        """The prompts that are not kept for judging."""
+        return np.sort(np.concatenate([self.fitted, self.choosing]))
+
+    @property
+    def logits(self) -> Literal["all", "last"]:
+        """Which logits the metric reads."""
+        last = isinstance(self.metric, Metric) and self.metric.positions == (-1,)
+        return "last" if last else "all"
+
+
+def moments(objective: Objective, sites: Sequence[str]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What each unit holds on average, over the real tokens of the prompts that are not kept for judging; and how far that varies.
+
+    Returns:
+        Site → means, as `mean_activations` gives them; and the root mean square, over tokens and features, of what is beyond
+        these: `z` `[L, H]`, `mlp_out` `[L]`, `embed` a number.
+    """
+    rows = objective.seen
+    tokens, mask = (None if x is None else np.asarray(x)[rows] for x in (objective.tokens, objective.mask))
+    assert tokens is not None
+    means = dict(mean_activations(objective.model, tokens, sites, mask=mask))
+    return means, _spreads(objective.model, tokens, mask, means)
+
+
+@compiled()
+def _spreads(
+    model: Decoder, tokens: AnyArray, mask: AnyArray | None, means: dict[str, Array]
+) -> dict[str, Float[Array, "..."]]:
+    spec = CaptureSpec(tuple(means))
+
+    def one(prompt: tuple[Array, Array | None]) -> dict[str, Array]:
+        seen = forward(model, prompt[0], capture=spec, mask=prompt[1], logits="none")
+        real = jnp.ones(len(prompt[0])) if prompt[1] is None else prompt[1]
+
+        def summed(site: str, mean: Array) -> Array:
+            beyond = seen[site].astype(mean.dtype) - mean[..., None, :]
+            return jnp.einsum("...t,t->...", jnp.mean(jnp.square(beyond), axis=-1), real.astype(mean.dtype))
+
+        return {site: summed(site, mean) for site, mean in means.items()}
+
+    given = jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
+    found = jax.lax.map(one, given, batch_size=min(len(tokens), AT_ONCE))
+    n = jnp.float32(tokens.size) if mask is None else jnp.sum(given[1], dtype=jnp.float32)
+    return jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x, axis=0) / n.astype(x.dtype)), found)
+
+
+def _split(n: int, share: float, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows to fit on, to choose by, a quarter of what is not held out, and to judge on; drawn by the key."""
+    if isinstance(share, bool) or not 0 < share < 1:
+        raise ValueError(f"held_out is {share!r}, and must be a share of the prompts between 0 and 1.")
+    n_held = max(1, round(share * n))
+    n_choosing = max(1, round((n - n_held) / 4))
+    if n_held + n_choosing >= n:
+        raise ValueError(f"There are {n} prompts, and some are needed to fit on, some to choose by, some to judge on.")
+    order = np.asarray(jax.random.permutation(key, n))
+    held, choosing, fitted = np.split(order, [n_held, n_held + n_choosing])
+    return np.sort(fitted), np.sort(choosing), np.sort(held)
+
+
+@compiled()
+def last_logits(model: Decoder, tokens: AnyArray, mask: AnyArray | None) -> Float[Array, "B V"]:
+    """The logits at the last real token of each prompt."""
+
+    def one(prompt: tuple[Array, Array | None]) -> Array:
+        logits = forward(model, prompt[0], mask=prompt[1], logits="last").logits
+        assert logits is not None
+        return logits
+
+    given = jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
+    return jax.lax.map(one, given, batch_size=min(len(tokens), AT_ONCE))
