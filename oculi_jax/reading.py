@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,23 @@ from .prompts import check_tokens
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from .models.decoder.config import DecoderConfig
     from .models.decoder.model import Decoder
+
+
+@runtime_checkable
+class Translator(Protocol):
+    """What comes before the logit lens in another one: each layer's residual stream, moved to where the last layer's would be."""
+
+    kind: ClassVar[str]  # what a `LogitCapture` calls the lens: "tuned", "jacobian"
+
+    def check(self, config: DecoderConfig) -> None:
+        """Raises ValueError where it does not fit a model of this shape."""
+        ...
+
+    def translate(self, resid: Float[Array, "L T E"], layers: tuple[int, ...]) -> Float[Array, "L T E"]:
+        """The streams after `layers`, as the last layer's."""
+        ...
 
 
 def lens(

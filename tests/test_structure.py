@@ -126,6 +126,7 @@ ALLOWED = {
         "intervals",
         "means",
         "metrics",
+        "reading",
         "run",
         "sweeps.running",
         "training",

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..backends.protocol import Model, ModelLike
     from ..intervention.protocol import Interventions
     from ..prompts import PromptLike
-    from ..training import TunedLens
+    from ..reading import Translator
     from ..utils.tokens import Tokenizer
 
 _CONFIGS: dict[str, type] = {
@@ -145,12 +145,12 @@ class LlamaAttentionAdapter:
         *,
         attention_mask: ArrayLike | None = None,
         allow_longer: bool = False,
-        tuned_lens: TunedLens | None = None,
+        lens: Translator | None = None,
         **others: object,
     ) -> LogitCapture:
         """The logit lens at every layer, `[L, T, V]`; with `top_k`, which never holds as much, `[L, T, k]`.
 
-        Arguments as in `capture`, and `tuned_lens`: a `TunedLens` that translates each layer's stream first.
+        Arguments as in `capture`, and `lens`: a `TunedLens` or a `JacobianLens`, which translates each layer's stream first.
 
         Examples:
             >>> adapter.capture_logits(text, LogitConfig(tokens=[rome], top_k=1, positions=[-1])).top_k_indices.shape
@@ -158,7 +158,7 @@ class LlamaAttentionAdapter:
         """
         _refuse(others, "capture_logits", LogitConfig)
         configs: dict[str, Config] = {"logits": LogitConfig() if config is None else config}
-        return self._run(ids_or_text, configs, attention_mask, allow_longer, tuned_lens)["logits"]
+        return self._run(ids_or_text, configs, attention_mask, allow_longer, lens)["logits"]
 
     def batch(self, ids_or_texts: PromptLike, *, allow_longer: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Texts (or lists of ids) as the arrays that `forward` under `vmap`, `sweep` and `oculi_jax.causal` take.
@@ -262,7 +262,7 @@ class LlamaAttentionAdapter:
         configs: dict[str, Config],
         attention_mask: Any,
         allow_longer: bool,
-        tuned_lens: TunedLens | None = None,
+        translator: Translator | None = None,
     ) -> dict[str, Any]:
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((self.model, prompt))):
             raise TypeError(
@@ -285,10 +285,10 @@ class LlamaAttentionAdapter:
         }
         lens = configs.get("logits", LogitConfig())
         assert isinstance(lens, LogitConfig)
-        if tuned_lens is not None:
-            if not hasattr(tuned_lens, "translate"):
-                raise TypeError(f"tuned_lens is a {type(tuned_lens).__name__}, and a TunedLens is needed.")
-            tuned_lens.check(model.config)
+        if translator is not None:
+            if not hasattr(translator, "translate"):
+                raise TypeError(f"lens is a {type(translator).__name__}, and a TunedLens or a JacobianLens is needed.")
+            translator.check(model.config)
         tokens: Any = batch.tokens[0] if batch.single else batch.tokens
         mask: Any = batch.mask[0] if batch.single else batch.mask
         wanted_parts = tuple(wanted.items())
@@ -296,14 +296,14 @@ class LlamaAttentionAdapter:
         values = parts_of(seen, mask, wanted_parts)
         if "logits" in values:
             layers = dict(wanted)["logits"][0].layers
-            values["logits"] = _lens_of(model, values["logits"]["resid_post"], lens, tuned_lens, layers)
+            values["logits"] = _lens_of(model, values["logits"]["resid_post"], lens, translator, layers)
         if batch.n_tokens != batch.tokens.shape[1]:
             values = trim(values, wanted_parts, batch.n_tokens, lead=0 if batch.single else 1)
         prompt_arrays = {
             "tokens": jax.device_put(tokens[..., : batch.n_tokens]),
             "mask": jax.device_put(mask[..., : batch.n_tokens]),
         }
-        kind = "logit" if tuned_lens is None else "tuned"
+        kind = "logit" if translator is None else translator.kind
         return {name: _structure(model, config, values[name], prompt_arrays, kind) for name, config in configs.items()}
 
     def _seen(self, batch: prompts.Prompts, readings: tuple[Reading, ...]) -> Mapping[str, Array]:
@@ -335,11 +335,15 @@ def _checked(name: str, config: Config, model: Model) -> Config:
 
 
 def _lens_of(
-    model: Any, resid: Float[Array, "*B L T E"], config: LogitConfig, tuned_lens: Any, layers: tuple[int, ...]
+    model: Any,
+    resid: Float[Array, "*B L T E"],
+    config: LogitConfig,
+    translator: Translator | None,
+    layers: tuple[int, ...],
 ) -> dict[str, Array]:
     """What a `LogitCapture` keeps of the lens, each leading with `[*B, L, T]`."""
-    if tuned_lens is not None:
-        translate = partial(tuned_lens.translate, layers=layers)
+    if translator is not None:
+        translate = partial(translator.translate, layers=layers)
         resid = translate(resid) if resid.ndim == 3 else jnp.stack([translate(row) for row in resid])
     keep = ["normalized", "log_normalizer"]
     keep += ["probabilities"] if config.tokens is not None else []

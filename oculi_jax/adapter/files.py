@@ -216,7 +216,7 @@ def _check(capture: Any) -> None:
 def _is_static(name: str, value: object) -> bool:
     """Whether a static field of a capture is of its kind."""
     if name in ("qk_stage", "lens"):
-        return value in {"qk_stage": ("post_rope", "pre_rope"), "lens": ("logit", "tuned")}[name]
+        return value in {"qk_stage": ("post_rope", "pre_rope"), "lens": ("logit", "tuned", "jacobian")}[name]
     if name in ("logit_scale", "logit_cap"):
         none = name == "logit_cap" and value is None
         return none or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < np.inf)

@@ -215,7 +215,7 @@ class LogitCapture(_Capture):
         unembedding: `[V, E]`, a reference to the model's; not written to files.
         tokens, mask, captured_layers: as in `AttentionCapture`; of the whole prompt.
         positions: which positions were captured; None for all.
-        lens: `"logit"`, or `"tuned"` where a tuned lens translated the stream first.
+        lens: `"logit"`, or `"tuned"` or `"jacobian"` where such a lens translated the stream first.
         logit_scale, logit_cap: what the model does to logits, as `DecoderConfig` has them.
 
     Examples:

@@ -1,16 +1,18 @@
-"""Things fitted to a model that is left as it is: `fit`, the loop, and what is built on it; the tuned lens."""
+"""Things fitted to a model that is left as it is: `fit`, the loop, and what is built on it; lenses."""
 
 from .aligning import align, interchange_accuracy
 from .alignment import Alignment, Alignments, VariableScore
 from .controls import untrained
 from .disentangling import Disentanglement, disentanglement
 from .fitting import Fit, fit
+from .jacobian_lens import JacobianLens, fit_jacobian_lens
+from .lenses import FittedLens, lens_kl
 from .masking import DBM
 from .optimal_ablation import OptimalAblation, optimal_ablation
 from .rotations import DAS, BoundlessDAS
 from .steps import Now
 from .top_k import soft_top_k
-from .tuned_lens import TunedLens, train_tuned_lens, tuned_lens_kl
+from .tuned_lens import TunedLens, train_tuned_lens
 from .ugs import SampledEdges, ugs
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "BoundlessDAS",
     "Disentanglement",
     "Fit",
+    "FittedLens",
+    "JacobianLens",
     "Now",
     "OptimalAblation",
     "SampledEdges",
@@ -29,11 +33,12 @@ __all__ = [
     "align",
     "disentanglement",
     "fit",
+    "fit_jacobian_lens",
     "interchange_accuracy",
+    "lens_kl",
     "optimal_ablation",
     "soft_top_k",
     "train_tuned_lens",
-    "tuned_lens_kl",
     "ugs",
     "untrained",
 ]

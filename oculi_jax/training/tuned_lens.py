@@ -6,32 +6,31 @@ Belrose et al. (2023), "Eliciting Latent Predictions from Transformers with the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
-from ..arrays import AnyArray, as_array, integer, listing
+from ..arrays import integer, listing, random_key
 from ..backends import check_model
-from ..backends.jax.compiled import compiled
-from ..capture import CaptureSpec
-from ..prompts import check_tokens
 from ..pytrees import pytree
-from ..run import forward
 from ..utils.files import read_tensors, write_aside, write_tensors
-from ..utils.progress import progress
+from .controls import untrained
+from .fitting import fit
+from .lenses import FittedLens, apart, check_rows, divergence, divergences, rows_of, streams
 
 if TYPE_CHECKING:
+    import optax
     from numpy.typing import ArrayLike
 
     from ..models.decoder.config import DecoderConfig
     from ..models.decoder.model import Decoder
+    from ..sweeps.running import Progress
 
 FORMAT = "oculi_jax tuned lens 1"
 
@@ -51,6 +50,7 @@ class TunedLens:
         TunedLens(weight [4, 192, 192], bias [4, 192])
     """
 
+    kind: ClassVar[str] = "tuned"
     weight: Float[Array, "L E E"]
     bias: Float[Array, "L E"]
 
@@ -103,19 +103,8 @@ class TunedLens:
             >>> TunedLens.identity(model.config).translate(capture.residual.post_mlp[2:], (2, 3)).shape
             (2, 6, 192)
         """
-        n_layers, width = self.bias.shape
-        layers = tuple(int(layer) for layer in layers)
-        if wrong := [layer for layer in layers if not 0 <= layer < n_layers]:
-            raise ValueError(f"layers holds {wrong}, and this tuned lens has layers 0 to {n_layers - 1}.")
-        if resid.ndim != 3 or resid.shape[0] != len(layers) or resid.shape[2] != width:
-            raise ValueError(
-                f"resid has shape {listing(resid.shape)}, and [L, T, E] with L = {len(layers)} layers and E = {width} is "
-                "needed."
-            )
-        weight, bias = self.weight, self.bias
-        if layers != tuple(range(n_layers)):
-            weight, bias = weight[np.array(layers)], bias[np.array(layers)]
-        return jax.vmap(_translated)(weight, bias, resid)
+        rows = rows_of(resid, layers, *self.bias.shape)
+        return jax.vmap(_translated)(self.weight[rows], self.bias[rows], resid)
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Writes a safetensors file, whole or not at all; `metadata` are texts to keep in it, such as the model's name.
@@ -163,195 +152,112 @@ class TunedLens:
 
 def train_tuned_lens(
     model: Decoder,
-    tokens: ArrayLike | Iterable[ArrayLike],
+    tokens: ArrayLike,
     *,
-    n_steps: int,
+    steps: int,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
-    seed: int = 0,
+    held_out: float = 0.25,
+    key: Array,
     mask: ArrayLike | None = None,
-) -> tuple[TunedLens, Float[np.ndarray, "N L"]]:
-    """Fits a tuned lens: each layer's mean KL(model's distribution ‖ lens's), over all real positions, with Adam.
+    controls: bool = True,
+    file: str | os.PathLike[str] | None = None,
+    progress: Progress | bool | None = None,
+) -> FittedLens:
+    """Fits a tuned lens: each layer's mean KL(model's distribution ‖ lens's), with Adam.
 
-    The learning rate falls linearly to 0. Layers do not influence each other; the model is left as it is. Beside the
-    model's own activations, only one layer's logits `[B, T, V]` are held at a time. One program is compiled for each shape
-    of a batch. Host function.
+    Every real token weighs alike: a prompt's loss is the sum over its real tokens over the mean number that a prompt has, so that
+    its mean over prompts is the mean over tokens. The learning rate falls linearly to 0. Layers do not influence each other; the
+    model is left as it is. Beside the model's own activations, one layer's logits `[B, T, V]` are held at a time. Host function.
 
     Args:
-        model: a model of any family, or a Hugging Face one.
-        tokens: ids `[N, T]` as one array, of which each step takes `batch_size` rows, all rows once before any twice; or
-            any iterable of batches `[B, T]`, one a step.
-        n_steps: how many steps; fewer are made where the batches run out.
-        batch_size: rows a step, of an array; at most its number.
+        model: a model of any family.
+        tokens: ids `[B, T]`.
+        steps: how many.
+        batch_size: prompts a step; at most as many as are fitted on.
         learning_rate: of the first step.
-        seed: of the order of the rows.
-        mask: bool `[N, T]`, True at real tokens of an array.
+        held_out: the share of prompts, drawn by the key, that are kept for judging.
+        key: a JAX random key: of what is held out, of the order of prompts, of the untrained model.
+        mask: bool `[B, T]`, True at real tokens.
+        controls: whether to fit a lens to the streams of an untrained model as well, by which it is to say what this one says, for
+            somewhat more than as much time again. What it can say, the translators say by themselves.
+        file: as in `fit`; that of the control has `-untrained` in its name.
+        progress: as in `fit`.
 
     Returns:
-        The lens, float32, and the losses `[number of steps, L]`: each layer's mean KL in nats on the batch of each step,
-        before that step; 0 at the last layer.
+        A `FittedLens`, whose `lens` is float32, and whose `losses` are in nats.
 
     Raises:
-        ValueError, TypeError: ids, a mask or a number that cannot be; no batch at all.
+        ValueError, TypeError: ids, a mask or a number that cannot be.
 
     Examples:
-        >>> tuned, losses = train_tuned_lens(model, np.array([ids, other]), n_steps=10)
-        >>> losses.shape, bool((losses[-1, :3] < losses[0, :3]).all())
-        ((10, 4), True)
+        >>> rows = np.array([ids, other, ids[::-1], other[::-1]])
+        >>> found = train_tuned_lens(model, rows, steps=20, batch_size=3, key=jax.random.key(0), progress=False)
+        >>> found.lens, bool(found.losses[-1] < 0.5 * found.losses[0])
+        (TunedLens(weight [4, 192, 192], bias [4, 192]), True)
     """
     config = check_model(model)
-    n_steps, batch_size = integer(n_steps, "n_steps", 1), integer(batch_size, "batch_size", 1)
     if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.number):
         raise TypeError(f"learning_rate is {learning_rate!r}, and a number is needed.")
     if not 0 < learning_rate <= 1e3:
         raise ValueError(f"learning_rate is {learning_rate!r}, and must be above 0, and at most 1000.")
-    seed = integer(seed, "seed", 0)
-    if hasattr(tokens, "shape"):
-        batches = _sampled(*_check_batch(tokens, mask, config), batch_size, seed)
-    elif mask is not None:
-        raise ValueError("mask goes with tokens [N, T] as one array; an iterable of batches must be without padding.")
-    else:
-        several: Any = tokens
-        batches = (_check_batch(batch, None, config) for batch in several)
+    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
+    split, order, other = jax.random.split(random_key(key), 3)
+    held, rest = apart(len(ids), held_out, split)
+    data, n_real = {"tokens": ids[rest], "mask": real[rest]}, float(real[rest].sum() / len(rest))
 
-    # The last layer has nothing to learn; under Adam even the rounding of its zero gradient would move it.
-    whole = TunedLens.identity(config)
-    lens = TunedLens(whole.weight[:-1], whole.bias[:-1])
-    state = optax.scale_by_adam().init(lens)  # type: ignore[arg-type]
-    losses = []
-    with progress("Fitting the tuned lens", n_steps) as advance:
-        for step, (ids, real) in zip(range(n_steps), batches, strict=False):
-            rate = np.float32(learning_rate * (1 - step / n_steps))
-            lens, state, loss = _step(lens, state, model, ids, real, rate)
-            losses.append(np.append(loss, np.float32(0)))
-            advance(1)
-    if not losses:
-        raise ValueError("There is no batch: tokens is empty.")
-    weight = jnp.concatenate([lens.weight, whole.weight[-1:]])
-    return TunedLens(weight, jnp.concatenate([lens.bias, whole.bias[-1:]])), np.stack(losses)
+    def fitted(reads: Decoder | None, file: Path | None) -> tuple[TunedLens, np.ndarray, np.ndarray]:
+        """The lens, how far it is from the model, and the losses."""
+        start = TunedLens.identity(config)
+        begin = TunedLens(start.weight[:-1], start.bias[:-1])  # the last layer has nothing to learn
+        found = fit(
+            _loss_of(model, reads, n_real), begin, data, steps=steps, batch_size=min(batch_size, len(rest)), key=order,
+            optimiser=_adam(learning_rate, steps), file=file, progress=progress,
+        )  # fmt: skip
+        lens = TunedLens(*(jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))) for x in jax.tree.leaves(found.parameters)))
+        return lens, np.asarray(divergences(lens, model, reads, ids[held], real[held])), found.losses
+
+    path = None if file is None else Path(file)
+    lens, kl, losses = fitted(None, path)
+    beside = {"logit lens": np.asarray(divergences(None, model, None, ids[held], real[held]))}
+    if controls:
+        own = None if path is None else path.with_stem(f"{path.stem}-untrained")
+        beside["untrained weights"] = fitted(untrained(model, other), own)[1]
+    return FittedLens(lens, kl, beside, losses / max(1, config.num_hidden_layers - 1), held)
 
 
-def tuned_lens_kl(
-    model: Decoder, lens: TunedLens, tokens: ArrayLike, mask: ArrayLike | None = None
-) -> Float[Array, " L"]:
-    """How far a tuned lens is from what the model says: each layer's mean KL(model ‖ lens) over real positions, in nats.
+def _adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
+    import optax
 
-    Args:
-        model: a model of any family, or a Hugging Face one.
-        lens: a `TunedLens`; `TunedLens.identity(model.config)` measures the logit lens.
-        tokens: ids `[B, T]`, better ones that it was not fitted on.
-        mask: bool `[B, T]`, True at real tokens.
+    return optax.adam(optax.linear_schedule(learning_rate, 0.0, steps))
 
-    Returns:
-        `[L]`, differentiable with respect to `lens`.
 
-    Raises:
-        ValueError, TypeError: a lens of another model or none, ids or a mask that cannot be.
+def _loss_of(model: Decoder, reads: Decoder | None, n_real: float) -> Callable[[TunedLens, dict[str, Array]], Array]:
+    """The loss of one prompt: the sum over layers and real tokens of KL(model ‖ lens), over `n_real`.
 
-    Examples:
-        >>> kl = tuned_lens_kl(model, TunedLens.identity(model.config), np.array([ids, other]))
-        >>> [round(float(x), 1) for x in kl]
-        [2.3, 1.5, 0.6, 0.0]
+    `reads` is whose streams the lens reads, where it is not the model itself.
     """
-    config = check_model(model)
-    if not isinstance(lens, TunedLens):
-        raise TypeError(f"lens is a {type(lens).__name__}, and a TunedLens is needed.")
-    lens.check(config)
-    return _mean_kl(lens, model, *_check_batch(tokens, mask, config))
 
+    def loss(lens: TunedLens, example: dict[str, Array]) -> Array:
+        resid, log_p = streams(model, reads, example["tokens"], example["mask"], lens.bias.shape[0])
+        moved = jax.vmap(_translated)(lens.weight, lens.bias, resid)
 
-@compiled()
-def _mean_kl(
-    lens: TunedLens, model: Decoder, tokens: Int[AnyArray, "B T"], mask: Bool[AnyArray, "B T"]
-) -> Float[Array, " L"]:
-    resid, log_p = _run(model, tokens, mask, model.config.num_hidden_layers)
-    one = jax.checkpoint(lambda row: _layer_kl(row[:2], row[2], model, log_p, mask.reshape(-1)))
-    return jax.lax.map(one, (lens.weight, lens.bias, resid))
+        def one(rows: Array) -> tuple[Array, Array]:
+            # The slope is taken beside the value: both of one layer, whose logits then are let go of.
+            return jax.value_and_grad(divergence)(rows, model, log_p, example["mask"])
 
+        values, slopes = jax.lax.map(one, jax.lax.stop_gradient(moved))
+        found = jnp.sum(values) + jnp.sum(slopes * (moved - jax.lax.stop_gradient(moved)), dtype=values.dtype)
+        return found / n_real
 
-@compiled(donate=("lens", "state"))
-def _step(
-    lens: TunedLens,
-    state: Any,
-    model: Decoder,
-    tokens: Int[AnyArray, "B T"],
-    mask: Bool[AnyArray, "B T"],
-    rate: AnyArray | np.floating,
-) -> tuple[TunedLens, Any, Float[Array, " L"]]:
-    """One step on the layers that `lens` has; the learning rate is data."""
-    resid, log_p = _run(model, tokens, mask, lens.bias.shape[0])
-
-    def one(row: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        # A layer's loss knows its own translator alone, so its gradient is taken here and no other layer's is held.
-        return jax.value_and_grad(_layer_kl)(row[:2], row[2], model, log_p, mask.reshape(-1))
-
-    losses, gradient = jax.lax.map(one, (lens.weight, lens.bias, resid))
-    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an int32 count
-        updates, state = optax.scale_by_adam().update(TunedLens(*gradient), state)  # type: ignore[arg-type]
-    return jax.tree.map(lambda x, u: x - rate * u, lens, updates), state, losses
-
-
-def _run(
-    model: Decoder, tokens: AnyArray, mask: AnyArray, n_layers: int
-) -> tuple[Float[Array, "L N E"], Float[Array, "N V"]]:
-    """Residual streams after the first layers and the model's log-probabilities, `N` = B · T."""
-
-    def one(tokens: AnyArray, mask: AnyArray) -> tuple[Array, Array]:
-        spec = (CaptureSpec("resid_post", range(n_layers)),) if n_layers else ()
-        out = forward(model, tokens, capture=spec, logits="all", mask=mask)
-        assert out.logits is not None
-        none = jnp.zeros((0, tokens.shape[0], width), model.dtype)  # of a model with one layer
-        return out.activations.get("resid_post", none), jax.nn.log_softmax(out.logits, axis=-1)
-
-    width = model.config.hidden_size
-    resid, log_p = jax.vmap(one, out_axes=(1, 0))(tokens, mask)
-    return resid.reshape(n_layers, tokens.size, width), log_p.reshape(tokens.size, -1)
+    return loss
 
 
 def _translated(
-    weight: Float[Array, "E E"], bias: Float[Array, " E"], rows: Float[Array, "N E"]
-) -> Float[Array, "N E"]:
+    weight: Float[Array, "E E"], bias: Float[Array, " E"], rows: Float[Array, "T E"]
+) -> Float[Array, "T E"]:
     """h + W h + b, in float32."""
     wide = rows.astype(jnp.float32)
     moved = jnp.einsum("nj,ij->ni", wide, weight.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
     return (wide + moved + bias.astype(jnp.float32)[None, :]).astype(rows.dtype)
-
-
-def _layer_kl(
-    translator: tuple[Array, Array], rows: Array, model: Decoder, log_p: Array, real: AnyArray
-) -> Float[Array, ""]:
-    """One layer's mean KL(model ‖ lens) over real rows, in nats."""
-    rows = model.normalise(_translated(*translator, rows), lambda _, value: value)
-    log_q = jax.nn.log_softmax(model.logits(rows), axis=-1)
-    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return jnp.sum(jnp.where(real, kl, 0.0)) / jnp.sum(real, dtype=jnp.float32)
-
-
-def _check_batch(tokens: Any, mask: Any, config: DecoderConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask `[B, T]` on the host, int32 and bool."""
-    ids = np.asarray(as_array(tokens))
-    if ids.ndim != 2 or not ids.size:
-        raise ValueError(
-            f"tokens has shape {listing(ids.shape)}, and ids [N, T] as one array, or batches [B, T], are needed."
-        )
-    ids = np.asarray(check_tokens(ids.reshape(-1), config.vocab_size)).reshape(ids.shape)
-    real = np.ones(ids.shape, bool) if mask is None else np.asarray(as_array(mask))
-    if real.shape != ids.shape or real.dtype != bool:
-        raise ValueError(
-            f"mask has shape {listing(real.shape)} and dtype {real.dtype}, and bool {listing(ids.shape)} is needed."
-        )
-    if not real.any(axis=1).all():
-        raise ValueError(f"mask is False everywhere in row {int(real.any(axis=1).argmin())}: there is no real token.")
-    return ids, real
-
-
-def _sampled(ids: np.ndarray, real: np.ndarray, batch_size: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batches of rows without end, all of one size, every row once before any twice."""
-    rng = np.random.default_rng(seed)
-    size = min(batch_size, len(ids))
-    order = np.zeros(0, np.int64)
-    while True:
-        if len(order) < size:
-            order = np.concatenate([order, rng.permutation(len(ids))])
-        rows, order = order[:size], order[size:]
-        yield ids[rows], real[rows]
