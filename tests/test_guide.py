@@ -26,6 +26,7 @@ DOCUMENTS = (
     ("guide.md", "troubleshooting.md"),
     ("causal.md",),
     ("circuits.md",),
+    ("learning.md",),
     ("batch-jobs.md",),
     (SCALING,),
     (MAC,),

@@ -18,7 +18,7 @@ from oculi_jax.metrics import Metric, kl_divergence, pytree
 from oculi_jax.models.llama import Llama
 from oculi_jax.training import OptimalAblation, optimal_ablation
 from oculi_jax.training.objective import Objective
-from oculi_jax.training.optimal_ablation import _value
+from oculi_jax.training.constants import _value
 
 from .tiny import prompt, tiny_llama
 

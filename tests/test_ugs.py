@@ -15,7 +15,7 @@ from oculi_jax.metrics import kl_divergence
 from oculi_jax.models.llama import Llama
 from oculi_jax.training import SampledEdges, ugs
 from oculi_jax.training.objective import last_logits
-from oculi_jax.training.ugs import sampled
+from oculi_jax.training.sampled_edges import sampled
 
 from .tiny import tiny_llama
 

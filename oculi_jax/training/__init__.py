@@ -2,18 +2,18 @@
 
 from .aligning import align, interchange_accuracy
 from .alignment import Alignment, Alignments, VariableScore
+from .constants import OptimalAblation, optimal_ablation
 from .controls import untrained
 from .disentangling import Disentanglement, disentanglement
 from .fitting import Fit, fit
 from .jacobian_lens import JacobianLens, fit_jacobian_lens
 from .lenses import FittedLens, lens_kl
 from .masking import DBM
-from .optimal_ablation import OptimalAblation, optimal_ablation
 from .rotations import DAS, BoundlessDAS
+from .sampled_edges import SampledEdges, ugs
 from .steps import Now
 from .top_k import soft_top_k
 from .tuned_lens import TunedLens, train_tuned_lens
-from .ugs import SampledEdges, ugs
 
 __all__ = [
     "DAS",
