@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ..arrays import random_key
 from ..backends import check_model
-from ..intervals import bootstrap
+from ..intervals import Interval, bootstrap
 
 if TYPE_CHECKING:
     from ..models.decoder.model import Decoder
@@ -59,9 +59,11 @@ def _drawn(x: Any, key: Array, layered: bool) -> Any:
 
 def share(values: Float[np.ndarray, " M"]) -> str:
     """A mean as it prints, with its interval where there is more than one value."""
-    if len(values) < 2:
-        return f"{float(np.mean(values)):.2f}"
-    spread = bootstrap(values)
+    return f"{float(np.mean(values)):.2f}" if len(values) < 2 else ranged(bootstrap(values))
+
+
+def ranged(spread: Interval) -> str:
+    """An interval of one number as it prints."""
     return f"{float(spread.mean):.2f} ({float(spread.low):.2f} to {float(spread.high):.2f})"
 
 
