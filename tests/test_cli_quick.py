@@ -44,6 +44,14 @@ LINES = {
     "heads of a page": (["report", "x", "-o", "{tmp}/x.html", "--heads", "3"], "--heads is '3'"),
     "a file of prompts": (["patch", "--prompts", "{tmp}/no.txt"], "and there is no such file"),
     "a direction": (["generate", "x", "-i", "steer:file={tmp}/no.npy,layer=1"], "there is no file"),
+    "prompts to steer by": (
+        ["steer", "--positive", "{tmp}/no.txt", "--negative", "{tmp}/no.txt"],
+        "--positive is '{tmp}/no.txt', and there is no such file",
+    ),
+    "a token to steer at": (
+        ["steer", "--positive", "a", "--negative", "b", "--position", "last"],
+        "--position is 'last', and an integer or mean is needed",
+    ),
     "an intervention": (["generate", "x", "-i", "spectre:layer=1"], "Did you mean 'spectra'?"),
     "a model": (["attribute", "x", "--target", "a", "--model", "{tmp}/no/such"], "There is no directory"),
     "a file for a model": (["heads", "--model", "{tmp}/file"], "is a file; give the directory"),
