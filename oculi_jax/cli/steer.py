@@ -10,6 +10,7 @@ from rich.table import Table
 
 import oculi_jax
 
+from ..sites import site_of
 from .common import (
     Asked,
     Chat,
@@ -74,9 +75,7 @@ def steer(
     rows = {name: _rows(path, name) for name, path in (("positive", positive), ("negative", negative))}
     config = config_of(model)
     if config is not None:
-        from ..training.directions import check_site
-
-        check_site(site, config)
+        site_of(site, config.sites)
         if layer is not None and layer >= config.num_hidden_layers:
             raise ValueError(f"--layer is {layer}, and this model has layers 0 to {config.num_hidden_layers - 1}.")
     texts = [str(row["prompt"]) for some in rows.values() for row in some]
