@@ -44,6 +44,14 @@ LINES = {
     "heads of a page": (["report", "x", "-o", "{tmp}/x.html", "--heads", "3"], "--heads is '3'"),
     "a file of prompts": (["patch", "--prompts", "{tmp}/no.txt"], "and there is no such file"),
     "a direction": (["generate", "x", "-i", "steer:file={tmp}/no.npy,layer=1"], "there is no file"),
+    "prompts to steer by": (
+        ["steer", "--positive", "{tmp}/no.txt", "--negative", "{tmp}/no.txt"],
+        "no.txt', and there is no such file",
+    ),
+    "a token to steer at": (
+        ["steer", "--positive", "a", "--negative", "b", "--position", "last"],
+        "--position is 'last', and an integer or mean is needed",
+    ),
     "an intervention": (["generate", "x", "-i", "spectre:layer=1"], "Did you mean 'spectra'?"),
     "a model": (["attribute", "x", "--target", "a", "--model", "{tmp}/no/such"], "There is no directory"),
     "a file for a model": (["heads", "--model", "{tmp}/file"], "is a file; give the directory"),
@@ -108,6 +116,10 @@ def test_help_and_completion_import_no_library(command: str, monkeypatch: pytest
             "There is no head L99H0: this model has layers 0 to 3",
         ),
         (["capture", "x", "--sites", "q", "--layers", "9", "-o", "{tmp}/x"], "this model has 4 layers"),
+        (
+            ["steer", "--positive", "{tmp}/four", "--negative", "{tmp}/four", "--layer", "4"],
+            "--layer is 4, and this model has layers 0 to 3",
+        ),
         (["circuit", "a", "b", "--target", "a", "--edges", "928"], "--edges is 928, and this model has 927"),
     ],
 )
@@ -115,6 +127,7 @@ def test_what_a_model_cannot_have_is_told_before_it_is_loaded(
     arguments: list[str], message: str, tmp_path: Path
 ) -> None:
     """Which takes the library, and neither what reads weights nor what reads tokenizers."""
+    (tmp_path / "four").write_text("a\nb\nc\nd")
     _, slow, done = ran(HEAVY, *(part.replace("{tmp}", str(tmp_path)) for part in arguments))
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert slow <= {"flax", "jax", "numpy"}, slow

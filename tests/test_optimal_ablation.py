@@ -17,8 +17,8 @@ from oculi_jax.intervention import Ablation, HeadAblation
 from oculi_jax.metrics import Metric, kl_divergence, pytree
 from oculi_jax.models.llama import Llama
 from oculi_jax.training import OptimalAblation, optimal_ablation
-from oculi_jax.training.objective import Objective
 from oculi_jax.training.constants import _value
+from oculi_jax.training.objective import Objective
 
 from .tiny import prompt, tiny_llama
 

@@ -1,4 +1,4 @@
-"""`save` and `load`: captures as safetensors files, whole or not at all."""
+"""`save` and `load`: captures and interventions as safetensors files, whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..arrays import listing
+from ..intervention.protocol import are_interventions
+from ..intervention.stored import packed, unpacked
 from ..output import Output
 from ..sites import SITES
 from ..utils.files import read_tensors, write_aside, write_tensors
@@ -23,65 +25,78 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..adapter.structures import AnyCapture
+    from ..intervention.protocol import Interventions
 
 STRUCTURES = {cls.__name__: cls for cls in (AttentionCapture, ResidualCapture, MLPCapture, LogitCapture, FullCapture)}
 _NOT_WRITTEN = {"unembedding"}
 FORMAT = "oculi_jax capture 1"
+INTERVENTIONS = "oculi_jax interventions 1"
 
 
 def save(
-    capture: AnyCapture | FullCapture | Output | Mapping[str, ArrayLike],
+    capture: AnyCapture | FullCapture | Output | Mapping[str, ArrayLike] | Interventions,
     path: str | os.PathLike[str],
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a capture structure, an `Output`, or a dictionary of arrays such as `Output.activations`, as a safetensors file.
+    """Writes a capture structure, an `Output`, a dictionary of arrays such as `Output.activations`, or interventions, as a
+    safetensors file.
 
-    The file is written aside and renamed: it is whole, or it does not exist.
+    The file is written aside and renamed: it is whole, or it does not exist. It holds arrays, names and numbers, and no code: of
+    interventions, those of this library alone, and no `Edit` with a function.
 
     Args:
-        capture: a capture (`AttentionCapture` and its like), an `Output`, or name → array.
+        capture: a capture (`AttentionCapture` and its like), an `Output`, or name → array; or an intervention, or a list of them.
         path: where to.
-        metadata: texts to keep with it, such as the model's name. The axes of every array are kept anyway.
+        metadata: texts to keep with it, such as the model's name. The axes of every array of a capture are kept anyway.
 
     Raises:
-        TypeError: what is no capture. ValueError: metadata that is written anyway. OSError: it cannot be written.
+        TypeError: what is none of these. ValueError: metadata that is written anyway. OSError: it cannot be written.
 
     Examples:
         >>> save(capture.attention, "italy.safetensors", metadata={"model": "tiny-facts"})
+        >>> save(HeadAblation(2, [4, 5]), "without.safetensors")
     """
-    arrays, static = _flatten(capture)
-    kind = type(capture).__name__ if type(capture).__name__ in (*STRUCTURES, "Output") else "arrays"
-    header = {
-        **(metadata or {}),
-        "format": FORMAT,
-        "kind": kind,
-        "static": json.dumps(static),
-        "axes": json.dumps({name: axes for name, value in arrays.items() if (axes := _axes(name, np.ndim(value)))}),
-    }
+    arrays, about = _described(capture)
     if reserved := set(metadata or {}) & {"format", "kind", "static", "axes", "sums"}:
         raise ValueError(f"metadata holds {sorted(reserved)}, which are written anyway; use other names.")
     tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    header = {**(metadata or {}), **about}
     header["sums"] = json.dumps({name: _sum(array) for name, array in tensors.items()})
     with write_aside(path) as aside:
         write_tensors(aside, tensors, header, name=Path(path))
 
 
+def _described(given: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The arrays of what is saved, and what is to be said of them."""
+    if are_interventions(given):
+        arrays, static = packed(given)
+        return arrays, {"format": INTERVENTIONS, "kind": "interventions", "static": json.dumps(static), "axes": "{}"}
+    arrays, static = _flatten(given)
+    kind = type(given).__name__ if type(given).__name__ in (*STRUCTURES, "Output") else "arrays"
+    axes = {name: axes for name, value in arrays.items() if (axes := _axes(name, np.ndim(value)))}
+    return arrays, {"format": FORMAT, "kind": kind, "static": json.dumps(static), "axes": json.dumps(axes)}
+
+
 def load(path: str | os.PathLike[str]) -> Any:
-    """Reopens what `save` wrote: the same structure, or a dictionary of arrays. What does not fit together is refused.
+    """Reopens what `save` wrote: the same structure, a dictionary of arrays, or interventions, their arrays as NumPy's.
+
+    What does not fit together is refused, and nothing in a file is run.
 
     Raises:
-        OSError: there is no such file. ValueError: it is no whole capture file.
+        OSError: there is no such file. ValueError: it is no whole file of `save`.
 
     Examples:
         >>> save(run, "france.safetensors")
         >>> says(load("france.safetensors"))
         'Paris'
+        >>> save([Ablation("mlp_out", 3), HeadAblation(2, [4, 5])], "without.safetensors")
+        >>> load("without.safetensors")
+        [Ablation(site='mlp_out', layer=3, index=None), HeadAblation(layer=2, head=[4, 5], replacement=0.0)]
     """
     path = Path(path).expanduser()
     tensors, header = read_tensors(path)
-    arrays = {name: _array(value) for name, value in tensors.items()}
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (FORMAT, INTERVENTIONS):
         raise ValueError(f"{path} is a safetensors file, but no capture: it lacks the metadata that save writes.")
     try:
         sums = json.loads(header.get("sums", "{}"))
@@ -90,6 +105,9 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path}'s metadata was changed since it was written.") from None
     if changed:
         raise ValueError(f"{path} was changed since it was written: {', '.join(changed)} is not what was saved.")
+    if header["format"] == INTERVENTIONS:
+        return _interventions(path, header, tensors)
+    arrays = {name: _array(value) for name, value in tensors.items()}
     if header.get("kind") == "arrays":
         return arrays
     if header.get("kind") == "Output":
@@ -105,6 +123,16 @@ def load(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{path} holds no capture that fits together: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a capture that this version knows: {error!r}.") from None
+
+
+def _interventions(path: Path, header: Mapping[str, str], arrays: dict[str, np.ndarray]) -> Interventions:
+    try:
+        found = unpacked(json.loads(header["static"]), arrays)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe interventions that this version knows: {error}") from None
+    if not are_interventions(found):
+        raise ValueError(f"{path} does not describe interventions that this version knows: it holds {found!r}.")
+    return found
 
 
 def _sum(array: np.ndarray) -> int:
@@ -126,7 +154,8 @@ def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if type(capture) not in STRUCTURES.values():
         hint = ' Give an array a name: save({"logits": array}, path).' if hasattr(capture, "shape") else ""
         raise TypeError(
-            f"save takes a capture, an Output or a dictionary of arrays, and was given a {type(capture).__name__}.{hint}"
+            "save takes a capture, an Output, a dictionary of arrays or interventions, and was given a "
+            f"{type(capture).__name__}.{hint}"
         )
     arrays: dict[str, Any] = {}
     static: dict[str, Any] = {}

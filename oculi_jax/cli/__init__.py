@@ -27,6 +27,7 @@ COMMANDS = {
     "paths": "Which components tell others, by paths that lead through no other head, what makes two prompts' answers differ.",
     "circuit": "The part of the model that makes two prompts' answers differ: its edges, how much of the difference it keeps, and "
     "how much is left without it.",
+    "steer": "The direction from negative prompts to positive ones: how well it tells them apart, and a file to steer with.",
     "generate": "Continues a text, plain and, with --intervene, under interventions, side by side.",
     "report": "A prompt's insides as one HTML page, for a browser: lens, attention, head scores, ablations, attribution.",
     "sites": "The sites: every value of the forward pass that can be read and edited, with its axes.",
@@ -55,6 +56,8 @@ def load(command: str) -> Callable[..., Any]:
             from .paths import paths as found
         case "circuit":
             from .circuit import circuit as found
+        case "steer":
+            from .steer import steer as found
         case "generate":
             from .generate import generate as found
         case "report":

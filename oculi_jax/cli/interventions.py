@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import oculi_jax
 
 from ..sites import find_site
 from .common import config_of
 
-if TYPE_CHECKING:
-    import numpy as np
-
 # What can be written in a line: the class, those of its fields that must be given, and those that may be. These are numbers,
-# a site's name, and the file of a direction; written out, so that a line is read without the library.
+# a site's name, and the file of a direction, which may say the others itself; written out, so that a line is read without the
+# library.
 KINDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "spectra": ("SpectraScaler", ("layer", "head", "alpha"), ()),
     "head": ("HeadAblation", ("layer", "head"), ()),
     "queries": ("QScaler", ("layer", "head", "alpha"), ()),
     "keys": ("KScaler", ("layer", "kv_head", "alpha"), ()),
     "ablate": ("Ablation", ("site", "layer"), ("index",)),
-    "steer": ("Steer", ("file", "layer"), ("scale", "site")),
+    "steer": ("Steer", ("file",), ("layer", "scale", "site")),
 }
 NAMES, STRENGTHS = ("site", "file"), ("alpha", "scale")  # all other fields are integers
 
@@ -85,7 +84,11 @@ def read_line(text: str) -> tuple[str, dict[str, Any]]:
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"--intervene {text!r}: {', '.join(missing)} is missing; write {_form(kind)}.")
     if "file" in values:
-        values["vector"] = _vector(values.pop("file"), text)
+        values = {**_direction(values.pop("file"), text), **values}
+        if "layer" not in values:
+            raise ValueError(
+                f"--intervene {text!r}: layer is missing: this file holds a direction and not where it belongs."
+            )
     return cls, values
 
 
@@ -102,8 +105,8 @@ def _value(name: str, text: str, where: str) -> Any:
     return number
 
 
-def _vector(name: str, text: str) -> np.ndarray:
-    """A direction from a file: NumPy's .npy, or safetensors with one array."""
+def _direction(name: str, text: str) -> dict[str, Any]:
+    """The fields that a file gives: NumPy's .npy or safetensors with one array, a direction; or a `Steer` that was saved."""
     path = Path(name).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"--intervene {text!r}: there is no file {name!r}.")
@@ -111,20 +114,36 @@ def _vector(name: str, text: str) -> np.ndarray:
 
     if path.suffix == ".npy":
         try:
-            vector = np.load(path, allow_pickle=False)
+            found = {"vector": np.load(path, allow_pickle=False)}
         except (ValueError, EOFError) as error:
             raise ValueError(f"--intervene {text!r}: {name!r} is no .npy file of numbers: {error}.") from None
     else:
         from ..utils.files import read_tensors
 
-        arrays, _ = read_tensors(path)
-        if len(arrays) != 1:
-            raise ValueError(
-                f"--intervene {text!r}: {name!r} holds {', '.join(arrays) or 'nothing'}, and one array is needed."
-            )
-        (vector,) = arrays.values()
-    if vector.ndim != 1 or vector.dtype.kind != "f":
-        raise ValueError(
-            f"--intervene {text!r}: {name!r} holds {list(vector.shape)} of {vector.dtype}, and a direction [E] of floats is needed."
+        arrays, header = read_tensors(path)
+        found = (
+            _saved(path, text) if "interventions" in header.get("format", "") else {"vector": _only(arrays, name, text)}
         )
-    return vector
+    vector = found["vector"]
+    if not isinstance(vector, np.ndarray) or vector.ndim != 1 or vector.dtype.kind != "f":
+        what = f"{list(vector.shape)} of {vector.dtype}" if isinstance(vector, np.ndarray) else repr(vector)
+        raise ValueError(f"--intervene {text!r}: {name!r} holds {what}, and a direction [E] of floats is needed.")
+    return found
+
+
+def _only(arrays: dict[str, Any], name: str, text: str) -> Any:
+    if len(arrays) != 1:
+        raise ValueError(
+            f"--intervene {text!r}: {name!r} holds {', '.join(arrays) or 'nothing'}, and one array is needed."
+        )
+    return next(iter(arrays.values()))
+
+
+def _saved(path: Path, text: str) -> dict[str, Any]:
+    """The fields of a `Steer`, as `oculi steer` and `oculi_jax.save` write it."""
+    given = oculi_jax.load(path)
+    items = given if isinstance(given, list | tuple) else [given]
+    if len(items) != 1 or not isinstance(items[0], oculi_jax.Steer):
+        names = ", ".join(type(item).__name__ for item in items)
+        raise ValueError(f"--intervene {text!r}: {str(path)!r} holds {names}, and one Steer is needed.")
+    return {part.name: getattr(items[0], part.name) for part in dataclasses.fields(items[0])}

@@ -79,7 +79,11 @@ def check_target(target: str | None) -> str:
 
 
 def read_rows(
-    path: Path, texts: Sequence[str], options: Mapping[str, str | None], needed: Sequence[str] = ()
+    path: Path,
+    texts: Sequence[str],
+    options: Mapping[str, str | None],
+    needed: Sequence[str] = (),
+    option: str = "--prompts",
 ) -> list[Row]:
     """The rows of a file of prompts.
 
@@ -88,9 +92,10 @@ def read_rows(
         texts: the fields that are prompts, which each row has.
         options: the other fields, with what stands for them where a row does not give them.
         needed: those of the options that each row must have from somewhere.
+        option: by which the file was given.
     """
     rows: list[Row] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(path, option), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -114,11 +119,11 @@ def read_rows(
     return rows
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, option: str) -> list[str]:
     path = path.expanduser()
     if not path.is_file():
         what = "it is a directory" if path.is_dir() else "there is no such file"
-        raise FileNotFoundError(f"--prompts is {str(path)!r}, and {what}.")
+        raise FileNotFoundError(f"{option} is {str(path)!r}, and {what}.")
     try:
         # Not as text: other line breaks, which Python would take for ends of lines, may stand in a prompt.
         return re.split("\r?\n", path.read_bytes().decode("utf-8-sig"))

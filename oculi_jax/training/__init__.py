@@ -4,13 +4,18 @@ from .aligning import align, interchange_accuracy
 from .alignment import Alignment, Alignments, VariableScore
 from .constants import OptimalAblation, optimal_ablation
 from .controls import untrained
+from .detection import auroc
+from .directions import Direction
 from .disentangling import Disentanglement, disentanglement
+from .editing import RankOneEdit, rank_one_edit
 from .fitting import Fit, fit
 from .jacobian_lens import JacobianLens, fit_jacobian_lens
 from .lenses import FittedLens, lens_kl
 from .masking import DBM
+from .probes import linear_probe, logistic_probe
 from .rotations import DAS, BoundlessDAS
 from .sampled_edges import SampledEdges, ugs
+from .steering import difference_of_means
 from .steps import Now
 from .top_k import soft_top_k
 from .tuned_lens import TunedLens, train_tuned_lens
@@ -21,22 +26,29 @@ __all__ = [
     "Alignment",
     "Alignments",
     "BoundlessDAS",
+    "Direction",
     "Disentanglement",
     "Fit",
     "FittedLens",
     "JacobianLens",
     "Now",
     "OptimalAblation",
+    "RankOneEdit",
     "SampledEdges",
     "TunedLens",
     "VariableScore",
     "align",
+    "auroc",
+    "difference_of_means",
     "disentanglement",
     "fit",
     "fit_jacobian_lens",
     "interchange_accuracy",
     "lens_kl",
+    "linear_probe",
+    "logistic_probe",
     "optimal_ablation",
+    "rank_one_edit",
     "soft_top_k",
     "train_tuned_lens",
     "ugs",
