@@ -3,11 +3,11 @@
 from .alignment import Alignment, boundless_das, das, interchange_accuracy
 from .controls import untrained
 from .fitting import Fit, fit
-from .optimal_ablation import OptimalAblation, optimal_ablation
+from .gradient_sampling import SampledEdges, ugs
+from .optimal import OptimalAblation, optimal_ablation
 from .steps import Now
 from .top_k import soft_top_k
 from .tuned_lens import TunedLens, train_tuned_lens, tuned_lens_kl
-from .ugs import SampledEdges, ugs
 
 __all__ = [
     "Alignment",
