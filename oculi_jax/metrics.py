@@ -244,8 +244,8 @@ def check_metric(
     return metric, leads
 
 
-def of_prompt(metric: T, number: Array | int) -> Any:
-    """The metric of one prompt, of a metric with targets for several."""
+def of_prompt(metric: T, number: AnyArray | int) -> Any:
+    """The metric of one prompt, or of some, of a metric with targets for several."""
     if not isinstance(metric, Metric):
         return metric
     axes = metric.per_prompt()

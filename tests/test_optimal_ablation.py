@@ -17,8 +17,8 @@ from oculi_jax.intervention import Ablation, HeadAblation
 from oculi_jax.metrics import Metric, kl_divergence, pytree
 from oculi_jax.models.llama import Llama
 from oculi_jax.training import OptimalAblation, optimal_ablation
-from oculi_jax.training.constants import _value
 from oculi_jax.training.objective import Objective
+from oculi_jax.training.optimal import _value
 
 from .tiny import prompt, tiny_llama
 
@@ -47,7 +47,8 @@ def linear() -> Llama:
     One dimension of the stream is so large that all norms only divide by it, and weights make up for that. The last MLP reads no
     dimension that the heads of its layer write.
     """
-    model, large = tiny_llama(), 1e5
+    model: Any = tiny_llama()
+    large = 1e5
     embed = np.array(model.embed[...])
     embed[:, 0] = large
     model.embed = type(model.embed)(jnp.asarray(embed))
@@ -83,7 +84,7 @@ def fitted() -> tuple[Any, OptimalAblation, np.ndarray]:
 
 def reads(unit: int) -> np.ndarray:
     """`[V, n]`: what a unit's vector adds to the logits, from the weights alone."""
-    model = linear()
+    model: Any = linear()
     unembed = np.asarray(model.unembed[...], np.float64)[:, 1:] / 2
     return unembed if unit == H else unembed @ np.asarray(model.layers.attn.o.weight[...], np.float64)[LAST, 1:, unit]
 
@@ -168,7 +169,7 @@ def test_losses_are_those_of_the_interventions_that_its_constants_make() -> None
     ids, real = tokens[found.held_out], mask[found.held_out]
 
     def losses(run: Any) -> np.ndarray:
-        whole = jax.vmap(lambda ids, real: forward(model, ids, mask=real, logits="last").logits)(ids, real)
+        whole: Any = jax.vmap(lambda ids, real: forward(model, ids, mask=real, logits="last").logits)(ids, real)
         logits = jax.vmap(lambda ids, real: run(ids, real).logits[-1])(ids, real)
         return np.asarray(
             jnp.sum(jax.nn.softmax(whole) * (jax.nn.log_softmax(whole) - jax.nn.log_softmax(logits)), axis=-1)

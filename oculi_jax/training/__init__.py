@@ -2,19 +2,19 @@
 
 from .aligning import align, interchange_accuracy
 from .alignment import Alignment, Alignments, VariableScore
-from .constants import OptimalAblation, optimal_ablation
 from .controls import untrained
 from .detection import auroc
 from .directions import Direction
 from .disentangling import Disentanglement, disentanglement
 from .editing import RankOneEdit, rank_one_edit
 from .fitting import Fit, fit
+from .gradient_sampling import SampledEdges, ugs
 from .jacobian_lens import JacobianLens, fit_jacobian_lens
 from .lenses import FittedLens, lens_kl
 from .masking import DBM
+from .optimal import OptimalAblation, optimal_ablation
 from .probes import linear_probe, logistic_probe
 from .rotations import DAS, BoundlessDAS
-from .sampled_edges import SampledEdges, ugs
 from .steering import difference_of_means
 from .steps import Now
 from .top_k import soft_top_k

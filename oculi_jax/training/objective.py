@@ -122,7 +122,7 @@ def _spreads(
 
     given = jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
     found = jax.lax.map(one, given, batch_size=min(len(tokens), AT_ONCE))
-    n = jnp.float32(tokens.size) if mask is None else jnp.sum(given[1], dtype=jnp.float32)
+    n = jnp.float32(tokens.size) if mask is None else jnp.sum(jnp.asarray(mask), dtype=jnp.float32)
     return jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x, axis=0) / n.astype(x.dtype)), found)
 
 

@@ -281,7 +281,7 @@ def _losses(
     model: Decoder,
     metric: Any,
     examples: dict[str, Any],
-    constants: dict[str, Float[AnyArray, "R n"]],
+    constants: dict[str, Float[Array, "R n"]],
     units: Int[AnyArray, "R"],
     *,
     layer: int,
