@@ -361,7 +361,7 @@ class DirectionAblation:
         return (Edit(self.site, "apply", self.layer, mask, rows_of(self.direction, self.site), _project_out),)
 
 
-def rows_of(vector: Any, site: str) -> Any:
+def rows_of(vector: object, site: str) -> Any:
     """A vector over a site's last axis; of a `PerLayer`, with the site's other axes as ones after `L`."""
     if not is_per_layer(vector):
         return vector
