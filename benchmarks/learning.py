@@ -1,25 +1,29 @@
 """What learning an intervention costs: `python benchmarks/learning.py [--model DIR] [--json OUT]`.
 
-A step of an alignment search in SmolLM2-135M, beside the gradient that it cannot do without; and thirty fits as one program.
+A step of an alignment search in SmolLM2-135M, beside the gradient that it cannot do without; thirty fits as one program; and what
+constants that were fitted cost beside means and zeros.
 """
 
 from __future__ import annotations
 
 from table import Plan, Row, arguments, compilations, measure, side_by_side, verdict  # isort: skip
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oculi_jax import embedded_model, forward
+from oculi_jax import embedded_model, forward, padded
 from oculi_jax.intervention import Steer
+from oculi_jax.metrics import bootstrap
 from oculi_jax.models.llama import Llama
 from oculi_jax.tasks import indirect_object
-from oculi_jax.training import DAS, fit
+from oculi_jax.training import DAS, OptimalAblation, fit, optimal_ablation
 from oculi_jax.training.fitting import check_parameters
 from oculi_jax.training.interchanges import Pairs, prepare
 from oculi_jax.training.searching import search_loss
@@ -135,6 +139,43 @@ def seeds_row() -> Row:
     )
 
 
+def constants_row(steps: int = 150) -> Row:
+    """All heads and MLPs of tiny-facts, on two phrasings of the capital, the language and the currency of every country."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
+    import tiny_facts_text as text  # type: ignore[import-not-found]
+
+    model, tokenizer = embedded_model()
+    kinds = text.CAPITAL, text.LANGUAGE, text.CURRENCY
+    facts = [phrasing.split(" {x}")[0] for kind in kinds for phrasing in kind[:2]]
+    tokens, mask = padded([fact.format(p=row[0]) for row in text.WORLD for fact in facts], tokenizer)
+    return judged(optimal_ablation(model, tokens, mask=mask, steps=steps, key=jax.random.key(0), progress=False))
+
+
+def large_constants_row(model: Any, tokenizer: Any) -> Row:
+    """The units of three layers of SmolLM2, on indirect objects."""
+    pairs = indirect_object(tokenizer, 96)
+    settings: Any = dict(layers=[5, 15, 25], steps=60, batch_size=8, key=jax.random.key(0), progress=False)
+    return judged(optimal_ablation(model, pairs.clean, mask=pairs.mask, **settings))
+
+
+def judged(found: OptimalAblation) -> Row:
+    """Held out, beside mean and zero ablation: on average, and unit by unit with intervals over prompts."""
+    own, mean, zero = (float(x.mean()) for x in (found.loss, found.mean_loss, found.zero_loss))
+    effect = bootstrap((found.mean_loss - found.whole_loss).T)
+    clear = np.asarray(effect.mean > (effect.high - effect.low) / 2)
+    spreads = [bootstrap((found.loss - other).T) for other in (found.mean_loss, found.zero_loss)]
+    lower = np.asarray(spreads[0].mean < 0)
+    above = max(float(jnp.max(2 * x.mean / (x.high - x.low))) for x in spreads)
+    missed = [name for name, bad in zip(found.units, clear & ~lower, strict=True) if bad]
+    where = f" (not {', '.join(missed)})" if missed else ""
+    told = f"{own:.4f}; mean {mean:.4f}, zero {zero:.4f}; lower in {(clear & lower).sum()} of {clear.sum()} units"
+    return verdict(
+        f"{told}{where}; {above:.2f} half intervals above at most",
+        "lower; in all; ≤ 1", own < min(mean, zero) and not missed and above <= 1,
+        own=own, mean=mean, zero=zero, above=above, missed=missed,
+    )  # fmt: skip
+
+
 def main() -> None:
     args = arguments(str(__doc__))
     model, tokenizer = Llama.from_pretrained(args.model, dtype="float32"), load_tokenizer(args.model)
@@ -143,6 +184,8 @@ def main() -> None:
          partial(step_row, model, tokenizer)),
         ("30 fits of SmolLM2, a program a layer: of as many single ones", "", partial(layers_row, model, tokenizer)),
         ("30 fits as one program, tiny-facts, 100 steps: of as many single ones", "", seeds_row),
+        ("optimal ablation of each head and MLP, tiny-facts: divergence in nats, held out", "", constants_row),
+        ("the same of three layers of SmolLM2, indirect objects", "", partial(large_constants_row, model, tokenizer)),
     ]  # fmt: skip
     measure(plan, "Learning interventions", args)
 

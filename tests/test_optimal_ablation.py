@@ -14,7 +14,7 @@ import pytest
 from oculi_jax import forward, mean_activations
 from oculi_jax.circuits import Graph, run_circuit
 from oculi_jax.intervention import Ablation, HeadAblation
-from oculi_jax.metrics import Metric, kl_divergence, pytree
+from oculi_jax.metrics import Metric, kl_divergence, pytree, rank
 from oculi_jax.models.llama import Llama
 from oculi_jax.training import OptimalAblation, optimal_ablation
 from oculi_jax.training.objective import Objective
@@ -198,6 +198,8 @@ def test_what_cannot_be_is_told() -> None:
         (IDS[0], {}, r"tokens has shape \[6\], and several prompts"),
         (IDS[:2], {}, "There are 2 prompts"),
         (IDS, {"held_out": 1.0}, "held_out is 1.0, and must be a share"),
+        (IDS, {"loss": rank(3)}, r"The loss gives \[\] of int32 for one run"),
+        (IDS, {"loss": lambda out: out.logits}, r"The loss gives \[6, 61\] of float32 for one run"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             optimal_ablation(model, tokens, **{"steps": 1, **options}, **SETTINGS)

@@ -147,15 +147,18 @@ def test_its_loss_is_the_circuits_and_below_its_controls() -> None:
 
 
 def test_corrupted_prompts_take_the_place_of_constants() -> None:
-    other = np.roll(IDS, 1, axis=0)
-    got = ugs(planted(), IDS, other, steps=3, batch_size=4, key=KEY, progress=False)
+    """Padding on the left of some."""
+    mask = np.arange(T)[None] >= (np.arange(N) % 2)[:, None]
+    other = np.roll(IDS, 2, axis=0)
+    got = ugs(planted(), IDS, other, mask=mask, steps=3, batch_size=4, key=KEY, progress=False)
     assert got.constants is None and set(got.controls) == {"random edges", "no edges", "whole"}
     rows, model = got.held_out, planted()
     edges = np.zeros(got.scores.graph.edges.shape, np.float32)
-    out: Any = run_circuit(model, IDS[rows], other[rows], edges=edges)
-    logits = np.asarray(out.logits[:, -1])
-    metric = kl_divergence(last_logits(model, IDS[rows], None))
-    wanted = [kl_divergence(base).of(row[None]) for base, row in zip(metric.baseline, logits, strict=True)]
+    out: Any = run_circuit(model, IDS[rows], other[rows], edges=edges, mask=mask[rows])
+    wanted = [
+        kl_divergence(np.asarray(base)).of(row[None])
+        for base, row in zip(last_logits(model, IDS[rows], mask[rows]), out.logits[:, -1], strict=True)
+    ]
     np.testing.assert_allclose(got.controls["no edges"], wanted, rtol=1e-4, atol=1e-6)
 
 

@@ -17,7 +17,7 @@ from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
 from ..means import mean_activations
-from ..metrics import Metric, check_metric, kl_divergence
+from ..metrics import Metric, apply_metric, check_metric, kl_divergence, of_prompt
 from ..prompts import check_prompts
 from ..run import forward
 
@@ -69,9 +69,27 @@ class Objective:
         ids, real, one = check_prompts(config, tokens, mask)
         if one:
             raise ValueError(f"tokens has shape {listing(np.shape(tokens))}, and several prompts [B, T] are needed.")
+        rows = _split(len(ids), held_out, key)
         given = kl_divergence(last_logits(model, ids, real)) if loss is None else loss
         metric, _ = check_metric(given, config.vocab_size, ids, real)
-        return cls(model, ids, real, jax.tree.map(jnp.asarray, metric), *_split(len(ids), held_out, key))
+        made = cls(model, ids, real, jax.tree.map(jnp.asarray, metric), *rows)
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raises ValueError where the loss of a run is not one floating-point number."""
+        mask = None if self.mask is None else self.mask[0]
+
+        def one() -> Any:
+            out = forward(self.model, self.tokens[0], mask=mask, logits=self.logits)
+            return apply_metric(of_prompt(self.metric, 0), out)
+
+        found: Any = jax.eval_shape(one)
+        if getattr(found, "shape", None) != () or not jnp.issubdtype(found.dtype, jnp.floating):
+            what = (
+                f"{listing(found.shape)} of {found.dtype}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+            )
+            raise ValueError(f"The loss gives {what} for one run, and one floating-point number is needed.")
 
     def examples(self, rows: Int[np.ndarray, "N"]) -> dict[str, Any]:
         """Some prompts as the examples of a fit; `number` is which one of all."""

@@ -18,7 +18,7 @@ from ..arrays import AnyArray, integer, random_key
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..intervention import Edit
-from ..metrics import of_prompt
+from ..metrics import apply_metric, of_prompt
 from ..output import Activations
 from ..pytrees import pytree, static
 from ..run import forward
@@ -45,7 +45,7 @@ class OptimalAblation:
     """Constants that cost least, and the losses of models in which one unit is replaced by its constant, beside other ablations'.
 
     Attributes:
-        constants: site → array: `z` `[L, H, D]`, `mlp_out` `[L, E]`, of the layers asked for; `embed` `[E]`. What
+        constants: site → array: `z` `[L, H, D]`, `mlp_out` `[L, E]`, of the layers asked for, upwards; `embed` `[E]`. What
             `HeadAblation`, `PerLayer` and, of all three sites and all layers, `ablation=` of circuits take.
         units: `U` names, as in `circuits.Graph`: `a0.h1` a head, `m0` an MLP, `input` the embedding; static.
         loss: `[U, M]`, of each unit at its constant and each held-out prompt.
@@ -273,7 +273,7 @@ def _value(
     if "mlp_out" in constants:
         edits.append(Edit("mlp_out", "set", layer, (unit == n_heads)[None, None], constants["mlp_out"][None]))
     out = forward(model, example["tokens"], edits, mask=example["mask"], logits=logits, start=(layer, resid))
-    return of_prompt(metric, example["number"])(out)
+    return apply_metric(of_prompt(metric, example["number"]), out)
 
 
 @compiled("layer", "logits")
