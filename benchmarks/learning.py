@@ -1,7 +1,7 @@
 """What learning an intervention costs: `python benchmarks/learning.py [--model DIR] [--json OUT]`.
 
-A step of an alignment search in SmolLM2-135M, beside the gradient that it cannot do without; thirty fits as one program; and what
-constants that were fitted cost beside means and zeros.
+A step of an alignment search in SmolLM2-135M, beside the gradient that it cannot do without; thirty fits as one program; what
+constants that were fitted cost beside means and zeros; and the Jacobian lens beside TransformerLens's, fitted to the same texts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from oculi_jax.intervention import Steer
 from oculi_jax.metrics import bootstrap
 from oculi_jax.models.llama import Llama
 from oculi_jax.tasks import indirect_object
-from oculi_jax.training import DAS, OptimalAblation, fit, optimal_ablation
+from oculi_jax.training import DAS, OptimalAblation, fit, fit_jacobian_lens, optimal_ablation
 from oculi_jax.training.fitting import check_parameters
 from oculi_jax.training.interchanges import Pairs, prepare
 from oculi_jax.training.searching import search_loss
@@ -31,6 +31,11 @@ from oculi_jax.training.steps import Loss, Now, Programs
 from oculi_jax.utils.tokens import load_tokenizer
 
 LAYER, N, RANK = 20, 16, 8
+TEXTS = (
+    "The library at the end of the street had been closed for years, but every evening a light went on in its upper window.",
+    "When Mary and John went to the store after school, John gave a drink to Mary, and then they all went home together by bus.",
+    "There was a small museum of clocks in the old town, and its keeper wound each of them by hand on the first day of the month.",
+)
 
 
 def programs_of(found: Pairs, examples: Any, bases: Any) -> tuple[Programs, dict[str, Any]]:
@@ -176,6 +181,27 @@ def judged(found: OptimalAblation) -> Row:
     )  # fmt: skip
 
 
+def jacobian_row(model: Any, tokenizer: Any, directory: Path) -> Row:
+    """The Jacobian lens of two of three texts, the third being kept back, and TransformerLens's of the same two."""
+    from peers import TransformerLens
+    from transformer_lens.tools.analysis.jacobian_lens import JacobianLens
+
+    bridge = TransformerLens(directory, tokenizer, (0, 1), "cpu").bridge.eval()
+    rows = [np.asarray(bridge.to_tokens(text)[0]) for text in TEXTS]
+    tokens, mask = padded(rows, tokenizer)
+    begin = time.perf_counter()
+    own = fit_jacobian_lens(model, tokens, mask=mask, key=jax.random.key(0), controls=False, progress=False)
+    middle = time.perf_counter()
+    texts = [text for i, text in enumerate(TEXTS) if i not in own.held_out]
+    theirs = JacobianLens.fit(bridge, texts, corpus="two texts", show_progress=False)
+    seconds, other = middle - begin, time.perf_counter() - middle
+    found = np.asarray(own.lens.matrix)[:-1]
+    want = np.stack([theirs.jacobians[layer].numpy() for layer in range(len(found))])
+    apart = float((np.abs(found - want).max(axis=(1, 2)) / np.abs(want).max(axis=(1, 2))).max())
+    said = f"{apart:.1e} of a matrix's largest entry; {seconds:.0f} s with compiling, {other:.0f} s"
+    return verdict(said, "≤ 1e-3", apart <= 1e-3, apart=apart, seconds=seconds, other_seconds=other)
+
+
 def main() -> None:
     args = arguments(str(__doc__))
     model, tokenizer = Llama.from_pretrained(args.model, dtype="float32"), load_tokenizer(args.model)
@@ -186,6 +212,8 @@ def main() -> None:
         ("30 fits as one program, tiny-facts, 100 steps: of as many single ones", "", seeds_row),
         ("optimal ablation of each head and MLP, tiny-facts: divergence in nats, held out", "", constants_row),
         ("the same of three layers of SmolLM2, indirect objects", "", partial(large_constants_row, model, tokenizer)),
+        ("the Jacobian lens of two texts: TransformerLens's", "transformer_lens",
+         partial(jacobian_row, model, tokenizer, args.model)),
     ]  # fmt: skip
     measure(plan, "Learning interventions", args)
 
