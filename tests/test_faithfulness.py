@@ -122,7 +122,9 @@ def test_scores_of_nodes_and_of_neurons_make_circuits_of_the_largest(tmp_path: P
         assert (found.kind, found.n) == (kind, values.size) and repr(found) == f"Scores({values.size} {kind})"
         for absolute in (False, True):
             own = np.abs(values) if absolute else values
-            chosen = [Circuit(GRAPH, **{kind: own >= np.sort(own, axis=None)[-n]}) for n in (values.size // 2, values.size)]
+            chosen = [
+                Circuit(GRAPH, **{kind: own >= np.sort(own, axis=None)[-n]}) for n in (values.size // 2, values.size)
+            ]
             curve = faithfulness(MODEL, found, *ROWS[0], METRIC, sizes=(0.5, 1.0), absolute=absolute)
             wanted = faithfulness(MODEL, chosen, *ROWS[0], METRIC)
             np.testing.assert_array_equal(curve.by_prompt, wanted.by_prompt)
@@ -135,7 +137,9 @@ def test_scores_of_nodes_and_of_neurons_make_circuits_of_the_largest(tmp_path: P
         found.save(tmp_path / "neurons.json")
     with pytest.raises(ValueError, match="say nothing of nodes"):
         _ = found.nodes
-    with pytest.raises(ValueError, match=r"values has shape \[15\], and \[16, 40\] is needed of edges, \[16\] of nodes"):
+    with pytest.raises(
+        ValueError, match=r"values has shape \[15\], and \[16, 40\] is needed of edges, \[16\] of nodes"
+    ):
         _ = Scores(np.ones(15), GRAPH).kind
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from ..arrays import random_key
 from ..backends import check_model
-from ..intervals import bootstrap
+from ..intervals import Interval, bootstrap
 
 if TYPE_CHECKING:
     from ..models.decoder.model import Decoder
@@ -59,10 +59,13 @@ def _drawn(x: Any, key: Array, layered: bool) -> Any:
 
 def share(values: Float[np.ndarray, " M"]) -> str:
     """A mean as it prints, with its interval where there is more than one value."""
-    if len(values) < 2:
-        return f"{float(np.mean(values)):.2f}"
-    spread = bootstrap(values)
-    return f"{float(spread.mean):.2f} ({float(spread.low):.2f} to {float(spread.high):.2f})"
+    return f"{float(np.mean(values)):.2f}" if len(values) < 2 else spread(bootstrap(values))
+
+
+def spread(interval: Interval) -> str:
+    """A mean and its interval as they print."""
+    mean, low, high = (float(x) for x in (interval.mean, interval.low, interval.high))
+    return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
 def beside(values: Float[np.ndarray, " M"], controls: Mapping[str, Float[np.ndarray, " M"]], of: str) -> str:
