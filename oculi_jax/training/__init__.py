@@ -12,8 +12,11 @@ from .gradient_sampling import SampledEdges, ugs
 from .jacobian_lens import JacobianLens, fit_jacobian_lens
 from .lenses import FittedLens, lens_kl
 from .masking import DBM
+from .masks import LearnedScores
+from .nested_masks import matryoshka
 from .optimal import OptimalAblation, optimal_ablation
 from .probes import linear_probe, logistic_probe
+from .pruning import Pruned, prune
 from .rotations import DAS, BoundlessDAS
 from .steering import difference_of_means
 from .steps import Now
@@ -31,8 +34,10 @@ __all__ = [
     "Fit",
     "FittedLens",
     "JacobianLens",
+    "LearnedScores",
     "Now",
     "OptimalAblation",
+    "Pruned",
     "RankOneEdit",
     "SampledEdges",
     "TunedLens",
@@ -47,7 +52,9 @@ __all__ = [
     "lens_kl",
     "linear_probe",
     "logistic_probe",
+    "matryoshka",
     "optimal_ablation",
+    "prune",
     "rank_one_edit",
     "soft_top_k",
     "train_tuned_lens",

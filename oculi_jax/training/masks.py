@@ -1,0 +1,257 @@
+"""What learnt masks share: the units that they keep, pairs to fit on and to judge on, what a masked run says, and the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Int
+
+from ..arrays import AnyArray, integer, random_key
+from ..backends.jax.programs import measure
+from ..capture import at_positions
+from ..circuits.ablation import ablated, ablation_of
+from ..circuits.circuit import KINDS, Circuit
+from ..circuits.curve import Curve, faithfulness
+from ..circuits.graph import Graph
+from ..circuits.pairs import Pairs, check_graph_of
+from ..circuits.running import masked
+from ..circuits.scores import Scores
+from ..circuits.trials import bytes_of_gradient
+from ..metrics import of_prompt
+from ..pytrees import pytree
+from .controls import ranged
+from .fitting import Fit, fit
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..metrics import MetricLike
+    from ..models.decoder.config import DecoderConfig
+    from ..models.decoder.model import Decoder
+
+_MOST_BYTES = 1 << 30  # that a backward pass keeps; where it would keep more, layers run again
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a mask has an entry for: the edges of a graph, its nodes, or neurons."""
+
+    kind: str
+    graph: Graph
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: DecoderConfig, kind: str, graph: Graph | None) -> Units:
+        """Raises ValueError or TypeError for a kind that there is not, and a graph of another model."""
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, and must be one of {', '.join(map(repr, KINDS))}.")
+        graph = Graph.of(config) if graph is None else graph
+        if not isinstance(graph, Graph):
+            raise TypeError(f"graph is a {type(graph).__name__}, and a Graph is needed: Graph.of(model.config).")
+        check_graph_of(config, graph.n_layers, graph.n_heads, "graph")
+        c = config.sizes
+        shapes = {"edges": graph.edges.shape, "nodes": graph.edges.shape[:1], "neurons": (c["L"], c["F"])}
+        return cls(kind, graph, shapes[kind])
+
+    @cached_property
+    def places(self) -> Int[np.ndarray, " n"]:
+        """Where they stand in an array of that shape."""
+        return np.flatnonzero(self.graph.edges) if self.kind == "edges" else np.arange(int(np.prod(self.shape)))
+
+    @property
+    def n(self) -> int:
+        return len(self.places)
+
+    def laid(self, values: Float[AnyArray, " n"]) -> Float[Array, "..."]:
+        """Values of all units in that shape, 0 where there is none."""
+        flat = jnp.zeros(int(np.prod(self.shape)), values.dtype).at[self.places].set(values)
+        return flat.reshape(self.shape)
+
+
+class Search:
+    """A fit of masks: so many seeds, and beside them one whose pairs tell it nothing.
+
+    Of a seed the order of pairs is its own, and so are its draws. In the control, half of the pairs are exchanged: what raises the
+    metric of one lowers that of another.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        prompts: tuple[ArrayLike, ArrayLike, ArrayLike | None, ArrayLike | None],
+        metric: MetricLike,
+        units: Units,
+        ablation: str | Mapping[str, ArrayLike],
+        *,
+        held_out: float,
+        seeds: int,
+        controls: bool,
+        key: Array,
+    ):
+        clean, corrupted, mask, corrupted_mask = prompts
+        pairs = Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask)
+        self.model, self.units, self.ablation = model, units, ablation
+        self.seeds, self.controls = integer(seeds, "seeds", 1), controls
+        split, self.key = jax.random.split(random_key(key))
+        self.rng = np.random.default_rng(np.asarray(jax.random.key_data(split)).reshape(-1))
+        self.rest, self.held = _split(len(pairs.clean), held_out, self.rng)
+        self.pairs, self.judges = pairs.some(self.rest), pairs.some(self.held)
+        self.other = ablation_of(model, self.pairs, units.kind, ablation)
+        self.remat = bytes_of_gradient(model, units.kind, pairs.clean.shape[1]) > _MOST_BYTES
+
+    @property
+    def n_fits(self) -> int:
+        return self.seeds + self.controls
+
+    def fitted(self, loss: Callable[..., Array], start: Mapping[str, Float[np.ndarray, "..."]], **options: Any) -> Fit:
+        """`start` is of one fit; what is carried beside it says of each fit in which order pairs come, and which are exchanged."""
+        n = len(self.rest)
+        exchanged = np.zeros((self.n_fits, n), np.int32)
+        if self.controls:
+            exchanged[-1, self.rng.permutation(n)[: n // 2]] = 1
+        begun = {name: np.repeat(np.asarray(x)[None], self.n_fits, axis=0) for name, x in start.items()}
+        begun["order"] = np.stack([self.rng.permutation(n) for _ in range(self.n_fits)]).astype(np.int32)
+        begun["exchanged"] = exchanged
+        return fit(loss, begun, np.arange(n, dtype=np.int32), key=self.key, many=1, **options)
+
+    def pair(self, parameters: Mapping[str, Array], example: Int[Array, ""]) -> Pair:
+        """The pair that an example is in a fit."""
+        number = parameters["order"][example]
+        first = parameters["exchanged"][number]
+
+        def prompt(which: Array) -> tuple[Array, Array | None]:
+            both = (self.pairs.clean, self.pairs.corrupted), (self.pairs.mask, self.pairs.corrupted_mask)
+            tokens, mask = (None if x[0] is None else jnp.stack([jnp.asarray(y) for y in x]) for x in both)
+            assert tokens is not None
+            return tokens[which, number], None if mask is None else mask[which, number]
+
+        return Pair(
+            self, prompt(first), prompt(1 - first), of_prompt(jax.tree.map(jnp.asarray, self.pairs.metric), number)
+        )
+
+    def judged(
+        self, values: Float[np.ndarray, "R n"], what: Callable[[Scores], Scores | Circuit] = lambda scores: scores
+    ) -> dict[str, Any]:
+        """Curves, on held-out pairs, of the mean over seeds, of each seed where there are several, and of the controls.
+
+        Args:
+            values: of each fit.
+            what: is judged, of scores.
+        """
+        each = values[: self.seeds]
+
+        def curve(row: Float[np.ndarray, " n"]) -> Curve:
+            of, scores = self.judges, Scores(self.units.laid(row), self.units.graph)
+            return faithfulness(
+                self.model, what(scores), of.clean, of.corrupted, of.metric, ablation=self.ablation, mask=of.mask,
+                corrupted_mask=of.corrupted_mask,
+            )  # fmt: skip
+
+        controls = {}
+        if self.controls:
+            drawn = self.rng.normal(size=self.units.n).astype(np.float32)
+            if self.units.kind == "nodes":
+                drawn[0] = np.inf  # without `input` every circuit is empty
+            controls = {"random scores": curve(drawn), "exchanged pairs": curve(values[-1])}
+        return {
+            "curve": curve(each.mean(axis=0)), "controls": controls,
+            "seeds": tuple(map(curve, each)) if len(each) > 1 else (),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of prompts in a fit, and what is asked of it."""
+
+    search: Search
+    prompt: tuple[Array, Array | None]
+    spoilt: tuple[Array, Array | None]
+    metric: Any
+
+    def kept(self, share: Float[Array, "..."]) -> Float[Array, "T E"]:
+        """The stream after the final norm of the run of which a mask keeps a share of each unit."""
+        search, units = self.search, self.search.units
+        instead = ablated(search.model, units.kind, self.prompt, self.spoilt, search.other, None)
+        return masked(search.model, self.prompt, share, instead, units.kind, units.graph.grouped, search.remat)
+
+    def value(self, normalised: Float[Array, "T E"]) -> Float[Array, ""]:
+        """The metric of a run."""
+        return measure(self.search.model, normalised, self.prompt[1], self.metric)
+
+    def last_logits(self, normalised: Float[Array, "T E"]) -> Float[Array, " V"]:
+        return self.search.model.logits(at_positions(normalised, 0, (-1,), self.prompt[1])[0])
+
+
+def _split(n: int, held_out: float, rng: np.random.Generator) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]:
+    """The numbers of pairs to fit on, and of those to judge on."""
+    if isinstance(held_out, bool) or not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out!r}, and must be a share of the pairs between 0 and 1.")
+    n_held = max(1, round(held_out * n))
+    if n_held == n:
+        raise ValueError(
+            f"There {'is 1 pair' if n == 1 else f'are {n} pairs'}, and some are needed to fit on, and some to judge on."
+        )
+    order = rng.permutation(n)
+    return np.sort(order[n_held:]), np.sort(order[:n_held])
+
+
+@pytree
+class LearnedScores(Scores):
+    """Scores that were fitted, judged on held-out pairs beside their controls: for `faithfulness`, and for all that takes `Scores`.
+
+    Attributes:
+        values, graph: as in `Scores`; with several seeds their mean.
+        each: float32 `[R, …]`, of each seed.
+        curve: of circuits of these scores, on the held-out pairs.
+        controls: the same of scores that should be worth nothing: `"random scores"` (of nodes with `input` first, without which
+            nothing is kept), and `"exchanged pairs"`, fitted likewise to pairs of which half are exchanged, clean for corrupted.
+        seeds: the same of each seed's scores, where there are several.
+        losses: `[steps, R]`, of the seeds.
+        held_out: `[M]`, which pairs these are.
+
+    Examples:
+        >>> pairs = tokenizer(["The capital of Italy is", "The capital of France is"] * 4)["input_ids"]
+        >>> measured = metrics.logit_difference([rome, paris] * 4, [paris, rome] * 4)
+        >>> found = matryoshka(model, pairs, pairs[1:] + pairs[:1], measured, steps=40, key=jax.random.key(0))
+        >>> found.curve.cpr > found.controls["random scores"].cpr, found.held_out.shape
+        (True, (2,))
+    """
+
+    each: Float[Array, "R ..."]
+    curve: Curve
+    controls: Mapping[str, Curve]
+    seeds: tuple[Curve, ...]
+    losses: Float[np.ndarray, "N R"]
+    held_out: Int[np.ndarray, "M"]
+
+    def __repr__(self) -> str:
+        return f"LearnedScores({self.n} {self.kind}: {beside(self.curve, self.controls, self.seeds, 'cpr')})"
+
+
+def beside(curve: Curve, controls: Mapping[str, Curve], seeds: tuple[Curve, ...], of: str) -> str:
+    """A number of a curve as it prints, `"cpr"` or `"faithfulness"` of its last circuit: with its interval, each control's, and the
+    ends of the seeds'.
+    """
+    name = {"cpr": "CPR"}.get(of, of)
+
+    def number(curve: Curve) -> float:
+        return float(np.reshape(getattr(curve, of), -1)[-1])
+
+    def told(curve: Curve) -> str:
+        if len(curve.empty) < 2:
+            return f"{number(curve):.2f}"
+        return ranged(jax.tree.map(lambda x: np.reshape(x, -1)[-1], curve.interval(of)))
+
+    text = f"{name} {told(curve)} of {len(curve.empty)} held-out pairs"
+    text += "".join(f"; {what} {told(other)}" for what, other in controls.items())
+    if seeds:
+        values = sorted(map(number, seeds))
+        text += f"; {len(seeds)} seeds {values[0]:.2f} to {values[-1]:.2f}"
+    return text
