@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oculi_jax import embedded_model, forward, padded
+from oculi_jax import embedded_model, forward, padded, training
 from oculi_jax.intervention import Steer
 from oculi_jax.metrics import bootstrap
 from oculi_jax.models.llama import Llama
@@ -100,7 +100,7 @@ def layers_row(model: Any, tokenizer: Any) -> Row:
         for programs, every in ((programs_of(found, examples, bases)[0], [bases]),
                                 (programs_of(found, examples, bases[:1])[0], list(bases[:, None]))):  # fmt: skip
             for number, some in enumerate((every[0], *every)):  # the first compiles
-                state = programs.state([some])
+                state = programs.state([jnp.asarray(some)])
                 with compilations() as heard:
                     begin = time.perf_counter()
                     state, _ = jax.block_until_ready(programs.block(state, order, 0, 3))
@@ -195,6 +195,7 @@ def jacobian_row(model: Any, tokenizer: Any, directory: Path) -> Row:
     texts = [text for i, text in enumerate(TEXTS) if i not in own.held_out]
     theirs = JacobianLens.fit(bridge, texts, corpus="two texts", show_progress=False)
     seconds, other = middle - begin, time.perf_counter() - middle
+    assert isinstance(own.lens, training.JacobianLens)
     found = np.asarray(own.lens.matrix)[:-1]
     want = np.stack([theirs.jacobians[layer].numpy() for layer in range(len(found))])
     apart = float((np.abs(found - want).max(axis=(1, 2)) / np.abs(want).max(axis=(1, 2))).max())

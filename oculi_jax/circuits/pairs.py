@@ -81,8 +81,9 @@ class Pairs(NamedTuple):
         """Those of some numbers."""
         leaves, tree = jax.tree.flatten(self.metric)
         metric = [x[rows] if lead else x for x, lead in zip(leaves, self.leads, strict=True)]
-        clean, corrupted, *masks = (None if x is None else x[rows] for x in self[:4])
-        return Pairs(clean, corrupted, *masks, False, jax.tree.unflatten(tree, metric), self.leads)
+        mask, other = (None if x is None else x[rows] for x in (self.mask, self.corrupted_mask))
+        kept = jax.tree.unflatten(tree, metric)
+        return Pairs(self.clean[rows], self.corrupted[rows], mask, other, False, kept, self.leads)
 
     def calls(self, model: Decoder, bytes_of_prompt: Callable[[int], int], budget: int) -> Iterator[Chunk]:
         """The pairs in calls: of near lengths where masks tell them, of as many as fit into `budget`.

@@ -67,7 +67,7 @@ class JacobianLens:
             True
         """
         one = jnp.eye(config.hidden_size, dtype=jnp.float32)
-        return cls(jnp.repeat(one[None], config.num_hidden_layers, axis=0), np.int32(0))
+        return cls(jnp.repeat(one[None], config.num_hidden_layers, axis=0), np.array(0, np.int32))
 
     def __repr__(self) -> str:
         return f"JacobianLens(matrix {listing(self.matrix.shape)}, {self.n_prompts} prompts)"
@@ -169,7 +169,7 @@ class JacobianLens:
         matrix = np.stack([*(x.astype(np.float32) for x in rows), np.eye(width, dtype=np.float32)])
         if not np.isfinite(matrix).all():
             raise ValueError(f"{str(path)!r} holds numbers that are not finite.")
-        return cls(jnp.asarray(matrix), np.int32(n_prompts))
+        return cls(jnp.asarray(matrix), np.array(n_prompts, np.int32))
 
 
 def fit_jacobian_lens(
@@ -253,7 +253,7 @@ def _mean(
         total = _added(total, model, *_placed(prompt, skip), _block(width, len(prompt)))
         jax.block_until_ready(total)
         advance(1)
-    return JacobianLens(total / len(prompts), np.int32(len(prompts)))
+    return JacobianLens(total / len(prompts), np.array(len(prompts), np.int32))
 
 
 def _placed(

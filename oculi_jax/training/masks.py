@@ -179,7 +179,7 @@ class Pair:
         """The stream after the final norm of the run of which a mask keeps a share of each unit."""
         search, units = self.search, self.search.units
         instead = ablated(search.model, units.kind, self.prompt, self.spoilt, search.other, None)
-        return masked(search.model, self.prompt, share, instead, units.kind, units.graph.grouped, search.remat)
+        return masked(search.model, self.prompt, share, instead, units.kind, units.graph.grouped, remat=search.remat)
 
     def value(self, normalised: Float[Array, "T E"]) -> Float[Array, ""]:
         """The metric of a run."""
