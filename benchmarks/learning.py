@@ -1,7 +1,8 @@
 """What learning an intervention costs: `python benchmarks/learning.py [--model DIR] [--json OUT]`.
 
 A step of an alignment search in SmolLM2-135M, beside the gradient that it cannot do without; thirty fits as one program; what
-constants that were fitted cost beside means and zeros; and the Jacobian lens beside TransformerLens's, fitted to the same texts.
+learnt scores of nodes are worth beside gradients, and constants that were fitted beside means and zeros; and the Jacobian lens
+beside TransformerLens's, fitted to the same texts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from oculi_jax import embedded_model, forward, padded, training
+from oculi_jax.circuits import Scores, edge_attribution, faithfulness
 from oculi_jax.intervention import Steer
-from oculi_jax.metrics import bootstrap
+from oculi_jax.metrics import bootstrap, logit_difference
 from oculi_jax.models.llama import Llama
 from oculi_jax.tasks import indirect_object
-from oculi_jax.training import DAS, OptimalAblation, fit, fit_jacobian_lens, optimal_ablation
+from oculi_jax.training import DAS, OptimalAblation, fit, fit_jacobian_lens, matryoshka, optimal_ablation
 from oculi_jax.training.fitting import check_parameters
 from oculi_jax.training.interchanges import Pairs, prepare
 from oculi_jax.training.searching import search_loss
@@ -31,6 +33,7 @@ from oculi_jax.training.steps import Loss, Now, Programs
 from oculi_jax.utils.tokens import load_tokenizer
 
 LAYER, N, RANK = 20, 16, 8
+N_PAIRS, STEPS = 160, 500  # of which a quarter is held out
 TEXTS = (
     "The library at the end of the street had been closed for years, but every evening a light went on in its upper window.",
     "When Mary and John went to the store after school, John gave a drink to Mary, and then they all went home together by bus.",
@@ -203,6 +206,33 @@ def jacobian_row(model: Any, tokenizer: Any, directory: Path) -> Row:
     return verdict(said, "≤ 1e-3", apart <= 1e-3, apart=apart, seconds=seconds, other_seconds=other)
 
 
+def ranking_row(model: Any, tokenizer: Any) -> Row:
+    """CPR of circuits of nodes on held-out pairs, with bootstrap intervals: learnt by three seeds, and by others' scores."""
+    pairs = indirect_object(tokenizer, N_PAIRS)
+    given: Any = dict(mask=pairs.mask, steps=STEPS, seeds=3, key=jax.random.key(0))
+    found = matryoshka(model, pairs.clean, pairs.corrupted, pairs.metric, **given)
+
+    def some(rows: np.ndarray) -> dict[str, Any]:
+        metric = logit_difference(pairs.answers[rows], pairs.others[rows])
+        return dict(clean=pairs.clean[rows], corrupted=pairs.corrupted[rows], metric=metric, mask=pairs.mask[rows])
+
+    rest, judges = some(np.setdiff1d(np.arange(N_PAIRS), found.held_out)), some(found.held_out)
+    curves = {"Matryoshka": found.curve}
+    for name, steps in (("EAP-IG", 5), ("gradient", 1)):
+        scores = edge_attribution(model, **rest, steps=steps)
+        curves[name] = faithfulness(model, Scores(scores.nodes, scores.graph), **judges)
+    curves["random"] = found.controls["random scores"]
+    spreads = {name: curve.interval("cpr") for name, curve in curves.items()}
+    values = {name: curve.cpr for name, curve in curves.items()}
+    seeds = [curve.cpr for curve in found.seeds]
+    apart = max(seeds) - min(seeds)
+    text = ", ".join(f"{name} {x.mean:.2f} ({x.low:.2f} to {x.high:.2f})" for name, x in spreads.items())
+    text += f"; three seeds {apart:.3f} apart; exchanged pairs {found.controls['exchanged pairs'].cpr:.2f}"
+    first = values["Matryoshka"] == max(values.values())
+    ok = first and all(x > values["random"] for name, x in values.items() if name != "random") and apart <= 0.03
+    return verdict(text, "Matryoshka first, all above random; seeds within 0.03", ok, values=values, seeds=seeds)
+
+
 def main() -> None:
     args = arguments(str(__doc__))
     model, tokenizer = Llama.from_pretrained(args.model, dtype="float32"), load_tokenizer(args.model)
@@ -215,6 +245,8 @@ def main() -> None:
         ("the same of three layers of SmolLM2, indirect objects", "", partial(large_constants_row, model, tokenizer)),
         ("the Jacobian lens of two texts: TransformerLens's", "transformer_lens",
          partial(jacobian_row, model, tokenizer, args.model)),
+        (f"CPR of nodes on {N_PAIRS // 4} held-out pairs of indirect objects, {STEPS} steps", "",
+         partial(ranking_row, model, tokenizer)),
     ]  # fmt: skip
     measure(plan, "Learning interventions", args)
 
