@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 UNITS = ("embed", "z", "mlp_out")
 # Its site, where its vector stands in the site's array, its number in `_value`, its name.
 Unit: TypeAlias = tuple[str, tuple[int, ...], int, str]
-_PATIENCE = 5  # measurements, of twenty
+_PATIENCE = 20  # measurements, of as many: none ends early, and each is where its held-out loss was lowest
 
 
 @pytree
