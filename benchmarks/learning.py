@@ -147,7 +147,7 @@ def seeds_row() -> Row:
     )
 
 
-def constants_row(steps: int = 150) -> Row:
+def constants_row(steps: int = 200) -> Row:
     """All heads and MLPs of tiny-facts, on two phrasings of the capital, the language and the currency of every country."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
     import tiny_facts_text as text  # type: ignore[import-not-found]

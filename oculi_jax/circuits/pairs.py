@@ -110,7 +110,8 @@ class Pairs(NamedTuple):
     def of_call(self, chunk: Chunk) -> Batch:
         """What a call is given."""
         bucket, n_tokens = chunk.bucket, self.clean.shape[1]
-        if len(chunk.places) == chunk.size == len(self.clean) and bucket.n_tokens == n_tokens:
+        all_in_order = np.array_equal(chunk.prompts, np.arange(len(self.clean)))
+        if all_in_order and chunk.size == len(self.clean) and bucket.n_tokens == n_tokens:
             count = np.ones(chunk.size, np.float32)
             return Batch(self.clean, self.corrupted, self.mask, self.corrupted_mask, None, self.metric, count)
         places = np.minimum(np.arange(chunk.size) + chunk.places[0], chunk.places[-1])

