@@ -197,9 +197,9 @@ def constraint(multipliers: Float[Array, "2"], shut: Array, target: Array) -> Ar
 
 
 def divergence(pair: Pair, run: Float[Array, "T E"]) -> Float[Array, ""]:
-    """KL of the whole model's distribution of the next token from that of a run, in nats."""
-    model, layout = pair.search.model, lay_out(pair.search.model.config, *pair.prompt)
+    """KL of a run's distribution of the next token from that of the whole model after the clean prompt, in nats."""
+    model, layout = pair.search.model, lay_out(pair.search.model.config, *pair.asked)
     whole = passed(model, Taps.of((), model.config, layout), (), to_end=True).normalised
     assert whole is not None
-    p, q = (jax.nn.log_softmax(pair.last_logits(x)) for x in (whole, run))
+    p, q = pair.predicted(whole, pair.asked[1]), pair.predicted(run, pair.prompt[1])
     return jnp.sum(jnp.exp(p) * (p - q))
