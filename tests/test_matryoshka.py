@@ -13,7 +13,7 @@ import pytest
 
 from oculi_jax import forward
 from oculi_jax.circuits import Circuit, Scores, faithfulness
-from oculi_jax.intervention import Blend, PerLayer
+from oculi_jax.intervention import Edit
 from oculi_jax.metrics import logit_difference
 from oculi_jax.training import matryoshka, soft_top_k
 from oculi_jax.training.masks import LearnedScores, Search, Units
@@ -41,18 +41,23 @@ def searched(model: Any, kind: str, **options: Any) -> tuple[Search, dict[str, A
     found = Search(
         model, (CLEAN, CORRUPTED, MASK, None), METRIC, Units.of(model.config, kind, None), "corrupted", **settings
     )
-    return found, {"order": jnp.arange(2), "exchanged": jnp.zeros(2, jnp.int32)}
+    return found, {"order": jnp.arange(2), "asked": jnp.arange(2)}
+
+
+def mixture(x: Any, value: Any) -> Any:
+    keep, other = value
+    return keep * x + (1 - keep) * other
 
 
 def by_hand(model: Any, number: int, keep: Any) -> Any:
-    """The metric of a run with nodes mixed by ordinary interventions."""
+    """The metric of a run with nodes mixed by edits, whose values are taken as they are: `Blend` would round `keep` to float32."""
     tokens, spoilt, mask = CLEAN[number], CORRUPTED[number], MASK[number]
     other = forward(model, spoilt, capture=("embed", "z", "mlp_out"), mask=mask)
     layers = keep[1:].reshape(3, 5)
-    mixed: Any = (
-        Blend("embed", keep[:1][None], other["embed"]),
-        Blend("z", layers[:, :4], PerLayer(other["z"])),
-        Blend("mlp_out", layers[:, 4:], PerLayer(other["mlp_out"])),
+    mixed = (
+        Edit("embed", "apply", None, value=(keep[:1][None], other["embed"]), fn=mixture),
+        Edit("z", "apply", None, value=(layers[:, :4, None, None], other["z"]), fn=mixture),
+        Edit("mlp_out", "apply", None, value=(layers[:, 4:, None], other["mlp_out"]), fn=mixture),
     )
     return logit_difference(METRIC.a[number], METRIC.b[number])(forward(model, tokens, mixed, mask=mask))
 
@@ -186,7 +191,7 @@ def test_a_circuit_that_is_known_is_found_and_controls_are_at_chance() -> None:
     clean, corrupted, metric = planted.pairs()
     edges = matryoshka(planted.MODEL, clean, corrupted, metric, kind="edges", steps=150, controls=False, **SETTINGS)
     assert set(edges.top(3).names) == set(planted.EDGES)
-    assert set(found.controls) == {"random scores", "exchanged pairs"}
+    assert set(found.controls) == {"random scores", "shuffled answers"}
     # Two of eleven nodes are too few; five have all three: the best that a ranking can do.
     np.testing.assert_allclose(found.curve.faithfulness, [0] * 8 + [1, 1], atol=0.01)
     assert all(curve.cpr < 0.4 for curve in found.controls.values()), found

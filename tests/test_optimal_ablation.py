@@ -196,7 +196,7 @@ def test_held_out_the_constants_of_a_trained_model_cost_less_than_means_and_zero
     text, (model, tokenizer) = scripts("tiny_facts_text"), embedded
     facts = [kind[0].split(" {x}")[0] for kind in (text.CAPITAL, text.LANGUAGE)]
     tokens, mask = padded([fact.format(p=row[0]) for row in text.WORLD for fact in facts], tokenizer)
-    found = optimal_ablation(model, tokens, layers=[3], steps=60, mask=mask, **SETTINGS)
+    found = optimal_ablation(model, tokens, layers=[3], steps=150, mask=mask, **SETTINGS)
     assert found.units == (*(f"a3.h{h}" for h in range(6)), "m3") and found.loss.shape == (7, 32)
     np.testing.assert_allclose(found.whole_loss, 0, atol=1e-6)
     for other in (found.mean_loss, found.zero_loss):

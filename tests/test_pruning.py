@@ -79,9 +79,11 @@ def test_a_circuit_that_is_known_is_found_at_the_size_that_was_asked_for() -> No
     assert set(planted.EDGES) <= set(found.circuit.names) and found.circuit.kind == "edges"
     assert abs(float(found.open) - 6 / 110) <= 0.03
     assert found.curve.faithfulness[0] == pytest.approx(1, abs=0.05)
-    assert set(found.controls) == {"random scores", "exchanged pairs"}
+    assert set(found.controls) == {"random scores", "shuffled answers"}
     assert all(curve.faithfulness[0] < 0.5 for curve in found.controls.values()), found
-    assert repr(found).startswith("Pruned(") and "faithfulness 1.00" in repr(found) and "exchanged pairs" in repr(found)
+    assert (
+        repr(found).startswith("Pruned(") and "faithfulness 1.00" in repr(found) and "shuffled answers" in repr(found)
+    )
     nodes = prune(
         *given, kind="nodes", loss="metric", sparsity=1 - 3 / 11, steps=200, controls=False, seeds=2, **SETTINGS
     )

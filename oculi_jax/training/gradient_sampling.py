@@ -64,8 +64,8 @@ class SampledEdges:
         >>> found = ugs(model, prompts["input_ids"], steps=10, batch_size=4, key=jax.random.key(0))
         >>> found.scores, found.constants
         (Scores(29 writers, 77 readers, 927 edges), {embed [192], z [4, 6, 32], mlp_out [4, 192]})
-        >>> list(found.controls)
-        ['random edges', 'no edges', 'mean constants', 'whole']
+        >>> list(found.controls), found.circuit(above=0.9).kind
+        (['random edges', 'no edges', 'mean constants', 'whole'], 'edges')
         >>> curve = circuits.faithfulness(model, found.scores, ids, other, metric, ablation=found.constants)
     """
 

@@ -78,8 +78,8 @@ class Units:
 class Search:
     """A fit of masks: so many seeds, and beside them one whose pairs tell it nothing.
 
-    Of a seed the order of pairs is its own, and so are its draws. In the control, half of the pairs are exchanged: what raises the
-    metric of one lowers that of another.
+    Of a seed the order of pairs is its own, and so are its draws. In the control each pair is asked for what another one, drawn
+    once, is to say.
     """
 
     def __init__(
@@ -111,29 +111,29 @@ class Search:
         return self.seeds + self.controls
 
     def fitted(self, loss: Callable[..., Array], start: Mapping[str, Float[np.ndarray, "..."]], **options: Any) -> Fit:
-        """`start` is of one fit; what is carried beside it says of each fit in which order pairs come, and which are exchanged."""
+        """`start` is of one fit; carried beside it are the order of pairs of each fit, and whose answer each is asked for."""
         n = len(self.rest)
-        exchanged = np.zeros((self.n_fits, n), np.int32)
+        asked = np.tile(np.arange(n, dtype=np.int32), (self.n_fits, 1))
         if self.controls:
-            exchanged[-1, self.rng.permutation(n)[: n // 2]] = 1
+            drawn = self.rng.permutation(n)
+            asked[-1, drawn] = np.roll(drawn, 1)  # nobody's own
         begun = {name: np.repeat(np.asarray(x)[None], self.n_fits, axis=0) for name, x in start.items()}
         begun["order"] = np.stack([self.rng.permutation(n) for _ in range(self.n_fits)]).astype(np.int32)
-        begun["exchanged"] = exchanged
+        begun["asked"] = asked
         return fit(loss, begun, np.arange(n, dtype=np.int32), key=self.key, many=1, **options)
 
     def pair(self, parameters: Mapping[str, Array], example: Int[Array, ""]) -> Pair:
         """The pair that an example is in a fit."""
         number = parameters["order"][example]
-        first = parameters["exchanged"][number]
+        other = parameters["asked"][number]
+        pairs = self.pairs
 
-        def prompt(which: Array) -> tuple[Array, Array | None]:
-            both = (self.pairs.clean, self.pairs.corrupted), (self.pairs.mask, self.pairs.corrupted_mask)
-            tokens, mask = (None if x[0] is None else jnp.stack([jnp.asarray(y) for y in x]) for x in both)
-            assert tokens is not None
-            return tokens[which, number], None if mask is None else mask[which, number]
+        def prompt(tokens: AnyArray, mask: AnyArray | None, which: Array) -> tuple[Array, Array | None]:
+            return jnp.asarray(tokens)[which], None if mask is None else jnp.asarray(mask)[which]
 
-        metric = of_prompt(jax.tree.map(jnp.asarray, self.pairs.metric), number)
-        return Pair(self, prompt(first), prompt(1 - first), prompt(jnp.int32(0)), metric)
+        clean, spoilt = prompt(pairs.clean, pairs.mask, number), prompt(pairs.corrupted, pairs.corrupted_mask, number)
+        metric = of_prompt(jax.tree.map(jnp.asarray, pairs.metric), other)
+        return Pair(self, clean, spoilt, prompt(pairs.clean, pairs.mask, other), metric)
 
     def judged(
         self, values: Float[np.ndarray, "R n"], what: Callable[[Scores], Scores | Circuit] = lambda scores: scores
@@ -158,7 +158,7 @@ class Search:
             drawn = self.rng.normal(size=self.units.n).astype(np.float32)
             if self.units.kind == "nodes":
                 drawn[0] = np.inf  # without `input` every circuit is empty
-            controls = {"random scores": curve(drawn), "exchanged pairs": curve(values[-1])}
+            controls = {"random scores": curve(drawn), "shuffled answers": curve(values[-1])}
         return {
             "curve": curve(each.mean(axis=0)), "controls": controls,
             "seeds": tuple(map(curve, each)) if len(each) > 1 else (),
@@ -167,11 +167,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of prompts in a fit, and what is asked of it, which does not change where the two are exchanged.
+    """A pair of prompts in a fit, and what is asked of it.
 
     Attributes:
         prompt, spoilt: what runs, and what takes the place of what is not kept: ids and mask.
-        asked: the clean prompt.
+        asked: the clean prompt whose answer is asked for: its own, but for the control.
         metric: of that.
     """
 
@@ -218,7 +218,7 @@ class LearnedScores(Scores):
         each: float32 `[R, …]`, of each seed.
         curve: of circuits of these scores, on the held-out pairs.
         controls: the same of scores that should be worth nothing: `"random scores"` (of nodes with `input` first, without which
-            nothing is kept), and `"exchanged pairs"`, fitted likewise to pairs of which half are exchanged, clean for corrupted.
+            nothing is kept), and `"shuffled answers"`, fitted likewise, each pair to the answer of another one.
         seeds: the same of each seed's scores, where there are several.
         losses: `[steps, R]`, of the seeds.
         held_out: `[M]`, which pairs these are.
@@ -227,8 +227,11 @@ class LearnedScores(Scores):
         >>> pairs = tokenizer(["The capital of Italy is", "The capital of France is"] * 4)["input_ids"]
         >>> measured = metrics.logit_difference([rome, paris] * 4, [paris, rome] * 4)
         >>> found = matryoshka(model, pairs, pairs[1:] + pairs[:1], measured, steps=40, key=jax.random.key(0))
-        >>> found.curve.cpr > found.controls["random scores"].cpr, found.held_out.shape
-        (True, (2,))
+        >>> found.curve.cpr > found.controls["random scores"].cpr, found.held_out.shape, found.kind
+        (True, (2,), 'nodes')
+        >>> found.save("nodes.json")
+        >>> np.array_equal(circuits.Scores.load("nodes.json").nodes, found.nodes)
+        True
     """
 
     each: Float[Array, "R ..."]
