@@ -194,6 +194,9 @@ def test_a_strangers_file_is_parsed_and_nothing_in_it_runs(tmp_path: Path) -> No
         ):
             JacobianLens.load(path)
     assert not mark.exists()
+    # A state for what a name stands for, which everybody shares.
+    with pytest.raises(ValueError, match="it has BUILD, which no plain tensor needs"):
+        JacobianLens.load(packed(tmp_path / "state.pt", b"\x80\x02ctorch\nFloatStorage\n}b."))
     # A tensor that reaches beyond its bytes.
     some_lens().save(tmp_path / "lens.pt")
     whole = (tmp_path / "lens.pt").read_bytes()
