@@ -168,7 +168,7 @@ def test_every_block_runs(
 
 def test_the_comparison_of_output_is_strict() -> None:
     assert difference("L18H6: 0.899", "L18H6: 0.899") is None
-    assert difference("0.5", "0.6", slack=0.15) is None and difference("0.5", "0.7", slack=0.15)
+    assert difference("0.50", "0.60", slack=0.15) is None and difference("0.50", "0.70", slack=0.15)
     for same in (
         ("inf", "inf"),
         ("nan", "nan"),
