@@ -194,7 +194,7 @@ def test_it_learns_what_the_model_will_say_on_tokens_it_has_not_seen() -> None:
 
 @pytest.mark.numerical
 def test_padding_is_not_learned_from() -> None:
-    tokens, pad = ids(4, 3), np.full((4, 5), 9, np.int32)
+    tokens, pad = ids(4, 11), np.full((4, 5), 9, np.int32)
     mask = np.concatenate([np.zeros((4, 5), bool), np.ones((4, 12), bool)], 1)
     one = train_tuned_lens(MODEL, tokens, **settings(steps=1, batch_size=3))
     other = train_tuned_lens(MODEL, np.concatenate([pad, tokens], 1), mask=mask, **settings(steps=1, batch_size=3))
@@ -203,7 +203,7 @@ def test_padding_is_not_learned_from() -> None:
     # A sign is that of the gradient, whose rounding is some 1e-7: Adam's first step is of one size whatever the gradient.
     rest = np.setdiff1d(np.arange(4), one.held_out)
     gradient = jax.grad(lambda t: lens_kl(MODEL, t, tokens[rest]).mean(0).sum())(TunedLens.identity(CONFIG))
-    assert_clear(gradient.bias[:-1], 0, margin=ROUTES)
+    assert_clear(gradient.bias[:-1], 0, margin=2 * ROUTES)
     near(np.sign(one.lens.bias), np.sign(other.lens.bias), 0)
 
 
