@@ -116,11 +116,13 @@ class Direction:
     def __repr__(self) -> str:
         shape = np.shape(self.bias)
         head = f"{self.site}, AUROC on {len(self.held_out)} held-out prompts"
-        lines = []
-        for place in np.ndindex(*shape):
-            numbers = jax.tree.map(lambda x: x[place], (self.auroc, self.controls))  # noqa: B023
-            others = "".join(f"; {name} {ranged(spread)}" for name, spread in numbers[1].items())
-            lines.append(f"{self._name(place)}: {ranged(numbers[0])}{others}")
+
+        def line(place: tuple[int, ...]) -> str:
+            own, controls = jax.tree.map(lambda x: x[place], (self.auroc, self.controls))
+            others = "".join(f"; {name} {ranged(spread)}" for name, spread in controls.items())
+            return f"{self._name(place)}: {ranged(own)}{others}"
+
+        lines = [line(place) for place in np.ndindex(*shape)]
         return f"Direction({head}; {lines[0]})" if not shape else "\n  ".join([f"Direction({head}", *lines]) + ")"
 
     def _name(self, place: tuple[int, ...]) -> str:

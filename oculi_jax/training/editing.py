@@ -307,7 +307,9 @@ def _edited(model: Decoder, own: dict[str, Array], prompt: Any, site: str, layer
 @compiled("site", "layer")
 def _likeliest(model: Decoder, own: dict[str, Array], prompts: Any, site: str, layer: int) -> Int[Array, "R M"]:
     def of(own: dict[str, Array]) -> Array:
-        one = lambda prompt: jnp.argmax(_edited(model, own, prompt, site, layer))  # noqa: E731
+        def one(prompt: Any) -> Array:
+            return jnp.argmax(_edited(model, own, prompt, site, layer))
+
         return jax.lax.map(one, prompts, batch_size=min(len(prompts[0]), _AT_ONCE))
 
     return jax.lax.map(of, own)
