@@ -245,15 +245,15 @@ def refused(file: Path) -> None:
     before = file.read_bytes()
     for changes, said in (
         ({"batch_size": 5}, "batch_size is 4 there, and 5 here"),
-        ({"optimiser": optax.adam(0.02)}, "another optimiser"),
+        ({"optimiser": optax.adam(0.02)}, "not the same optimiser"),
         ({"key": jax.random.key(4)}, r"key is \[0, 3\] there, and \[0, 4\] here"),
         ({"stop": 2}, "stop is None there, and 2 here"),
-        ({"schedules": np.zeros(slow_fit.STEPS, np.float32)}, "another schedules"),
-        ({"held_out": None}, "another held_out"),
+        ({"schedules": np.zeros(slow_fit.STEPS, np.float32)}, "not the same schedules"),
+        ({"held_out": None}, "not the same held_out"),
     ):
         with pytest.raises(ValueError, match=f"is of another fit: {said}.$"):
             slow_fit.run(file, **changes)
-    with pytest.raises(ValueError, match="is of another fit: .*another loss"):
+    with pytest.raises(ValueError, match="is of another fit: .*not the same loss"):
         fit(squares, np.zeros(3), DATA, steps=3, batch_size=2, key=KEY, file=file)
     assert file.read_bytes() == before
     file.write_bytes(before[:99])
@@ -272,7 +272,7 @@ def test_two_losses_that_differ_by_a_number_are_two_fits(tmp_path: Path) -> None
     settings: dict[str, Any] = dict(steps=2, batch_size=1, key=KEY, file=tmp_path / "x.safetensors")
     fit(of(1.0, jnp.ones(3)), 0.0, np.ones(3, np.float32), **settings)
     for loss in (of(2.0, jnp.ones(3)), of(1.0, jnp.zeros(3))):
-        with pytest.raises(ValueError, match="another loss"):
+        with pytest.raises(ValueError, match="not the same loss"):
             fit(loss, 0.0, np.ones(3, np.float32), **settings)
 
 

@@ -111,6 +111,33 @@ def test_a_fit_stands_beside_its_controls() -> None:
     )
 
 
+def test_a_fit_that_is_ended_goes_on_to_the_same_matrices(tmp_path: Path) -> None:
+    tokens, file = np.stack([prompt(9, seed) for seed in range(5)]), tmp_path / "lens.safetensors"
+    settings: Any = dict(skip=SKIP, key=jax.random.key(1))
+    whole = fit_jacobian_lens(MODEL, tokens, progress=False, **settings)
+    for last in (2, 6):  # of eight: in the middle of the lens, and of the untrained model's
+        seen: list[int] = []
+
+        def stop(done: int, total: int, last: int = last, seen: list[int] = seen) -> None:
+            assert total == 8
+            seen.append(done)
+            if done >= last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit_jacobian_lens(MODEL, tokens, file=file, progress=stop, **settings)
+    assert seen[0] >= 1  # it went on
+    again: list[int] = []
+    found = fit_jacobian_lens(MODEL, tokens, file=file, progress=lambda done, _: again.append(done), **settings)
+    assert 4 in again and again[0] == 4  # the lens had ended
+    np.testing.assert_array_equal(found.lens.matrix, whole.lens.matrix)
+    np.testing.assert_array_equal(found.controls["untrained weights"], whole.controls["untrained weights"])
+    with pytest.raises(ValueError, match="is of another fit: skip is 4 there, and 3 here"):
+        fit_jacobian_lens(MODEL, tokens, file=file, progress=False, skip=3, key=jax.random.key(1))
+    with pytest.raises(ValueError, match="is of another fit: not the same prompts"):
+        fit_jacobian_lens(MODEL, tokens[:, ::-1], file=file, progress=False, **settings)
+
+
 def test_the_identity_is_the_logit_lens_exactly() -> None:
     resid = forward(MODEL, prompt(), capture="resid_post")["resid_post"]
     for dtype in (jnp.float32, jnp.bfloat16):

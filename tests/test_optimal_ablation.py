@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -191,7 +192,7 @@ def test_losses_are_those_of_the_interventions_that_its_constants_make() -> None
 
 def test_held_out_the_constants_of_a_trained_model_cost_less_than_means_and_zeros(scripts, embedded) -> None:
     """The last layer of tiny-facts, asked for each country's capital and language in the first phrasing of each; all layers and
-    more prompts are in benchmarks/learning.py.
+    more prompts are in benchmarks/learnt.py.
     """
     text, (model, tokenizer) = scripts("tiny_facts_text"), embedded
     facts = [kind[0].split(" {x}")[0] for kind in (text.CAPITAL, text.LANGUAGE)]
@@ -206,6 +207,20 @@ def test_held_out_the_constants_of_a_trained_model_cost_less_than_means_and_zero
         assert (mean <= half).all()
     mlp = found.units.index("m3")
     assert found.loss[mlp].mean() < 0.9 * min(found.mean_loss[mlp].mean(), found.zero_loss[mlp].mean())
+
+
+def test_each_layer_goes_on_from_its_file(tmp_path: Path) -> None:
+    settings: Any = dict(sites="mlp_out", steps=3, batch_size=4, key=KEY, file=tmp_path / "x.safetensors")
+    told: list[list[tuple[int, int]]] = []
+    for layers in ([1], [1, 2]):
+        told.append([])
+        found = optimal_ablation(
+            tiny_llama(), IDS[:12], layers=layers, progress=lambda *seen: told[-1].append(seen), **settings
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.1.safetensors", "x.2.safetensors"]
+    assert told[0][-1] == (3, 3) and told[1][0] == (3, 6) and told[1][-1] == (6, 6)
+    whole = optimal_ablation(tiny_llama(), IDS[:12], layers=[1, 2], progress=False, **{**settings, "file": None})
+    np.testing.assert_array_equal(found.constants["mlp_out"], whole.constants["mlp_out"])
 
 
 def test_what_cannot_be_is_told() -> None:

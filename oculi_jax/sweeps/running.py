@@ -250,3 +250,15 @@ def told(label: str, progress: Progress | bool | None, total: int, done: int = 0
             progress(done, total)
 
     yield call
+
+
+def part_of(advance: Callable[[int], None]) -> Progress:
+    """The `progress` of one of several calls that `told` tells of together."""
+    before = 0
+
+    def tell(done: int, _: int) -> None:
+        nonlocal before
+        advance(done - before)
+        before = done
+
+    return tell

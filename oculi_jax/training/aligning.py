@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from ..sweeps.running import check_progress, told
 from .alignment import Alignment, Alignments
 from .controls import untrained
 from .interchanges import hits, prepare
+from .resuming import beside_file
 from .searching import Method, Search
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ def align(
     )
     with told("Aligning", progress, steps * (len(found) + len(plain))) as advance:
         for i, pairs in enumerate(found):
-            done = search.fitted(pairs, _beside(file, f"{pairs.layer}"), advance, seeds=True, **settings)
+            done = search.fitted(pairs, beside_file(file, f"{pairs.layer}"), advance, seeds=True, **settings)
             other = None
             if controls:
-                name = _beside(file, f"{pairs.layer}.untrained")
+                name = beside_file(file, f"{pairs.layer}.untrained")
                 other = plain[i], search.fitted(plain[i], name, advance, seeds=False, **settings)
             every += search.judged(pairs, done, other)
     return Alignments(tuple(pairs.layer for pairs in found), found[0].positions, tuple(every))
@@ -143,10 +143,3 @@ def interchange_accuracy(
     (pairs,) = prepare(model, base, source, *given)
     basis = np.asarray(jnp.linalg.qr(jnp.asarray(subspace.basis))[0])
     return hits(pairs, [basis], [0], np.arange(len(pairs.labels)))[0]
-
-
-def _beside(file: str | os.PathLike[str] | None, name: str) -> Path | None:
-    if file is None:
-        return None
-    path = Path(file).expanduser()
-    return path.with_name(f"{path.stem}.{name}{path.suffix or '.safetensors'}")

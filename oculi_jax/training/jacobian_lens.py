@@ -21,6 +21,7 @@ from ..arrays import AnyArray, integer, listing, random_key, wide
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
+from ..data.record import describe
 from ..intervention import Edit
 from ..prompts import bucket
 from ..pytrees import pytree
@@ -30,6 +31,7 @@ from ..utils.files import write_aside
 from ..utils.torch_files import read_torch, write_torch
 from .controls import untrained
 from .lenses import FittedLens, apart, check_rows, divergences, rows_of
+from .resuming import Saved, contents
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -181,6 +183,7 @@ def fit_jacobian_lens(
     key: Array,
     mask: ArrayLike | None = None,
     controls: bool = True,
+    file: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> FittedLens:
     """The Jacobian lens of a model: each layer's mean Jacobian of what the last layer leaves.
@@ -199,6 +202,7 @@ def fit_jacobian_lens(
         mask: bool `[B, T]`, True at real tokens.
         controls: whether to make a lens of an untrained model's Jacobians as well, and put it to this one's streams, for as much
             time again.
+        file: as in `fit`: a file to go on from where there is one, and which is kept up to date.
         progress: a function of how many prompts are done and how many there are; None or True draws a bar, False nothing.
 
     Returns:
@@ -221,9 +225,21 @@ def fit_jacobian_lens(
     held, rest = apart(len(ids), held_out, split)
     prompts = _long_enough([row[own] for row, own in zip(ids[rest], real[rest], strict=True)], skip)
     others = {"untrained weights": untrained(model, other)} if controls else {}
+    saved = None
+    if file is not None:
+        about = {
+            "model": describe(model),
+            "prompts": contents(prompts),
+            "skip": skip,
+            "key": contents(jax.random.key_data(other)),
+        }
+        saved = Saved.open(Path(file).expanduser(), about)
     with told("Fitting the Jacobian lens", progress, (1 + len(others)) * len(prompts)) as advance:
-        lens = _mean(model, prompts, skip, advance)
-        beside = {name: _mean(one, prompts, skip, advance) for name, one in others.items()}
+        lens, *more = (
+            JacobianLens(_mean(one, prompts, skip, name, saved, advance), np.array(len(prompts), np.int32))
+            for name, one in {"lens": model, **others}.items()
+        )
+    beside = dict(zip(others, more, strict=True))
     kl, logit, *rest_kl = (
         np.asarray(divergences(one, model, None, ids[held], real[held])) for one in (lens, None, *beside.values())
     )
@@ -245,15 +261,25 @@ def _long_enough(prompts: list[Int[np.ndarray, "N"]], skip: int) -> list[Int[np.
 
 
 def _mean(
-    model: Decoder, prompts: list[Int[np.ndarray, "N"]], skip: int, advance: Callable[[int], None]
-) -> JacobianLens:
+    model: Decoder,
+    prompts: list[Int[np.ndarray, "N"]],
+    skip: int,
+    name: str,
+    saved: Saved | None,
+    advance: Callable[[int], None],
+) -> Float[Array, "L E E"]:
+    """The mean of the prompts' Jacobians; a file has their sum so far by this name."""
     width, dtype = model.config.hidden_size, wide(model.dtype)
-    total = jnp.zeros((model.config.num_hidden_layers, width, width), dtype)
-    for prompt in prompts:
-        total = _added(total, model, *_placed(prompt, skip), _block(width, len(prompt)))
-        jax.block_until_ready(total)
+    total, done = jnp.zeros((model.config.num_hidden_layers, width, width), dtype), 0
+    if saved is not None and name in saved.held:
+        total, done = jnp.asarray(saved.held[name]), int(saved.held[f"{name} done"])
+    advance(done)
+    for number, prompt in enumerate(prompts[done:], done + 1):
+        total = jax.block_until_ready(_added(total, model, *_placed(prompt, skip), _block(width, len(prompt))))
+        if saved is not None:
+            saved.keep({name: total, f"{name} done": np.array(number)}, always=number == len(prompts))
         advance(1)
-    return JacobianLens(total / len(prompts), np.array(len(prompts), np.int32))
+    return total / len(prompts)
 
 
 def _placed(

@@ -5,7 +5,8 @@ Li and Janson (2024), "Optimal ablation for interpretability", arXiv:2409.09951.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -23,11 +24,15 @@ from ..output import Activations
 from ..pytrees import pytree, static
 from ..run import forward
 from ..sites import SITES
+from ..sweeps.running import check_progress, part_of, told
 from .controls import beside
 from .fitting import fit
 from .objective import AT_ONCE, Objective, moments
+from .resuming import beside_file
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import ArrayLike
 
     from ..metrics import MetricLike
@@ -91,6 +96,7 @@ def optimal_ablation(
     held_out: float = 0.25,
     key: Array,
     mask: ArrayLike | None = None,
+    file: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> OptimalAblation:
     """Finds, for each unit by itself, the vector that costs least in its place, the same at all tokens of all prompts.
@@ -111,7 +117,8 @@ def optimal_ablation(
         held_out: the share of prompts, drawn by the key, that are kept for judging. A quarter of the rest say where to stop.
         key: a JAX random key: of what is held out, and of the order of prompts.
         mask: bool `[B, T]`, True at real tokens.
-        progress: as in `fit`, of each layer.
+        file: as in `fit`; each layer has one of its own beside it, `NAME.LAYER.safetensors`.
+        progress: as in `fit`.
 
     Returns:
         An `OptimalAblation`.
@@ -130,8 +137,12 @@ def optimal_ablation(
     begin, order = jax.random.split(random_key(key))
     objective = Objective.of(model, tokens, mask, loss, held_out, begin)
     search = _Search(objective, names, chosen)
-    options: Any = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate, progress=progress)
-    found = [search.layer(layer, order, **options) for layer in search.layers]
+    check_progress(progress)
+    options: Any = dict(steps=integer(steps, "steps", 1), batch_size=batch_size, learning_rate=learning_rate)
+    with told("Fitting constants", progress, steps * len(search.layers)) as advance:
+        found = [
+            search.layer(layer, order, beside_file(file, f"{layer}"), advance, **options) for layer in search.layers
+        ]
     return search.joined(found)
 
 
@@ -176,7 +187,16 @@ class _Search:
             found.append(("mlp_out", (layer,), self.n_heads, f"m{layer}"))
         return found
 
-    def layer(self, layer: int, key: Array, *, learning_rate: float, **options: Any) -> dict[str, Any]:
+    def layer(
+        self,
+        layer: int,
+        key: Array,
+        file: Path | None,
+        advance: Callable[[int], None],
+        *,
+        learning_rate: float,
+        **options: Any,
+    ) -> dict[str, Any]:
         """What is found of the units of one layer: constants of each, and losses on what is held out."""
         import optax
 
@@ -201,9 +221,8 @@ class _Search:
 
         start = {"moved": jax.tree.map(np.zeros_like, begun), "row": np.arange(len(units)), "unit": numbers}
         falling = optax.adam(optax.cosine_decay_schedule(learning_rate, options["steps"]))
-        found = fit(
-            loss, start, fitted, optimiser=falling, key=key, held_out=choosing, many=1, stop=_PATIENCE, **options
-        )
+        found = fit(loss, start, fitted, optimiser=falling, key=key, held_out=choosing, many=1, stop=_PATIENCE, file=file,
+                    progress=part_of(advance), **options)  # fmt: skip
         best = jax.vmap(constants)(found.parameters["moved"], jnp.arange(len(units)))
         of = [losses[:, objective.held] for losses in (self._losses(every, layer, best, numbers), *costs)]
         return {"layer": layer, "constants": best, "losses": np.stack(of)[:, :-1], "whole": of[0][-1]}

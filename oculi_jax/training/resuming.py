@@ -1,9 +1,10 @@
-"""The file of a fit: where it stands, from which a killed one goes on; another fit's is refused."""
+"""Files of what takes long: where it stands, from which a killed one goes on; another one's is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ FORMAT = "oculi_jax fit 1"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what functions print, another one in every process
 _SEEN = 16  # entries of each axis of an array that a loss closes over, or a few more, that its fingerprint is of
 _SHARE = 10  # a file is written again when so many times what the last writing took has passed
-_READABLE = ("steps", "batch_size", "many", "stop", "key")  # of a job: all else are hashes
+_READABLE = ("steps", "batch_size", "many", "stop", "key", "skip")  # of a job: all else are hashes
 _WHERE = ("losses", "lowest", "waited", "at", "values")
 
 
@@ -42,8 +43,8 @@ def job_of(
         "loss": loss.hexdigest()[:16],
         "optimiser": hashlib.sha256(_ADDRESS.sub("", str(step)).encode()).hexdigest()[:16],
         "key": np.asarray(jax.random.key_data(programs.fixed["key"])).tolist(),
-        "start": _contents((str(start.tree), start.trained, start.carried)),
-        **{name: None if tree is None else _contents(tree) for name, tree in given.items()},
+        "start": contents((str(start.tree), start.trained, start.carried)),
+        **{name: None if tree is None else contents(tree) for name, tree in given.items()},
     }
 
 
@@ -54,7 +55,7 @@ def _some(x: Any) -> Any:
     return x[tuple(slice(None, None, max(1, n // _SEEN)) for n in x.shape)]
 
 
-def _contents(tree: Any) -> str:
+def contents(tree: Any) -> str:
     """A hash of what a pytree is and holds."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -67,7 +68,7 @@ def _contents(tree: Any) -> str:
 
 @dataclass
 class Saved:
-    """The file of a fit, open: what it held when it was opened, and when it was last written."""
+    """A file, open: what it held when it was opened, and when it was last written."""
 
     path: Path
     job: dict[str, Any]
@@ -90,7 +91,7 @@ class Saved:
             said = [
                 f"{name} is {there.get(name)!r} there, and {job[name]!r} here"
                 if name in _READABLE
-                else f"another {name}"
+                else f"not the same {name}"
                 for name in differs
             ]
             raise ValueError(f"{str(path)!r} is of another fit: {'; '.join(said)}.")
@@ -111,16 +112,29 @@ class Saved:
         return state, done
 
     def write(self, state: dict[str, Any], losses: np.ndarray, watch: Watch, *, always: bool) -> None:
-        """Writes it, whole or not at all, where enough time has passed, or it is to be written `always`."""
-        begin = time.perf_counter()
-        if not always and begin - self.written < _SHARE * self.took:
-            return
+        """`keep`, of the state of a fit."""
         leaves = jax.tree.leaves((state, watch.best))
         values = np.stack(watch.values) if watch.values else np.zeros((0, len(watch.waited)), np.float32)
         own = (losses, watch.lowest, watch.waited, np.array(watch.at, np.int64), values)
         tensors = {f"state.{i}": leaf for i, leaf in enumerate(leaves)} | dict(zip(_WHERE, own, strict=True))
-        arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
+        self.keep(tensors, always=always)
+
+    def keep(self, tensors: dict[str, Any], *, always: bool) -> None:
+        """Writes arrays over what it held, whole or not at all: where enough time has passed, or `always`."""
+        begin = time.perf_counter()
+        if not always and begin - self.written < _SHARE * self.took:
+            return
+        arrays = self.held | {name: np.asarray(x, order="C") for name, x in tensors.items()}
+        self.held = arrays if always else self.held
         with write_aside(self.path) as aside:
             write_tensors(aside, arrays, {"format": FORMAT, "job": json.dumps(self.job)}, name=self.path)
         self.written = time.perf_counter()
         self.took = self.written - begin
+
+
+def beside_file(file: str | os.PathLike[str] | None, name: str) -> Path | None:
+    """The file of one of several fits, `STEM.NAME.safetensors` beside the one that was named."""
+    if file is None:
+        return None
+    path = Path(file).expanduser()
+    return path.with_name(f"{path.stem}.{name}{path.suffix or '.safetensors'}")

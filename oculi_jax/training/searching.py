@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..intervention import Subspace
+from ..sweeps.running import part_of
 from .alignment import Alignment
 from .fitting import Fit, fit
 from .interchanges import Pairs, Where, hits, surprise, where_of
@@ -118,17 +119,10 @@ class Search:
         }
         data = {**pairs.examples(self.rest), "shuffled": jnp.asarray(self.shuffled[self.rest])}
         loss = search_loss(self.method, pairs, jax.tree.map(lambda *x: np.stack(x), *fixed))
-        told = 0
-
-        def tell(done: int, _: int) -> None:
-            nonlocal told
-            advance(done - told)
-            told = done
-
         optimiser = optax.adam(settings.pop("learning_rate"))
         schedules = self.method.schedule(steps, pairs.values(self.rest, 0))
         found = fit(loss, start, data, steps=steps, optimiser=optimiser, key=self.keys["fit"], many=1, schedules=schedules,
-                    file=file, progress=tell, **settings)  # fmt: skip
+                    file=file, progress=part_of(advance), **settings)  # fmt: skip
         return found, fixed
 
     def judged(
