@@ -84,6 +84,21 @@ def integer(value: object, what: str, low: int | None = None, high: int | None =
     return found
 
 
+def number(value: object, what: str, *, low: float = 0.0, high: float = np.inf, note: str = "") -> float:
+    """A float of a number that is above `low` and below `high`; `note` ends a message.
+
+    Raises:
+        TypeError: it is no number (a bool, a text, an array), or is traced.
+        ValueError: it is out of range, or NaN.
+    """
+    if isinstance(value, bool | np.bool_ | Tracer) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{what} is {value!r}, and a number is needed{note}.")
+    if not low < value < high:
+        allowed = f"above {low:g}" if high == np.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{what} is {value!r}, and must be a finite number {allowed}{note}.")
+    return float(value)
+
+
 def integers(values: object, what: str) -> tuple[int, ...]:
     """A tuple of ints from one, or from any sequence of them (ranges and NumPy arrays too); TypeError for anything else."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -24,6 +25,15 @@ _SEEN = 16  # entries of each axis of an array that a loss closes over, or a few
 _SHARE = 10  # a file is written again when so many times what the last writing took has passed
 _READABLE = ("steps", "batch_size", "many", "stop", "key")  # of a job: all else are hashes
 _WHERE = ("losses", "lowest", "waited", "at", "values")
+
+
+def path_of(file: str | os.PathLike[str] | None) -> Path | None:
+    """A path of what is given as `file=`; TypeError for what is none."""
+    if file is None:
+        return None
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"file is {file!r}, and a path is needed, or None.")
+    return Path(file).expanduser()
 
 
 def job_of(
@@ -65,6 +75,16 @@ def _contents(tree: Any) -> str:
     return found.hexdigest()[:16]
 
 
+def _job_in(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    try:
+        job = json.loads(header.get("job", ""))
+    except (ValueError, RecursionError):
+        job = None
+    if not isinstance(job, dict):
+        raise ValueError(f"{str(path)!r} is damaged: it does not say which fit it is of. Remove it.")
+    return job
+
+
 @dataclass
 class Saved:
     """The file of a fit, open: what it held when it was opened, and when it was last written."""
@@ -84,7 +104,7 @@ class Saved:
         held, header = read_tensors(path)
         if header.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is a safetensors file, but no fit's: file= is where a fit goes on from.")
-        there = json.loads(header["job"])
+        there = _job_in(path, header)
         differs = [name for name in job if there.get(name) != job[name]]
         if differs:
             said = [
@@ -101,6 +121,7 @@ class Saved:
         if not self.held:
             return state, 0
         leaves, tree = jax.tree.flatten((state, watch.best))
+        self._check(leaves, losses)
         kept = [jnp.asarray(self.held[f"state.{i}"]) for i in range(len(leaves))]
         state, watch.best = jax.tree.unflatten(tree, kept)
         own = {name: self.held[name] for name in _WHERE}
@@ -109,6 +130,21 @@ class Saved:
         watch.lowest, watch.waited = own["lowest"], own["waited"]
         watch.at, watch.values = own["at"].tolist(), list(own["values"])
         return state, done
+
+    def _check(self, leaves: list[Any], losses: np.ndarray) -> None:
+        """ValueError where the file lacks what `write` wrote, or has it in other shapes."""
+        rows = {name: len(self.held[name]) if np.ndim(self.held.get(name)) else -1 for name in ("losses", "at")}
+        n_fits = losses.shape[1]
+        need = {f"state.{i}": (x.shape, x.dtype) for i, x in enumerate(leaves)} | {
+            "losses": ((rows["losses"], n_fits), np.float32), "lowest": ((n_fits,), np.float32),
+            "waited": ((n_fits,), np.int32), "at": ((rows["at"],), np.int64), "values": ((rows["at"], n_fits), np.float32),
+        }  # fmt: skip
+        for name, (shape, dtype) in need.items():
+            own = self.held.get(name)
+            if own is None or own.shape != shape or own.dtype != dtype or rows["losses"] > len(losses):
+                raise ValueError(
+                    f"{str(self.path)!r} is damaged: {name} is not there, or not what a fit writes. Remove it."
+                )
 
     def write(self, state: dict[str, Any], losses: np.ndarray, watch: Watch, *, always: bool) -> None:
         """Writes it, whole or not at all, where enough time has passed, or it is to be written `always`."""
