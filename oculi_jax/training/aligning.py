@@ -12,13 +12,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import integer, random_key
+from ..arrays import check_host, integer, number, random_key, share
 from ..intervention import Subspace
 from ..sweeps.running import check_progress, told
 from .alignment import Alignment, Alignments
 from .controls import untrained
 from .interchanges import hits, prepare
-from .searching import Method, Search
+from .resuming import path_of
+from .searching import Method, Search, check_method
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -90,14 +91,19 @@ def align(
         (array([[1.]], dtype=float32), ['random basis', 'shuffled labels', 'untrained model'])
     """
     given = base, source, labels, layers, site, positions, source_positions, (mask, source_mask)
-    found = prepare(model, *given)
+    check_host((model, base, source, labels))
+    check_method(method)
     check_progress(progress)
-    search = Search.of(method, found[0], random_key(key), held_out, integer(seeds, "seeds", 1), controls)
+    key, held_out, seeds = random_key(key), share(held_out, "held_out", "pairs"), integer(seeds, "seeds", 1)
+    file = path_of(file)
+    settings: dict[str, Any] = dict(
+        steps=integer(steps, "steps", 1), batch_size=integer(batch_size, "batch_size", 1),
+        learning_rate=number(learning_rate, "learning_rate"),
+    )  # fmt: skip
+    found = prepare(model, *given)
+    search = Search.of(method, found[0], key, held_out, seeds, controls)
     plain = prepare(untrained(model, search.keys["untrained"]), *given) if controls else []
     every: list[Alignment] = []
-    settings: dict[str, Any] = dict(
-        steps=integer(steps, "steps", 1), batch_size=batch_size, learning_rate=learning_rate
-    )
     with told("Aligning", progress, steps * (len(found) + len(plain))) as advance:
         for i, pairs in enumerate(found):
             done = search.fitted(pairs, _beside(file, f"{pairs.layer}"), advance, seeds=True, **settings)
@@ -142,11 +148,12 @@ def interchange_accuracy(
     given = (labels, layer, subspace.site, position, source_position, (mask, source_mask))
     (pairs,) = prepare(model, base, source, *given)
     basis = np.asarray(jnp.linalg.qr(jnp.asarray(subspace.basis))[0])
+    if not np.isfinite(basis).all():
+        raise ValueError("subspace.basis holds what is no finite number.")
     return hits(pairs, [basis], [0], np.arange(len(pairs.labels)))[0]
 
 
-def _beside(file: str | os.PathLike[str] | None, name: str) -> Path | None:
-    if file is None:
+def _beside(path: Path | None, name: str) -> Path | None:
+    if path is None:
         return None
-    path = Path(file).expanduser()
     return path.with_name(f"{path.stem}.{name}{path.suffix or '.safetensors'}")

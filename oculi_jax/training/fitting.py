@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..arrays import as_array, integer, listing, on_device, random_key, under_trace
+from ..arrays import as_array, check_host, integer, listing, on_device, random_key
 from ..data.streams import order
 from ..pytrees import pytree
 from ..sweeps.running import Progress, check_progress, told
@@ -107,8 +107,7 @@ def fit(
         >>> says(forward(model, ids, Steer(2, found.parameters)))
         'Paris'
     """
-    if under_trace((start, data, held_out, schedules, key)):
-        raise TypeError("A fit runs on the host and was called inside a trace (jit, vmap, grad).")
+    check_host((start, data, held_out, schedules, key))
     steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
     path = path_of(file)
     check_progress(progress)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, integer, listing, random_key, wide
+from ..arrays import AnyArray, check_host, integer, listing, random_key, wide
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -216,6 +216,7 @@ def fit_jacobian_lens(
     config = check_model(model)
     skip = integer(skip, "skip", 0)
     check_progress(progress)
+    check_host((model, tokens))
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, other = jax.random.split(random_key(key))
     held, rest = apart(len(ids), held_out, split)
