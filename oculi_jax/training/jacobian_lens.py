@@ -156,6 +156,10 @@ class JacobianLens:
                 f"{str(path)!r} holds no Jacobian lens, which has 'J', 'n_prompts', 'source_layers' and 'd_model', but "
                 f"{', '.join(map(repr, found)) or 'something else'}."
             )
+        if isinstance(n_prompts, bool) or not 0 <= n_prompts < 2**31:
+            raise ValueError(
+                f"{str(path)!r} is the mean of {n_prompts!r} prompts, and a number from 0 to 2147483647 is needed."
+            )
         if set(matrices) != set(range(len(matrices))):
             raise ValueError(
                 f"{str(path)!r} holds matrices of the layers {sorted(matrices, key=str)}, and those of 0 to the last but one, "
