@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -82,6 +83,50 @@ def integer(value: object, what: str, low: int | None = None, high: int | None =
         allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
         raise ValueError(f"{what} is {found}, and must be {allowed}{note}.")
     return found
+
+
+def number(value: object, what: str, *, low: float = 0.0, high: float = np.inf, note: str = "") -> float:
+    """A float of a number that is above `low` and below `high`; `note` ends a message.
+
+    Raises:
+        TypeError: it is no number (a bool, a text, an array), or is traced.
+        ValueError: it is out of range, or NaN.
+    """
+    if isinstance(value, bool | np.bool_ | Tracer) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{what} is {value!r}, and a number is needed{note}.")
+    if not low < value < high:
+        allowed = f" above {low:g}" if low > -np.inf else ""
+        allowed += f" and below {high:g}" if high < np.inf else ""
+        raise ValueError(f"{what} is {value!r}, and must be a finite number{allowed}{note}.")
+    return float(value)
+
+
+def share(value: object, what: str, of: str) -> float:
+    """A float between 0 and 1, neither of them; ValueError for anything else."""
+    if (
+        isinstance(value, bool | np.bool_)
+        or not isinstance(value, int | float | np.integer | np.floating)
+        or not 0 < value < 1
+    ):
+        raise ValueError(f"{what} is {value!r}, and must be a share of the {of} between 0 and 1.")
+    return float(value)
+
+
+def one_of(value: object, what: str, allowed: Sequence[str]) -> str:
+    """One of some names; ValueError, with the nearest one, for anything else."""
+    if isinstance(value, str) and value in allowed:
+        return value
+    near = difflib.get_close_matches(value, allowed, 1) if isinstance(value, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    names = [repr(name) for name in allowed]
+    which = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
+    raise ValueError(f"{what} is {value!r}, and must be {which}.{hint}")
+
+
+def check_host(values: object) -> None:
+    """TypeError inside a trace, or of what is of one: nothing can be fitted there."""
+    if under_trace(values):
+        raise TypeError("A fit runs on the host and was called inside a trace (jit, vmap, grad).")
 
 
 def integers(values: object, what: str) -> tuple[int, ...]:

@@ -210,9 +210,29 @@ def test_what_cannot_be_is_told() -> None:
         ((BASE, SOURCE, labels), {"positions": 7}, "positions is 7, and must be -7 to 6"),
         ((BASE, SOURCE, labels), {"positions": (0, 1), "source_positions": 1}, "one of these to each of those"),
         ((BASE, SOURCE, labels), {"held_out": 2}, "held_out is 2, and must be a share"),
+        ((BASE, SOURCE, labels), {"held_out": "0.5"}, "held_out is '0.5', and must be a share"),
+        ((BASE, SOURCE, labels), {"learning_rate": np.nan}, "learning_rate is nan, and must be a finite number above 0"),
+        ((BASE, SOURCE, labels), {"batch_size": 0}, "batch_size is 0"),
+        ((BASE, SOURCE[:, :4], labels), {"positions": 5}, r"positions \(of the source prompts too.* is 5, and must be -4 to 3"),
+        ((BASE, SOURCE, labels), {"source_positions": 4, "source_mask": np.arange(SOURCE.shape[1]) < np.full((len(SOURCE), 1), 3)},
+         "source_positions is 4, and must be -3 to 2"),
+        ((BASE, SOURCE, labels), {"method": DBM(np.full((24, 1), np.nan))}, "not orthonormal"),
         ((BASE[:1], SOURCE[:1], labels[:1]), {}, "There are 1 pairs"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             align(model, *given, **{**good, **options})
+    with pytest.raises(ValueError, match="basis is 'neuron', and must be 'neurons' or 'pca'. Did you mean 'neurons'?"):
+        DBM("neuron")
+    for method in (lambda: DAS("2"), lambda: BoundlessDAS("1"), lambda: DBM(penalty="x")):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="is needed"):
+            method()
+    for changes, said in (({"learning_rate": "0.1"}, "learning_rate is '0.1'"), ({"file": 3}, "file is 3")):
+        with pytest.raises(TypeError, match=said):
+            align(model, BASE, SOURCE, labels, **{**good, **changes})
+    with pytest.raises(ValueError, match="subspace.basis holds what is no finite number"):
+        nowhere: Subspace = Subspace("resid_pre", 1, np.full((24, 1), np.nan), 0.0, -1)
+        interchange_accuracy(model, nowhere, BASE, SOURCE, labels)
+    with pytest.raises(TypeError, match="called inside a trace"):
+        jax.jit(lambda ids: align(model, ids, SOURCE, labels, **good).accuracy)(BASE)
     with pytest.raises(TypeError, match=r"one such as DAS\(rank=8\)"):
         align(model, BASE, SOURCE, labels, **{**good, "method": DAS})

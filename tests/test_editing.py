@@ -131,6 +131,8 @@ def test_what_cannot_be_is_told() -> None:
         ({"layer": 4}, "layer is 4, and must be 0 to 3"),
         ({"site": "z"}, "one row of features for each token is needed: it has heads"),
         ({"penalty": -1}, "penalty is -1"),
+        ({"learning_rate": 0}, "learning_rate is 0, and must be a finite number above 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"tokens": w["tokens"][0], "mask": w["mask"][0]}, r"tokens has shape \[8\]"),
     ):  # fmt: skip
         options = {"tokens": w["tokens"], "answers": w["answers"], **good, **changes}

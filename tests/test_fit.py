@@ -212,6 +212,13 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
         )
 
 
+def test_a_held_out_loss_that_is_not_a_number_is_told() -> None:
+    with pytest.warns(UserWarning, match="The held-out loss is not a number after 0 steps") as told:
+        fit(lambda w, x: (w - x) ** 2, 1.0, np.ones(3, np.float32), steps=4, batch_size=1, key=KEY,
+            held_out=np.full(2, np.nan, np.float32))  # fmt: skip
+    assert len(told) == 1
+
+
 def test_a_fit_that_is_killed_goes_on_to_the_same_parameters(tmp_path: Path) -> None:
     whole = slow_fit.run()
     file = tmp_path / "a fit.safetensors"
@@ -294,6 +301,12 @@ def test_what_cannot_be_is_told() -> None:
         ((squares, np.zeros(3), DATA), {"held_out": X}, ValueError, "held_out holds examples of another kind"),
         ((squares, np.zeros(3), DATA), {"schedules": np.ones(3)}, ValueError, r"schedules has shape \[3\], and must lead with the steps, 2"),
         ((0.5, np.zeros(3), DATA), {}, TypeError, "loss is a float"),
+        ((max, np.zeros(3), DATA), {}, TypeError, "loss is <built-in function max>, whose arguments cannot be read"),
+        ((lambda w, x: "low", np.zeros(3), DATA), {}, ValueError, "The loss returns a str of one example"),
+        ((squares, np.zeros(3), np.array(["a", "b"])), {}, TypeError, "data is an array of <U1, and numbers are needed"),
+        ((squares, np.zeros(3), (X, np.full(12, 2**40))), {}, ValueError, r"data\[1\] holds 1099511627776 to .* a int32 holds"),
+        ((squares, np.zeros(3), DATA), {"schedules": "linear"}, TypeError, "schedules is an array of <U6"),
+        ((squares, np.zeros(3), DATA), {"file": 3}, TypeError, "file is 3, and a path is needed"),
         ((lambda w: w, np.zeros(3), DATA), {}, TypeError, "loss takes 1 arguments, and is called as"),
         ((lambda w, x: w, np.zeros(3), DATA), {}, ValueError, r"The loss returns \[3\] of float32 of one example"),
         ((lambda w, x: (w, w), np.zeros(3), DATA), {}, ValueError, "The loss returns a tuple"),
@@ -301,6 +314,39 @@ def test_what_cannot_be_is_told() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             fit(*given, **{**good, **options})
+
+
+def test_inside_a_trace_it_says_so() -> None:
+    settings: dict[str, Any] = dict(steps=2, batch_size=2, key=KEY)
+    for mapped in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(TypeError, match="A fit runs on the host and was called inside a trace"):
+            mapped(lambda w: fit(squares, w, DATA, **settings).parameters)(np.zeros((2, 3), np.float32))
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    """What a file of a fit lacks, or has in another shape, is said; it is neither read in part nor written over."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    file = tmp_path / "fit.safetensors"
+    settings: dict[str, Any] = dict(steps=2, batch_size=2, key=KEY, file=file)
+    fit(squares, np.zeros(3), DATA, **settings)
+    with safe_open(file, framework="numpy") as handle:
+        header, arrays = handle.metadata(), {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    less = {name: x for name, x in arrays.items() if name != "losses"}
+    for held, metadata, said in (
+        (less, header, "losses is not there"),
+        ({**arrays, "losses": np.zeros((5, 1), np.float32)}, header, "is damaged"),
+        ({**arrays, "state.0": np.zeros((7, 3), np.float32)}, header, "state.0 is not there, or not what a fit writes"),
+        (arrays, {"format": header["format"]}, "does not say which fit it is of"),
+        (arrays, {**header, "job": "[1]"}, "does not say which fit it is of"),
+        (arrays, {**header, "job": "{"}, "does not say which fit it is of"),
+    ):
+        save_file(held, file, metadata=metadata)
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=said):
+            fit(squares, np.zeros(3), DATA, **settings)
+        assert file.read_bytes() == before
 
 
 def test_parameters_are_float32_over_a_model_of_half_precision() -> None:

@@ -269,3 +269,16 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             fit_jacobian_lens(MODEL, **{"tokens": tokens, "key": key, "progress": False, **options})
+
+
+def test_a_file_of_no_possible_number_of_prompts_is_refused(tmp_path: Path) -> None:
+    from oculi_jax.utils.torch_files import write_torch
+
+    file = tmp_path / "lens.pt"
+    for n in (2**40, -1, True):
+        with file.open("wb") as handle:
+            write_torch(
+                handle, {"J": {0: np.eye(3, dtype=np.float32)}, "n_prompts": n, "source_layers": [0], "d_model": 3}
+            )
+        with pytest.raises(ValueError, match=f"is the mean of {n} prompts"):
+            JacobianLens.load(file)

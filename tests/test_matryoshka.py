@@ -234,6 +234,8 @@ def test_what_cannot_be_is_told() -> None:
     for given, options, message in (
         ((CLEAN, CORRUPTED), {"kind": "heads"}, "kind is 'heads', and must be one of 'edges', 'nodes', 'neurons'"),
         ((CLEAN, CORRUPTED), {"sizes": "flat"}, "sizes is 'flat', and must be 'uniform' or 'log'"),
+        ((CLEAN, CORRUPTED), {"temperature": 0}, "temperature is 0, and must be a finite number above 0"),
+        ((CLEAN, CORRUPTED), {"kind": "edge"}, "Did you mean 'edges'"),
         ((CLEAN, CORRUPTED), {"held_out": 1}, "held_out is 1, and must be a share"),
         ((CLEAN[0], CORRUPTED[0]), {"mask": None}, "There is 1 pair, and some are needed"),
         ((CLEAN, CORRUPTED[:, :5]), {}, "they must have one shape"),

@@ -227,6 +227,11 @@ def test_what_cannot_be_is_told() -> None:
     model = tiny_llama()
     for tokens, options, message in (
         (IDS, {"sites": "resid_pre"}, "sites is 'resid_pre', and units are of 'embed', 'z', 'mlp_out'"),
+        (IDS, {"sites": ["mlp"]}, "Did you mean 'mlp_out'"),
+        (IDS, {"sites": 3}, "sites is 3, and units are of"),
+        (IDS, {"learning_rate": -1}, "learning_rate is -1, and must be a finite number above 0"),
+        (IDS, {"steps": 0}, "steps is 0"),
+        (IDS, {"layers": 3}, "layers is 3, and must be 0 to 2"),
         (IDS, {"layers": [3]}, "layers is 3, and must be 0 to 2"),
         (IDS, {"layers": []}, "layers is empty"),
         (IDS[0], {}, r"tokens has shape \[6\], and several prompts"),

@@ -95,7 +95,12 @@ def test_what_cannot_be_is_told() -> None:
     for options, message in (
         ({"sparsity": 1.0}, "sparsity is 1.0, and must be between 0 and 1"),
         ({"sparsity": 0.5, "loss": "logits"}, "loss is 'logits', and must be 'kl' or 'metric'"),
+        ({"sparsity": 0.5, "loss": "metrics"}, "Did you mean 'metric'"),
         ({"sparsity": 0.5, "kind": "heads"}, "kind is 'heads'"),
+        ({"sparsity": 0.5, "kind": "node"}, "Did you mean 'nodes'"),
+        ({"sparsity": 0.5, "held_out": "half"}, "held_out is 'half', and must be a share"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            prune(MODEL, CLEAN, CORRUPTED, METRIC, mask=MASK, **options, **SETTINGS)
+            prune(MODEL, CLEAN, CORRUPTED, METRIC, mask=MASK, **{**SETTINGS, **options})
+    with pytest.raises(TypeError, match="steps is '10', and an integer is needed"):
+        prune(MODEL, CLEAN, CORRUPTED, METRIC, mask=MASK, sparsity=0.5, **{**SETTINGS, "steps": "10"})

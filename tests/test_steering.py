@@ -169,11 +169,14 @@ def test_what_cannot_be_is_told() -> None:
         ({"site": "z"}, "one row of features for each token is needed: it has heads"),
         ({"site": "embed"}, "it lies outside the layers"),
         ({"site": "resid"}, "Unknown site 'resid'"),
+        ({"held_out": "0.5"}, "held_out is '0.5', and must be a share"),
         ({"held_out": 1.5}, "held_out is 1.5, and must be a share"),
         ({"positive_mask": np.arange(T)[None] < np.full((N, 1), 1), "positions": -3}, r"positive\[0\] has no finite values"),
     ):  # fmt: skip
         options: dict[str, Any] = {"positive": positive, "negative": negative, "key": KEY, **changes}
         with pytest.raises(ValueError, match=message):
             difference_of_means(MODEL, options.pop("positive"), options.pop("negative"), **options)
+    with pytest.raises(TypeError, match="called inside a trace"):
+        jax.jit(lambda ids: difference_of_means(MODEL, ids, negative, **SETTINGS).vector)(positive)
     with pytest.raises(ValueError, match="penalty is 0, and a number above 0 is needed"):
         linear_probe(MODEL, positive, negative, penalty=0, **SETTINGS)

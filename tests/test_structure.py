@@ -122,6 +122,7 @@ ALLOWED = {
         *CORE,
         "backends",
         "circuits",
+        "data.record",
         "data.streams",
         "intervals",
         "means",

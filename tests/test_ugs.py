@@ -166,6 +166,10 @@ def test_what_cannot_be_is_told() -> None:
     model = planted()
     for corrupted, options, message in (
         (None, {"penalty": -1.0}, "penalty is -1.0, and must be 0 or more"),
+        (None, {"penalty": "x"}, "penalty is 'x', and must be 0 or more"),
+        (None, {"learning_rate": 0}, "learning_rate is 0, and must be a finite number above 0"),
+        (None, {"constants_rate": np.inf}, "constants_rate is inf"),
+        (None, {"steps": 0}, "steps is 0"),
         (IDS[:, :2], {}, r"clean has shape \[64, 4\], and corrupted \[64, 2\]"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from ..arrays import on_every_host
+from ..arrays import AnyArray, on_every_host
 from ..utils.files import write_aside
 
 if TYPE_CHECKING:
@@ -42,17 +42,21 @@ def _weights(model: Any) -> list[tuple[str, Any]]:
     own = model.weights()
     layers = [(f"{number}.{name}", x) for number, layer in enumerate(own.layers) for name, x in sorted(layer.items())]
     tensors = [("embed", own.embed), ("norm", own.norm), ("unembed", own.unembed), *layers]
-    return [(name, x[_spread(tuple(x.shape))].detach().float().cpu().numpy()) for name, x in tensors]
+    return [(name, _numpy(some_entries(x))) for name, x in tensors]
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
 
 
 @jax.jit
 def _some(model: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[_spread(leaf.shape)], model)
+    return jax.tree.map(some_entries, model)
 
 
-def _spread(shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Some entries of every axis."""
-    return tuple(slice(None, None, max(1, n // _SEEN)) for n in shape)
+def some_entries(x: AnyArray) -> AnyArray:
+    """An array's, spread over every axis."""
+    return x[tuple(slice(None, None, max(1, n // _SEEN)) for n in x.shape)]
 
 
 def named(function: Callable[..., Any]) -> dict[str, Any]:

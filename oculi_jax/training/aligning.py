@@ -11,14 +11,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import integer, random_key
+from ..arrays import check_host, integer, number, random_key, share
 from ..intervention import Subspace
 from ..sweeps.running import check_progress, told
 from .alignment import Alignment, Alignments
 from .controls import untrained
 from .interchanges import hits, prepare
-from .resuming import beside_file
-from .searching import Method, Search
+from .resuming import beside_file, path_of
+from .searching import Method, Search, check_method
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -90,20 +90,25 @@ def align(
         (array([[1.]], dtype=float32), ['random basis', 'shuffled labels', 'untrained model'])
     """
     given = base, source, labels, layers, site, positions, source_positions, (mask, source_mask)
-    found = prepare(model, *given)
+    check_host((model, base, source, labels))
+    check_method(method)
     check_progress(progress)
-    search = Search.of(method, found[0], random_key(key), held_out, integer(seeds, "seeds", 1), controls)
+    key, held_out, seeds = random_key(key), share(held_out, "held_out", "pairs"), integer(seeds, "seeds", 1)
+    path = path_of(file)
+    settings: dict[str, Any] = dict(
+        steps=integer(steps, "steps", 1), batch_size=integer(batch_size, "batch_size", 1),
+        learning_rate=number(learning_rate, "learning_rate"),
+    )  # fmt: skip
+    found = prepare(model, *given)
+    search = Search.of(method, found[0], key, held_out, seeds, controls)
     plain = prepare(untrained(model, search.keys["untrained"]), *given) if controls else []
     every: list[Alignment] = []
-    settings: dict[str, Any] = dict(
-        steps=integer(steps, "steps", 1), batch_size=batch_size, learning_rate=learning_rate
-    )
     with told("Aligning", progress, steps * (len(found) + len(plain))) as advance:
         for i, pairs in enumerate(found):
-            done = search.fitted(pairs, beside_file(file, f"{pairs.layer}"), advance, seeds=True, **settings)
+            done = search.fitted(pairs, beside_file(path, f"{pairs.layer}"), advance, seeds=True, **settings)
             other = None
             if controls:
-                name = beside_file(file, f"{pairs.layer}.untrained")
+                name = beside_file(path, f"{pairs.layer}.untrained")
                 other = plain[i], search.fitted(plain[i], name, advance, seeds=False, **settings)
             every += search.judged(pairs, done, other)
     return Alignments(tuple(pairs.layer for pairs in found), found[0].positions, tuple(every))
@@ -142,4 +147,6 @@ def interchange_accuracy(
     given = (labels, layer, subspace.site, position, source_position, (mask, source_mask))
     (pairs,) = prepare(model, base, source, *given)
     basis = np.asarray(jnp.linalg.qr(jnp.asarray(subspace.basis))[0])
+    if not np.isfinite(basis).all():
+        raise ValueError("subspace.basis holds what is no finite number.")
     return hits(pairs, [basis], [0], np.arange(len(pairs.labels)))[0]

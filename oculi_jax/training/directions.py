@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, integer, integers, listing, random_key
+from ..arrays import AnyArray, check_host, integer, integers, listing, random_key, share
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -159,6 +159,7 @@ class Sample:
         positions: Places,
     ) -> Sample:
         config = check_model(model)
+        check_host((model, positive, negative))
         check_site(site, config)
         many = range(config.num_hidden_layers) if layers is None else layers
         last = config.num_hidden_layers - 1
@@ -201,9 +202,9 @@ class Sample:
         if wrong.size:
             n = len(self.prompts[0][0])
             what, row = ("positive", wrong[0]) if wrong[0] < n else ("negative", wrong[0] - n)
-            raise ValueError(
-                f"{what}[{row}] has no finite values at positions {at}: is it shorter than that? Positions count real tokens."
-            )
+            why = "is it shorter than that? Positions count real tokens" if at else "are the model's weights finite?"
+            where = f"positions {listing(at)}" if at else "its tokens"
+            raise ValueError(f"{what}[{row}] has no finite values at {where}: {why}.")
         return values.reshape(len(values), -1, values.shape[-1])
 
 
@@ -243,9 +244,10 @@ def _values(
 
 def judged(sample: Sample, estimator: Estimator, held_out: float, key: Array, controls: bool) -> Direction:
     """Fits a direction on some of the prompts, and judges it, and its controls, on the others."""
-    labels, values = sample.labels, sample.values(sample.model)
     first, second, third, fourth = jax.random.split(random_key(key), 4)
+    labels = sample.labels
     held = _split(labels, held_out, first)
+    values = sample.values(sample.model)
     rest = np.setdiff1d(np.arange(len(labels)), held)
     # In a random order there are as many of each kind to fit on, and to judge on.
     given = np.repeat(labels[None], 1 + DRAWS * controls, axis=0)
@@ -275,12 +277,11 @@ def judged(sample: Sample, estimator: Estimator, held_out: float, key: Array, co
 
 def _split(labels: Bool[np.ndarray, "N"], held_out: float, key: Array) -> Int[np.ndarray, "M"]:
     """Rows to keep back: the same share of both kinds, two at least."""
-    if isinstance(held_out, bool) or not 0 < held_out < 1:
-        raise ValueError(f"held_out is {held_out!r}, and must be a share of the prompts between 0 and 1.")
+    part = share(held_out, "held_out", "prompts")
     held = []
     for kind, own in zip((True, False), jax.random.split(key), strict=True):
         rows = np.flatnonzero(labels == kind)
-        n = min(max(2, round(held_out * len(rows))), len(rows) - 2)
+        n = min(max(2, round(part * len(rows))), len(rows) - 2)
         held.append(rows[np.asarray(jax.random.permutation(own, len(rows)))[:n]])
     return np.sort(np.concatenate(held))
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, as_array, integer, listing, random_key
+from ..arrays import AnyArray, as_array, check_host, integer, listing, number, random_key
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -27,10 +27,12 @@ from ..intervention import RankOne
 from ..prompts import check_prompts
 from ..pytrees import pytree
 from ..run import forward
+from ..sweeps.running import check_progress
 from .controls import beside, ranged, untrained
 from .detection import auroc
 from .directions import check_site
 from .fitting import Fit, fit
+from .resuming import path_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -169,6 +171,10 @@ def rank_one_edit(
     layer = integer(layer, "layer", 0, config.num_hidden_layers - 1)
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < np.inf:
         raise ValueError(f"penalty is {penalty!r}, and a number that is not negative is needed.")
+    check_host((model, tokens, answers))
+    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    learning_rate, key, path = number(learning_rate, "learning_rate"), random_key(key), path_of(file)
+    check_progress(progress)
     ids, real, one = check_prompts(config, tokens, mask)
     wanted = np.asarray(as_array(answers))
     if one or wanted.shape[-1:] != (len(ids),) or wanted.ndim > 2 or wanted.dtype.kind not in "iu":
@@ -180,10 +186,10 @@ def rank_one_edit(
         raise ValueError(f"answers holds what is no token id of this model: they are 0 to {config.vocab_size - 1}.")
     seen = _Seen.of(model, ids, np.ones(np.shape(ids), bool) if real is None else real, site, layer)
     changes = np.atleast_2d(wanted) != seen.said
-    chosen, order, drawn, other = jax.random.split(random_key(key), 4)
+    chosen, order, drawn, other = jax.random.split(key, 4)
     held = _held_out(held_out, changes, chosen)
     task = _Task(np.atleast_2d(wanted), changes, held, order, steps, batch_size, learning_rate, penalty)
-    found, own = task.learn(seen, file=file, progress=progress)
+    found, own = task.learn(seen, file=path, progress=progress)
     hits = {"": task.hits(seen, own)}
     if controls:
         hits["random direction"] = task.hits(seen, {**own, "write": _turned(own["write"], drawn)})
@@ -335,8 +341,8 @@ class _Task:
     def pairs(self) -> dict[str, Int[np.ndarray, "N R"]]:
         """Pairs of a prompt to change and one to keep, of each edit; every one occurs as often as any other, or once more."""
         parts: list[list[np.ndarray]] = [[], []]
-        for number, own in enumerate(self.changes[:, self.rest]):
-            mixed = np.random.default_rng([*np.asarray(jax.random.key_data(self.key)).tolist(), number])
+        for edit, own in enumerate(self.changes[:, self.rest]):
+            mixed = np.random.default_rng([*np.asarray(jax.random.key_data(self.key)).tolist(), edit])
             for part, rows in zip(parts, (self.rest[own], self.rest[~own]), strict=True):
                 part.append(mixed.permutation(rows))
         n = max(len(rows) for part in parts for rows in part)

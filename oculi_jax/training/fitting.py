@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..arrays import as_array, integer, listing, random_key
+from ..arrays import as_array, check_host, integer, listing, on_device, random_key
 from ..data.streams import order
 from ..pytrees import pytree
 from ..sweeps.running import Progress, check_progress, told
-from .resuming import Saved, job_of
+from .resuming import Saved, job_of, path_of
 from .steps import BLOCK, Loss, Now, Programs, Start
 from .watching import Watch
 
@@ -108,7 +107,9 @@ def fit(
         >>> says(forward(model, ids, Steer(2, found.parameters)))
         'Paris'
     """
+    check_host((start, data, held_out, schedules, key))
     steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    path = path_of(file)
     check_progress(progress)
     begun, axes = check_parameters(start, integer(many, "many", 0))
     data, n = check_examples(data, "data")
@@ -128,10 +129,10 @@ def fit(
     programs = Programs.of(traced, chosen, begun, batch_size, data=data, schedules=rows, key=typed)
     watch = Watch.of(programs, held, steps, patience, begun.trained)
     saved = None
-    if file is not None:
+    if path is not None:
         given = {"data": data, "held_out": held, "schedules": rows}
         job = job_of(programs, begun, axes, given, steps=steps, batch_size=batch_size, stop=patience)
-        saved = Saved.open(Path(file).expanduser(), job)
+        saved = Saved.open(path, job)
     number = int.from_bytes(np.asarray(jax.random.key_data(typed)).tobytes(), "little")
     losses = _run(programs, watch, begun, partial(order, n, batch_size, key=number), saved, progress)
     return _result(begun, axes, losses, watch)
@@ -233,7 +234,7 @@ def check_parameters(start: object, many: int) -> tuple[Start, tuple[int, ...]]:
 
 def check_examples(data: object, what: str, like: object = None) -> tuple[Any, int]:
     """Examples on the device, and how many there are; where `like` is given, of the same kind."""
-    found = jax.tree.map(lambda x: jnp.asarray(as_array(x)), data)
+    found = jax.tree_util.tree_map_with_path(partial(_placed, what), data)
     named = jax.tree_util.tree_leaves_with_path(found)
     if not named:
         raise ValueError(f"{what} is {data!r}: there is no array in it.")
@@ -253,8 +254,24 @@ def check_examples(data: object, what: str, like: object = None) -> tuple[Any, i
     return found, len(named[0][1])
 
 
+def _placed(what: str, path: Any, values: object) -> Array:
+    """An array of numbers, on the device as it was on the host."""
+    array = as_array(values)
+    if on_device(array):
+        return array
+    name = f"{what}{jax.tree_util.keystr(path)}"
+    if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
+        raise TypeError(f"{name} is an array of {array.dtype}, and numbers are needed.")
+    own = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype.kind in "iu" and array.size and not np.can_cast(array.dtype, own):
+        low, high = np.iinfo(own).min, np.iinfo(own).max
+        if array.min() < low or array.max() > high:
+            raise ValueError(f"{name} holds {array.min()} to {array.max()}, and a {own} holds {low} to {high}.")
+    return jnp.asarray(array)
+
+
 def _check_schedules(schedules: object, steps: int) -> Any:
-    found = jax.tree.map(lambda x: jnp.asarray(as_array(x)), schedules)
+    found = jax.tree_util.tree_map_with_path(partial(_placed, "schedules"), schedules)
     for path, x in jax.tree_util.tree_leaves_with_path(found):
         if x.shape[:1] != (steps,):
             raise ValueError(

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..arrays import random_key
+from ..arrays import integer, number, random_key
 from ..backends.jax.programs import measure
 from ..circuits.ablation import Ablated, ablated, ablation_of
 from ..circuits.circuit import Circuit
@@ -137,8 +137,11 @@ def ugs(
         >>> found.losses.shape, 0 < float(found.scores.values.max()) < 1
         ((10,), True)
     """
-    if not penalty >= 0:
+    if isinstance(penalty, bool) or not isinstance(penalty, int | float | np.number) or not 0 <= penalty < np.inf:
         raise ValueError(f"penalty is {penalty!r}, and must be 0 or more: what an edge costs.")
+    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    learning_rate = number(learning_rate, "learning_rate")
+    constants_rate = number(constants_rate, "constants_rate")
     begin, order, drawn = jax.random.split(random_key(key), 3)
     objective = Objective.of(model, clean, mask, loss, held_out, begin)
     search = _Search(objective, corrupted, corrupted_mask, constants_rate / learning_rate)

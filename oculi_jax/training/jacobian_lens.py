@@ -17,11 +17,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, integer, listing, random_key, wide
+from ..arrays import AnyArray, check_host, integer, listing, random_key, wide
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
-from ..data.record import describe
+from ..data.record import contents, describe
 from ..intervention import Edit
 from ..prompts import bucket
 from ..pytrees import pytree
@@ -31,7 +31,7 @@ from ..utils.files import write_aside
 from ..utils.torch_files import read_torch, write_torch
 from .controls import untrained
 from .lenses import FittedLens, apart, check_rows, divergences, rows_of
-from .resuming import Saved, contents
+from .resuming import Saved, path_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -158,6 +158,10 @@ class JacobianLens:
                 f"{str(path)!r} holds no Jacobian lens, which has 'J', 'n_prompts', 'source_layers' and 'd_model', but "
                 f"{', '.join(map(repr, found)) or 'something else'}."
             )
+        if isinstance(n_prompts, bool) or not 0 <= n_prompts < 2**31:
+            raise ValueError(
+                f"{str(path)!r} is the mean of {n_prompts!r} prompts, and a number from 0 to 2147483647 is needed."
+            )
         if set(matrices) != set(range(len(matrices))):
             raise ValueError(
                 f"{str(path)!r} holds matrices of the layers {sorted(matrices, key=str)}, and those of 0 to the last but one, "
@@ -220,20 +224,21 @@ def fit_jacobian_lens(
     config = check_model(model)
     skip = integer(skip, "skip", 0)
     check_progress(progress)
+    check_host((model, tokens))
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, other = jax.random.split(random_key(key))
     held, rest = apart(len(ids), held_out, split)
     prompts = _long_enough([row[own] for row, own in zip(ids[rest], real[rest], strict=True)], skip)
     others = {"untrained weights": untrained(model, other)} if controls else {}
     saved = None
-    if file is not None:
+    if (path := path_of(file)) is not None:
         about = {
             "model": describe(model),
-            "prompts": contents(prompts),
+            "prompts": contents([prompts]),
             "skip": skip,
-            "key": contents(jax.random.key_data(other)),
+            "key": contents([jax.random.key_data(other)]),
         }
-        saved = Saved.open(Path(file).expanduser(), about)
+        saved = Saved.open(path, about)
     with told("Fitting the Jacobian lens", progress, (1 + len(others)) * len(prompts)) as advance:
         lens, *more = (
             JacobianLens(_mean(one, prompts, skip, name, saved, advance), np.array(len(prompts), np.int32))
@@ -272,7 +277,8 @@ def _mean(
     width, dtype = model.config.hidden_size, wide(model.dtype)
     total, done = jnp.zeros((model.config.num_hidden_layers, width, width), dtype), 0
     if saved is not None and name in saved.held:
-        total, done = jnp.asarray(saved.held[name]), int(saved.held[f"{name} done"])
+        total = jnp.asarray(saved.array(name, total.shape, total.dtype))
+        done = int(saved.array(f"{name} done", (), np.int64))
     advance(done)
     for number, prompt in enumerate(prompts[done:], done + 1):
         total = jax.block_until_ready(_added(total, model, *_placed(prompt, skip), _block(width, len(prompt))))

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, listing
+from ..arrays import AnyArray, listing, share
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -112,11 +112,10 @@ def check_rows(
 
 def apart(n: int, held_out: float, key: Array) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
     """Which of n prompts are kept back, drawn by a key, and which are not; each in order."""
-    if isinstance(held_out, bool) or not 0 < held_out < 1:
-        raise ValueError(f"held_out is {held_out!r}, and must be a share of the prompts between 0 and 1.")
+    kept = share(held_out, "held_out", "prompts")
     if n < 2:
         raise ValueError("There is one prompt, and some are needed to fit on, and some to judge on.")
-    n_held = min(max(1, round(held_out * n)), n - 1)
+    n_held = min(max(1, round(kept * n)), n - 1)
     order = np.asarray(jax.random.permutation(key, n))
     return np.sort(order[:n_held]), np.sort(order[n_held:])
 

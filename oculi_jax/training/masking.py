@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import as_array, listing
+from ..arrays import as_array, listing, number, one_of
 from .interchanges import Weighted
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class DBM:
 
     basis: Any = "neurons"
     penalty: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.basis, str):
+            one_of(self.basis, "basis", ("neurons", "pca"))
+        number(self.penalty, "penalty", low=-np.inf)
 
     def start(self, values: Float[np.ndarray, "N n"], key: Array) -> tuple[dict[str, Any], Float[np.ndarray, "n m"]]:
         """Scores near 0, and the directions."""
@@ -81,15 +86,13 @@ class DBM:
         if isinstance(self.basis, str):
             if self.basis == "neurons":
                 return np.eye(width, dtype=np.float32)
-            if self.basis == "pca":
-                centred = np.asarray(values, np.float64) - values.mean(axis=0, dtype=np.float64)
-                return np.linalg.svd(centred, full_matrices=False)[2].T.astype(np.float32)
-            raise ValueError(f"basis is {self.basis!r}, and must be 'neurons', 'pca', or directions [n, m].")
+            centred = np.asarray(values, np.float64) - values.mean(axis=0, dtype=np.float64)
+            return np.linalg.svd(centred, full_matrices=False)[2].T.astype(np.float32)
         given = np.asarray(as_array(self.basis), np.float32)
         if given.ndim != 2 or given.shape[0] != width or not 1 <= given.shape[1] <= width:
             raise ValueError(
                 f"basis has shape {listing(given.shape)}, and [n, m] is needed, with n = {width} of the site."
             )
-        if np.abs(given.T @ given - np.eye(given.shape[1])).max() > 1e-3:
+        if not np.abs(given.T @ given - np.eye(given.shape[1])).max() <= 1e-3:
             raise ValueError("basis has columns that are not orthonormal; take np.linalg.qr(basis)[0].")
         return given

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..arrays import AnyArray, integer, random_key
+from ..arrays import AnyArray, check_host, integer, one_of, random_key, share
 from ..backends.jax.programs import measure
 from ..capture import at_positions
 from ..circuits.ablation import ablated, ablation_of
@@ -50,8 +50,7 @@ class Units:
     @classmethod
     def of(cls, config: DecoderConfig, kind: str, graph: Graph | None) -> Units:
         """Raises ValueError or TypeError for a kind that there is not, and a graph of another model."""
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}, and must be one of {', '.join(map(repr, KINDS))}.")
+        one_of(kind, "kind", KINDS)
         graph = Graph.of(config) if graph is None else graph
         if not isinstance(graph, Graph):
             raise TypeError(f"graph is a {type(graph).__name__}, and a Graph is needed: Graph.of(model.config).")
@@ -95,6 +94,7 @@ class Search:
         controls: bool,
         key: Array,
     ):
+        check_host((model, prompts))
         clean, corrupted, mask, corrupted_mask = prompts
         pairs = Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask)
         self.model, self.units, self.ablation = model, units, ablation
@@ -198,9 +198,7 @@ class Pair:
 
 def _split(n: int, held_out: float, rng: np.random.Generator) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]:
     """The numbers of pairs to fit on, and of those to judge on."""
-    if isinstance(held_out, bool) or not 0 < held_out < 1:
-        raise ValueError(f"held_out is {held_out!r}, and must be a share of the pairs between 0 and 1.")
-    n_held = max(1, round(held_out * n))
+    n_held = max(1, round(share(held_out, "held_out", "pairs") * n))
     if n_held == n:
         raise ValueError(
             f"There {'is 1 pair' if n == 1 else f'are {n} pairs'}, and some are needed to fit on, and some to judge on."

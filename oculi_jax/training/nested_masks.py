@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from ..arrays import integer, number, one_of
+from ..backends import check_model
 from .masks import LearnedScores, Pair, Search, Units
 from .top_k import soft_top_k
 
@@ -92,8 +94,10 @@ def matryoshka(
         >>> found.kind, found.top(12)
         ('nodes', Circuit(12 of 29 nodes))
     """
-    if sizes not in SIZES:
-        raise ValueError(f"sizes is {sizes!r}, and must be {' or '.join(map(repr, SIZES))}.")
+    check_model(model)
+    one_of(sizes, "sizes", SIZES)
+    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    temperature = number(temperature, "temperature")
     units = Units.of(model.config, kind, graph)
     search = Search(
         model, (clean, corrupted, mask, corrupted_mask), metric, units, ablation, held_out=held_out, seeds=seeds,

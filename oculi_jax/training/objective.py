@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, listing, under_trace
+from ..arrays import AnyArray, check_host, listing, share
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -64,8 +64,7 @@ class Objective:
             ValueError, TypeError: something that can be seen to be wrong, before a fit begins.
         """
         config = check_model(model)
-        if under_trace((model, tokens)):
-            raise TypeError("A fit runs on the host and was called inside a trace (jit, vmap, grad).")
+        check_host((model, tokens))
         ids, real, one = check_prompts(config, tokens, mask)
         if one:
             raise ValueError(f"tokens has shape {listing(np.shape(tokens))}, and several prompts [B, T] are needed.")
@@ -144,11 +143,9 @@ def _spreads(
     return jax.tree.map(lambda x: jnp.sqrt(jnp.sum(x, axis=0) / n.astype(x.dtype)), found)
 
 
-def _split(n: int, share: float, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _split(n: int, held_out: float, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows to fit on, to choose by, a quarter of what is not held out, and to judge on; drawn by the key."""
-    if isinstance(share, bool) or not 0 < share < 1:
-        raise ValueError(f"held_out is {share!r}, and must be a share of the prompts between 0 and 1.")
-    n_held = max(1, round(share * n))
+    n_held = max(1, round(share(held_out, "held_out", "prompts") * n))
     n_choosing = max(1, round((n - n_held) / 4))
     if n_held + n_choosing >= n:
         raise ValueError(f"There are {n} prompts, and some are needed to fit on, some to choose by, some to judge on.")

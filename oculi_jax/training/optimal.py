@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..arrays import AnyArray, integer, random_key
+from ..arrays import AnyArray, integer, integers, number, random_key
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..intervention import Edit
@@ -28,7 +29,7 @@ from ..sweeps.running import check_progress, part_of, told
 from .controls import beside
 from .fitting import fit
 from .objective import AT_ONCE, Objective, moments
-from .resuming import beside_file
+from .resuming import beside_file, path_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,14 +135,17 @@ def optimal_ablation(
         (('m3',), True)
     """
     names, chosen = _asked(model, sites, layers)
+    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    learning_rate = number(learning_rate, "learning_rate")
+    check_progress(progress)
+    path = path_of(file)
     begin, order = jax.random.split(random_key(key))
     objective = Objective.of(model, tokens, mask, loss, held_out, begin)
     search = _Search(objective, names, chosen)
-    check_progress(progress)
-    options: Any = dict(steps=integer(steps, "steps", 1), batch_size=batch_size, learning_rate=learning_rate)
+    options: Any = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     with told("Fitting constants", progress, steps * len(search.layers)) as advance:
         found = [
-            search.layer(layer, order, beside_file(file, f"{layer}"), advance, **options) for layer in search.layers
+            search.layer(layer, order, beside_file(path, f"{layer}"), advance, **options) for layer in search.layers
         ]
     return search.joined(found)
 
@@ -149,13 +153,19 @@ def optimal_ablation(
 def _asked(model: Decoder, sites: Any, layers: Any) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The sites in the order of a graph, and the layers."""
     config = check_model(model)
-    names = (sites,) if isinstance(sites, str) else tuple(sites)
-    if not names or set(names) - set(UNITS):
+    names = tuple(sites) if isinstance(sites, list | tuple) else (sites,)
+    if not names or any(name not in UNITS for name in names):
+        near = [y for x in names if isinstance(x, str) and x not in UNITS for y in get_close_matches(x, UNITS, 1)]
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"sites is {sites!r}, and units are of {', '.join(map(repr, UNITS))}: one of these, or several."
+            f"sites is {sites!r}, and units are of {', '.join(map(repr, UNITS))}: one of these, or several.{hint}"
         )
     last = config.num_hidden_layers - 1
-    chosen = range(last + 1) if layers is None else sorted({integer(x, "layers", 0, last) for x in layers})
+    chosen = (
+        range(last + 1)
+        if layers is None
+        else sorted({integer(x, "layers", 0, last) for x in integers(layers, "layers")})
+    )
     if not chosen:
         raise ValueError("layers is empty: name at least one.")
     return tuple(name for name in UNITS if name in names), tuple(chosen)

@@ -16,6 +16,8 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
+from ..arrays import integer, one_of
+from ..backends import check_model
 from ..backends.jax.layout import lay_out
 from ..backends.jax.programs import passed
 from ..backends.jax.taps import Taps
@@ -135,8 +137,9 @@ def prune(
     """
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float | np.floating) or not 0 < sparsity < 1:
         raise ValueError(f"sparsity is {sparsity!r}, and must be between 0 and 1: the share of units to leave out.")
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}, and must be {' or '.join(map(repr, LOSSES))}.")
+    check_model(model)
+    one_of(loss, "loss", LOSSES)
+    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
     units = Units.of(model.config, kind, graph)
     search = Search(
         model, (clean, corrupted, mask, corrupted_mask), metric, units, ablation, held_out=held_out, seeds=seeds,

@@ -9,22 +9,34 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..data.record import contents, some_entries
 from ..utils.files import read_tensors, write_aside, write_tensors
 from .steps import Programs, Start, moved
 from .watching import Watch
 
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
 FORMAT = "oculi_jax fit 1"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in what functions print, another one in every process
-_SEEN = 16  # entries of each axis of an array that a loss closes over, or a few more, that its fingerprint is of
 _SHARE = 10  # a file is written again when so many times what the last writing took has passed
 _READABLE = ("steps", "batch_size", "many", "stop", "key", "skip")  # of a job: all else are hashes
 _WHERE = ("losses", "lowest", "waited", "at", "values")
+
+
+def path_of(file: str | os.PathLike[str] | None) -> Path | None:
+    """A path of what is given as `file=`; TypeError for what is none."""
+    if file is None:
+        return None
+    if not isinstance(file, str | os.PathLike):
+        raise TypeError(f"file is {file!r}, and a path is needed, or None.")
+    return Path(file).expanduser()
 
 
 def job_of(
@@ -43,8 +55,8 @@ def job_of(
         "loss": loss.hexdigest()[:16],
         "optimiser": hashlib.sha256(_ADDRESS.sub("", str(step)).encode()).hexdigest()[:16],
         "key": np.asarray(jax.random.key_data(programs.fixed["key"])).tolist(),
-        "start": contents((str(start.tree), start.trained, start.carried)),
-        **{name: None if tree is None else contents(tree) for name, tree in given.items()},
+        "start": contents([(str(start.tree), start.trained, start.carried)]),
+        **{name: None if tree is None else contents([tree]) for name, tree in given.items()},
     }
 
 
@@ -52,18 +64,17 @@ def _some(x: Any) -> Any:
     """Some entries of an array; the bits of a random key."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    return x[tuple(slice(None, None, max(1, n // _SEEN)) for n in x.shape)]
+    return some_entries(x)
 
 
-def contents(tree: Any) -> str:
-    """A hash of what a pytree is and holds."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = leaf.encode() if isinstance(leaf, str) else np.asarray(leaf)
-        kind = "" if isinstance(array, bytes) else f"{array.shape} {array.dtype}"
-        found.update(f"{jax.tree_util.keystr(path)} {kind}".encode())
-        found.update(array if isinstance(array, bytes) else array.tobytes())
-    return found.hexdigest()[:16]
+def _job_in(path: Path, header: dict[str, str]) -> dict[str, Any]:
+    try:
+        job = json.loads(header.get("job", ""))
+    except (ValueError, RecursionError):
+        job = None
+    if not isinstance(job, dict):
+        raise ValueError(f"{str(path)!r} is damaged: it does not say which fit it is of. Remove it.")
+    return job
 
 
 @dataclass
@@ -85,7 +96,7 @@ class Saved:
         held, header = read_tensors(path)
         if header.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} is a safetensors file, but no fit's: file= is where a fit goes on from.")
-        there = json.loads(header["job"])
+        there = _job_in(path, header)
         differs = [name for name in job if there.get(name) != job[name]]
         if differs:
             said = [
@@ -102,14 +113,29 @@ class Saved:
         if not self.held:
             return state, 0
         leaves, tree = jax.tree.flatten((state, watch.best))
-        kept = [jnp.asarray(self.held[f"state.{i}"]) for i in range(len(leaves))]
+        kept = [jnp.asarray(self.array(f"state.{i}", x.shape, x.dtype)) for i, x in enumerate(leaves)]
         state, watch.best = jax.tree.unflatten(tree, kept)
-        own = {name: self.held[name] for name in _WHERE}
-        done = len(own["losses"])
-        losses[:done] = own["losses"]
-        watch.lowest, watch.waited = own["lowest"], own["waited"]
-        watch.at, watch.values = own["at"].tolist(), list(own["values"])
-        return state, done
+        n_fits, at = losses.shape[1], self.array("at", (None,), np.int64)
+        own = self.array("losses", (None, n_fits), np.float32)
+        if len(own) > len(losses):
+            raise self._damaged("losses")
+        losses[: len(own)] = own
+        watch.lowest = self.array("lowest", (n_fits,), np.float32)
+        watch.waited = self.array("waited", (n_fits,), np.int32)
+        watch.at, watch.values = at.tolist(), list(self.array("values", (len(at), n_fits), np.float32))
+        return state, len(own)
+
+    def array(self, name: str, shape: tuple[int | None, ...], dtype: DTypeLike) -> np.ndarray:
+        """What it held by a name; ValueError where that is not of this shape, whose None may be anything, and dtype."""
+        own = self.held.get(name)
+        if own is None or own.dtype != dtype or own.ndim != len(shape):
+            raise self._damaged(name)
+        if any(n not in (None, m) for n, m in zip(shape, own.shape, strict=True)):
+            raise self._damaged(name)
+        return own
+
+    def _damaged(self, name: str) -> ValueError:
+        return ValueError(f"{str(self.path)!r} is damaged: {name} is not there, or not what a fit writes. Remove it.")
 
     def write(self, state: dict[str, Any], losses: np.ndarray, watch: Watch, *, always: bool) -> None:
         """`keep`, of the state of a fit."""
@@ -132,9 +158,6 @@ class Saved:
         self.took = self.written - begin
 
 
-def beside_file(file: str | os.PathLike[str] | None, name: str) -> Path | None:
+def beside_file(path: Path | None, name: str) -> Path | None:
     """The file of one of several fits, `STEM.NAME.safetensors` beside the one that was named."""
-    if file is None:
-        return None
-    path = Path(file).expanduser()
-    return path.with_name(f"{path.stem}.{name}{path.suffix or '.safetensors'}")
+    return None if path is None else path.with_name(f"{path.stem}.{name}{path.suffix or '.safetensors'}")

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import integer
+from ..arrays import integer, number
 from ..intervention import Subspace
 from .interchanges import Weighted
 
@@ -41,6 +41,9 @@ class DAS:
     """
 
     rank: int
+
+    def __post_init__(self) -> None:
+        integer(self.rank, "rank", 1)
 
     def start(self, values: Float[np.ndarray, "N n"], key: Array) -> tuple[dict[str, Any], None]:
         """What a fit begins with, and what it is given that is not fitted."""
@@ -84,6 +87,9 @@ class BoundlessDAS:
     """
 
     penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        number(self.penalty, "penalty", low=-np.inf)
 
     def start(self, values: Float[np.ndarray, "N n"], key: Array) -> tuple[dict[str, Any], None]:
         """A rotation, and the boundary in the middle."""

@@ -72,10 +72,6 @@ class Search:
     def of(
         cls, method: Method[Any, Any], pairs: Pairs, key: Array, held_out: float, seeds: int, controls: bool
     ) -> Search:
-        if not isinstance(held_out, float) or not 0 < held_out < 1:
-            raise ValueError(f"held_out is {held_out!r}, and must be a share of the pairs between 0 and 1.")
-        if not hasattr(method, "found") or isinstance(method, type):
-            raise TypeError(f"method is {method!r}, and one such as DAS(rank=8), BoundlessDAS() or DBM() is needed.")
         n = len(pairs.labels)
         n_held = max(1, round(held_out * n))
         if n_held == n:
@@ -160,6 +156,12 @@ class Search:
 
     def _basis(self, found: Fit, i: int, fixed: Any) -> Float[np.ndarray, "n r"]:
         return self.method.found(jax.tree.map(lambda x: x[i], found.parameters["own"]), fixed)
+
+
+def check_method(method: object) -> None:
+    """TypeError for what is no way to look for a subspace."""
+    if not hasattr(method, "found") or isinstance(method, type):
+        raise TypeError(f"method is {method!r}, and one such as DAS(rank=8), BoundlessDAS() or DBM() is needed.")
 
 
 def search_loss(method: Method[Any, Any], pairs: Pairs, fixed: object) -> Callable[..., Array]:

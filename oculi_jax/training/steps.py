@@ -88,12 +88,16 @@ class Loss:
 
         def one(trained: list[Array], carried: list[Array], example: Any, now: Now) -> Any:
             given = start.joined(trained, carried), example, now
-            return loss(*given[:n])
+            found = loss(*given[:n])
+            if not isinstance(found, Array | np.ndarray | np.generic | int | float):
+                raise ValueError(
+                    f"The loss returns a {type(found).__name__} of one example, and one floating-point number is needed."
+                )
+            return found
 
         program, value = jax.make_jaxpr(one, return_shape=True)(trained, carried, example, now)
-        shape = getattr(value, "shape", None)
-        if shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            what = f"{listing(shape)} of {value.dtype}" if shape is not None else f"a {type(value).__name__}"
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            what = f"{listing(value.shape)} of {value.dtype}"
             raise ValueError(f"The loss returns {what} of one example, and one floating-point number is needed.")
         return cls(program.jaxpr, list(program.consts))
 
@@ -106,7 +110,12 @@ def _count(loss: object) -> int:
     if not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}, and a function loss(parameters, example) is needed.")
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(loss).parameters.values()
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except ValueError:
+        raise TypeError(
+            f"loss is {loss!r}, whose arguments cannot be read: give a function loss(parameters, example), which may call it."
+        ) from None
     n = sum(x.kind in positional and x.default is inspect.Parameter.empty for x in parameters)
     if n not in (2, 3) and not any(x.kind is inspect.Parameter.VAR_POSITIONAL for x in parameters):
         raise TypeError(

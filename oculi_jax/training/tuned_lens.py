@@ -16,13 +16,14 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import integer, listing, random_key
+from ..arrays import check_host, integer, listing, random_key
 from ..backends import check_model
 from ..pytrees import pytree
 from ..utils.files import read_tensors, write_aside, write_tensors
 from .controls import untrained
 from .fitting import fit
 from .lenses import FittedLens, apart, check_rows, divergence, divergences, rows_of, streams
+from .resuming import path_of
 
 if TYPE_CHECKING:
     import optax
@@ -204,6 +205,8 @@ def train_tuned_lens(
     if config.num_hidden_layers == 1:
         raise ValueError("This model has one layer, after which it speaks for itself: there is nothing to translate.")
     steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    check_host((model, tokens))
+    path = path_of(file)
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, order, other = jax.random.split(random_key(key), 3)
     held, rest = apart(len(ids), held_out, split)
@@ -220,7 +223,6 @@ def train_tuned_lens(
         lens = TunedLens(*(jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))) for x in jax.tree.leaves(found.parameters)))
         return lens, np.asarray(divergences(lens, model, reads, ids[held], real[held])), found.losses
 
-    path = None if file is None else Path(file)
     lens, kl, losses = fitted(None, path)
     beside = {"logit lens": np.asarray(divergences(None, model, None, ids[held], real[held]))}
     if controls:

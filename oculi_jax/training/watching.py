@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,8 @@ class Watch:
             return
         found = np.asarray(self.programs.held_out(trained, self.held, done, self.steps), np.float32)
         found = np.where(self.alive, found, np.nan).astype(np.float32)
+        if np.isnan(found[self.alive]).any() and not np.isnan(self.values).any():
+            warnings.warn(f"The held-out loss is not a number after {done} steps: it says nothing.", stacklevel=5)
         better = found < self.lowest
         if self.patience is not None:
             self.best = _chosen(jnp.asarray(better), trained, self.best)
