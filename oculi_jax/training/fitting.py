@@ -87,7 +87,8 @@ def fit(
         held_out: as `data`, examples to measure the loss on before the first step, after each twentieth of the steps, and at the
             end.
         many: how many leading axes of every leaf of `start` are fits, independent of one another: layers × positions × seeds.
-        schedules: a pytree of arrays `[steps, …]`; a step finds its row in `now.schedule`.
+        schedules: a pytree of arrays `[steps, …]`, of what the loss varies by; a step finds its row in `now.schedule`. A schedule
+            of the learning rate goes into `optimiser`: `optax.adam(optax.cosine_decay_schedule(0.1, steps))`.
         file: a safetensors file to go on from where there is one, and which is kept up to date: at most a tenth of the time goes
             into it. A process that was killed goes on, to the same parameters; another fit's file is refused.
         stop: a fit ends when so many measurements in a row of its held-out loss were no new lowest.
@@ -217,7 +218,8 @@ def check_parameters(start: object, many: int) -> tuple[Start, tuple[int, ...]]:
         if len(own) < many or own != axes or 0 in own:
             raise ValueError(
                 f"start{jax.tree_util.keystr(path)} has shape {listing(x.shape)}, and many={many} says that every leaf leads "
-                f"with {'the same axes' if many > 1 else 'the axis'} of the fits{f', {listing(axes)}' if axes else ''}."
+                f"with {f'the same {many} axes' if many > 1 else 'the axis'} of the fits"
+                + (f", {listing(axes)}." if len(axes) == many else ".")
             )
     assert axes is not None
 
@@ -233,7 +235,7 @@ def check_parameters(start: object, many: int) -> tuple[Start, tuple[int, ...]]:
 
 def check_examples(data: object, what: str, like: object = None) -> tuple[Any, int]:
     """Examples on the device, and how many there are; where `like` is given, of the same kind."""
-    found = jax.tree.map(lambda x: jnp.asarray(as_array(x)), data)
+    found = _numbers(data, what)
     named = jax.tree_util.tree_leaves_with_path(found)
     if not named:
         raise ValueError(f"{what} is {data!r}: there is no array in it.")
@@ -253,8 +255,24 @@ def check_examples(data: object, what: str, like: object = None) -> tuple[Any, i
     return found, len(named[0][1])
 
 
+def _numbers(tree: object, what: str) -> Any:
+    """The tree with arrays for leaves; TypeError for one that holds something else."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        array = as_array(x)
+        if (
+            not jnp.issubdtype(array.dtype, jnp.number)
+            and array.dtype != bool
+            and not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+        ):
+            raise TypeError(
+                f"{what}{jax.tree_util.keystr(path)} is {x!r}, and an array of numbers is needed: of texts their ids, of a "
+                "function its values."
+            )
+    return jax.tree.map(lambda x: jnp.asarray(as_array(x)), tree)
+
+
 def _check_schedules(schedules: object, steps: int) -> Any:
-    found = jax.tree.map(lambda x: jnp.asarray(as_array(x)), schedules)
+    found = _numbers(schedules, "schedules")
     for path, x in jax.tree_util.tree_leaves_with_path(found):
         if x.shape[:1] != (steps,):
             raise ValueError(
