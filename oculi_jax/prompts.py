@@ -52,6 +52,8 @@ def ids_of(tokens: object) -> Any:
         raise TypeError(
             f"tokens is a dictionary with {', '.join(map(str, tokens)) or 'nothing in it'}, and ids are needed."
         )
+    if not isinstance(tokens, str) and is_text(tokens):
+        raise TypeError("These are texts, and ids are needed: tokens, mask = oculi_jax.padded(texts, tokenizer).")
     if isinstance(tokens, list | tuple) and len({np.size(row) for row in tokens if np.ndim(row) == 1}) > 1:
         raise ValueError(
             "tokens holds prompts of unequal lengths. Make one array of them, and a mask: tokens, mask = oculi_jax.padded(rows)."
@@ -134,6 +136,9 @@ def check_prompts(
 ) -> tuple[AnyArray, AnyArray | None, bool]:
     """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
     given = tokens if isinstance(tokens, str) else ids_of(tokens)
+    if not isinstance(given, str) and given.ndim > 2:
+        hint = " padded returns two things, tokens and mask: give each by itself." if isinstance(tokens, tuple) else ""
+        raise ValueError(f"tokens has shape {listing(given.shape)}, and ids [B, T] are needed.{hint}")
     if isinstance(given, str) or given.ndim != 2:
         tokens = check_tokens(tokens, config.vocab_size)[None]
         mask = check_mask(mask, tokens.shape[1])

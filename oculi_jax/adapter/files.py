@@ -153,6 +153,8 @@ def _flatten(capture: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return arrays | {name: value for name, value in others.items() if value is not None}, {}
     if type(capture) not in STRUCTURES.values():
         hint = ' Give an array a name: save({"logits": array}, path).' if hasattr(capture, "shape") else ""
+        parts = [name for name in ("subspace", "edit", "constants", "steer") if hasattr(capture, name)]
+        hint = f" It has what is kept: .{parts[0]}{'(scale)' * (parts[0] == 'steer')}." if parts else hint
         raise TypeError(
             "save takes a capture, an Output, a dictionary of arrays or interventions, and was given a "
             f"{type(capture).__name__}.{hint}"

@@ -25,7 +25,8 @@ class Alignment:
     """A subspace that was found, and how often interchanging it does what the causal model says, beside its controls.
 
     Attributes:
-        subspace: a `Subspace` with source 0, which takes away what it holds; `of` gives it a source. Its basis is orthonormal.
+        subspace: a `Subspace` with source 0, which takes away what it holds; `found.of(source)` gives it one. Its basis is
+            orthonormal. This is what `save` takes.
         accuracy: `[M]`, of each held-out pair, 1 where the likeliest token under interchange is its label, else 0.
         by_seed: `[S]`, the mean accuracy of each seed's subspace; the first is this one.
         controls: accuracies `[M]` of what should be at chance: `"random basis"`, of as many dimensions; `"shuffled labels"`, a
@@ -51,7 +52,7 @@ class Alignment:
     held_out: Int[np.ndarray, "M"]
 
     def of(self, source: ArrayLike) -> Subspace:
-        """The subspace with another run's values, `[T, E]` or one token's `[1, E]`."""
+        """The subspace with another run's values, `[T, E]` or one token's `[1, E]`: `dataclasses.replace(subspace, source=…)`."""
         return replace(self.subspace, source=source)
 
     def __repr__(self) -> str:

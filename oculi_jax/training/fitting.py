@@ -86,7 +86,8 @@ def fit(
         held_out: as `data`, examples to measure the loss on before the first step, after each twentieth of the steps, and at the
             end.
         many: how many leading axes of every leaf of `start` are fits, independent of one another: layers × positions × seeds.
-        schedules: a pytree of arrays `[steps, …]`; a step finds its row in `now.schedule`.
+        schedules: a pytree of arrays `[steps, …]`, of what the loss varies by; a step finds its row in `now.schedule`. A schedule
+            of the learning rate goes into `optimiser`: `optax.adam(optax.cosine_decay_schedule(0.1, steps))`.
         file: a safetensors file to go on from where there is one, and which is kept up to date: at most a tenth of the time goes
             into it. A process that was killed goes on, to the same parameters; another fit's file is refused.
         stop: a fit ends when so many measurements in a row of its held-out loss were no new lowest.
@@ -218,7 +219,8 @@ def check_parameters(start: object, many: int) -> tuple[Start, tuple[int, ...]]:
         if len(own) < many or own != axes or 0 in own:
             raise ValueError(
                 f"start{jax.tree_util.keystr(path)} has shape {listing(x.shape)}, and many={many} says that every leaf leads "
-                f"with {'the same axes' if many > 1 else 'the axis'} of the fits{f', {listing(axes)}' if axes else ''}."
+                f"with {f'the same {many} axes' if many > 1 else 'the axis'} of the fits"
+                + (f", {listing(axes)}." if len(axes) == many else ".")
             )
     assert axes is not None
 
@@ -261,7 +263,9 @@ def _placed(what: str, path: Any, values: object) -> Array:
         return array
     name = f"{what}{jax.tree_util.keystr(path)}"
     if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
-        raise TypeError(f"{name} is an array of {array.dtype}, and numbers are needed.")
+        raise TypeError(
+            f"{name} is an array of {array.dtype}, and numbers are needed: of texts their ids, of a function its values."
+        )
     own = jax.dtypes.canonicalize_dtype(array.dtype)
     if array.dtype.kind in "iu" and array.size and not np.can_cast(array.dtype, own):
         low, high = np.iinfo(own).min, np.iinfo(own).max

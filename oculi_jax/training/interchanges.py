@@ -148,11 +148,11 @@ def prepare(
             f"base has shape {listing(np.shape(tokens))}, source {listing(np.shape(spoilt))} and labels {listing(ids.shape)}: "
             "[B, T], [B, S] and [B] are needed, one of each to a pair."
         )
-    if (
-        not jnp.issubdtype(ids.dtype, jnp.integer)
-        or (np.asarray(ids) < 0).any()
-        or (np.asarray(ids) >= config.vocab_size).any()
-    ):
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(
+            f"labels has dtype {ids.dtype}, and token ids are needed, such as tokenizer.encode(answer)[-1] of each."
+        )
+    if (np.asarray(ids) < 0).any() or (np.asarray(ids) >= config.vocab_size).any():
         raise ValueError(f"labels holds what is no token id of this model: they are 0 to {config.vocab_size - 1}.")
     chosen = _several(layers, "layers", 0, config.num_hidden_layers - 1)
     places = _several(positions, "positions", *_ends(tokens, mask))
@@ -184,6 +184,8 @@ def _several(
     given: int | Sequence[int], what: str, low: int | None = None, high: int | None = None, *, distinct: bool = True
 ) -> tuple[int, ...]:
     """One integer, or a list, a tuple or a range of them."""
+    if given is None:
+        raise TypeError(f"{what} is None, and one integer or several are needed, such as 3, [0, 3] or range(4).")
     every = tuple(given) if isinstance(given, list | tuple | range) else (given,)
     found = tuple(integer(x, what, low, high) for x in every)
     if not found:
