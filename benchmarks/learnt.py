@@ -47,9 +47,9 @@ def constants_row(steps: int = 200) -> Row:
 
 
 def large_constants_row(model: Any, tokenizer: Any) -> Row:
-    """The units of three layers of SmolLM2, on indirect objects."""
-    pairs = indirect_object(tokenizer, 96)
-    settings: Any = dict(layers=[5, 15, 25], steps=60, batch_size=8, key=jax.random.key(0), progress=False)
+    """The units of two layers of SmolLM2, on indirect objects."""
+    pairs = indirect_object(tokenizer, 48)
+    settings: Any = dict(layers=[20, 28], steps=60, batch_size=8, key=jax.random.key(0), progress=False)
     return judged(optimal_ablation(model, pairs.clean, mask=pairs.mask, **settings))
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     model, tokenizer = Llama.from_pretrained(args.model, dtype="float32"), load_tokenizer(args.model)
     plan: Plan = [
         ("optimal ablation of each head and MLP, tiny-facts: divergence in nats, held out", "", constants_row),
-        ("the same of three layers of SmolLM2, indirect objects", "", partial(large_constants_row, model, tokenizer)),
+        ("the same of two layers of SmolLM2, indirect objects", "", partial(large_constants_row, model, tokenizer)),
         ("every capital of tiny-facts moved by an edit of its own: held-out prompts that change, that stay", "", edits_row),
         ("the Jacobian lens of two texts: TransformerLens's", "transformer_lens",
          partial(jacobian_row, model, tokenizer, args.model)),

@@ -107,7 +107,7 @@ def test_a_planted_plane_is_found_and_controls_are_at_chance() -> None:
     again = interchange_accuracy(model, found.subspace, BASE, SOURCE, labels)
     np.testing.assert_array_equal(again[found.held_out], found.accuracy)
     assert "held-out pairs; random basis" in repr(found) and "shuffled labels" in repr(found)
-    moved = forward(model, BASE[0], found.of(runs["resid_pre"][N, LAYER]))
+    moved = forward(model, BASE[0], found.subspace.of(runs["resid_pre"][N, LAYER]))
     assert int(moved.logits[-1].argmax()) == labels[0]
 
 

@@ -59,6 +59,7 @@ def test_it_is_the_difference_of_means_and_judged_on_prompts_that_it_never_saw()
             pairs = (first > second) + 0.5 * (first == second)
             np.testing.assert_allclose(found.auroc.mean[layer, p], pairs.mean(), atol=2e-3)
             middle = (x[own & fitted].mean(axis=0) + x[~own & fitted].mean(axis=0)) @ want / 2
+            np.testing.assert_allclose(found.at(layer, position).scores(x), scores - middle, atol=1e-3)
             right = ((scores > middle) == own)[~fitted]
             np.testing.assert_allclose(found.accuracy.mean[layer, p], right.mean(), atol=2.5e-2)
     assert float(found.auroc.mean[0, 0]) == 1  # the embedding of a token
@@ -180,3 +181,8 @@ def test_what_cannot_be_is_told() -> None:
         jax.jit(lambda ids: difference_of_means(MODEL, ids, negative, **SETTINGS).vector)(positive)
     with pytest.raises(ValueError, match="penalty is 0, and a number above 0 is needed"):
         linear_probe(MODEL, positive, negative, penalty=0, **SETTINGS)
+    found = difference_of_means(MODEL, positive, negative, layers=[0, 1], controls=False, **SETTINGS)
+    with pytest.raises(ValueError, match="directions of several places"):
+        found.scores(np.ones(24))
+    with pytest.raises(ValueError, match=r"values has shape \[23\], and must end in the 24 of resid_pre"):
+        found.at(0).scores(np.ones(23))

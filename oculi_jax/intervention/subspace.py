@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,9 @@ from .edit import Edit, is_per_layer, site_shaped
 from .fields import Basis, Values, field
 from .indices import Layer, Positions
 from .named import Sizes, at
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 @site_shaped
@@ -53,6 +57,16 @@ class Subspace:
     basis: Any = field(Basis())
     source: Any = field(Values())
     positions: Any = field(Positions(optional=True), default=None)
+
+    def of(self, source: ArrayLike) -> Subspace:
+        """The same with another run's values, `[T, E]` or one token's `[1, E]`.
+
+        Examples:
+            >>> whole = Subspace("resid_pre", 3, np.eye(192), 0.0, positions=-1)
+            >>> says(forward(model, ids, whole.of(run["resid_pre"][3])))
+            'Paris'
+        """
+        return replace(self, source=source)
 
     def check(self) -> None:
         """Raises ValueError where the site's last axis is tokens."""

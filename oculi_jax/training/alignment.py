@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,9 +13,6 @@ from ..intervention import Subspace
 from ..pytrees import pytree
 from .controls import beside, ranged, share
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
 _DRAWS = 2000
 
 
@@ -25,8 +21,8 @@ class Alignment:
     """A subspace that was found, and how often interchanging it does what the causal model says, beside its controls.
 
     Attributes:
-        subspace: a `Subspace` with source 0, which takes away what it holds; `found.of(source)` gives it one. Its basis is
-            orthonormal. This is what `save` takes.
+        subspace: a `Subspace` with source 0, which takes away what it holds; `found.subspace.of(source)` gives it one. Its
+            basis is orthonormal. This is what `save` takes.
         accuracy: `[M]`, of each held-out pair, 1 where the likeliest token under interchange is its label, else 0.
         by_seed: `[S]`, the mean accuracy of each seed's subspace; the first is this one.
         controls: accuracies `[M]` of what should be at chance: `"random basis"`, of as many dimensions; `"shuffled labels"`, a
@@ -40,7 +36,7 @@ class Alignment:
         >>> settings = dict(steps=40, batch_size=4, learning_rate=0.1, key=jax.random.key(0), controls=False, progress=False)
         >>> answers = np.array([paris, rome] * 4)  # after the source, each the other's prompt
         >>> found = align(model, pairs, pairs[1:] + pairs[:1], answers, DAS(rank=1), layers=3, **settings)[3, -1]
-        >>> says(forward(model, ids, found.of(run["resid_pre"][3])))
+        >>> says(forward(model, ids, found.subspace.of(run["resid_pre"][3])))
         'Paris'
     """
 
@@ -50,10 +46,6 @@ class Alignment:
     controls: Mapping[str, Float[np.ndarray, "M"]]
     losses: Float[np.ndarray, "N"]
     held_out: Int[np.ndarray, "M"]
-
-    def of(self, source: ArrayLike) -> Subspace:
-        """The subspace with another run's values, `[T, E]` or one token's `[1, E]`: `dataclasses.replace(subspace, source=…)`."""
-        return replace(self.subspace, source=source)
 
     def __repr__(self) -> str:
         there = self.subspace

@@ -113,6 +113,32 @@ class Direction:
             layers = layers[..., None]
         return Steer(layers if layers.ndim else self.layers, self.vector, scale, self.site, positions)
 
+    def scores(self, values: Float[ArrayLike, "... n"]) -> Float[Array, "..."]:
+        """How far along the direction of one place values are: above 0 for what counts as positive.
+
+        Args:
+            values: `[…, n]`, of the site that was read: a capture's layer `[T, E]`, or one token of many prompts.
+
+        Raises:
+            ValueError: a direction of several places, of which `at` gives one; or values of another width.
+
+        Examples:
+            >>> positive, negative = ([tokenizer.encode(f"The capital of {x}") for x in words.split()]
+            ...                       for words in ("China Japan Iran Iraq", "France Spain Austria Norway"))
+            >>> asian = difference_of_means(model, positive, negative, layers=1, key=jax.random.key(0))
+            >>> there = [forward(model, x, capture="resid_pre")["resid_pre"][1, -1] for x in (positive[0], negative[0])]
+            >>> asian.scores(np.stack(there)) > 0
+            Array([ True, False], dtype=bool)
+        """
+        if np.ndim(self.bias):
+            raise ValueError("These are directions of several places: at(layer, position) gives the one to score by.")
+        values = jnp.asarray(values)
+        if values.shape[-1:] != self.vector.shape:
+            raise ValueError(
+                f"values has shape {listing(values.shape)}, and must end in the {len(self.vector)} of {self.site}."
+            )
+        return jnp.einsum("...n,n->...", values, self.vector, precision="highest") + self.bias
+
     def __repr__(self) -> str:
         shape = np.shape(self.bias)
         head = f"{self.site}, AUROC on {len(self.held_out)} held-out prompts"

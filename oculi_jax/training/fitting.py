@@ -210,19 +210,17 @@ def check_parameters(start: object, many: int) -> tuple[Start, tuple[int, ...]]:
         raise ValueError(
             f"start has no floating-point leaf, so there is nothing to fit: it holds {len(leaves)} others, which are carried."
         )
-    axes: tuple[int, ...] | None = None
+    axes = leaves[0].shape[:many]
     for (path, _), x in zip(named, leaves, strict=True):
         if not jnp.issubdtype(x.dtype, jnp.number) and x.dtype != bool:
             raise TypeError(f"start{jax.tree_util.keystr(path)} is an array of {x.dtype}, and numbers are needed.")
         own = x.shape[:many]
-        axes = own if axes is None else axes
         if len(own) < many or own != axes or 0 in own:
             raise ValueError(
                 f"start{jax.tree_util.keystr(path)} has shape {listing(x.shape)}, and many={many} says that every leaf leads "
                 f"with {f'the same {many} axes' if many > 1 else 'the axis'} of the fits"
                 + (f", {listing(axes)}." if len(axes) == many else ".")
             )
-    assert axes is not None
 
     def cast(x: Any, trained: bool) -> Array:
         wide = x.dtype if not trained or x.dtype == np.float64 else np.float32
