@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from oculi_jax import embedded_model, padded, training
@@ -60,7 +59,8 @@ def judged(found: OptimalAblation) -> Row:
     clear = np.asarray(effect.mean > (effect.high - effect.low) / 2)
     spreads = [bootstrap((found.loss - other).T) for other in (found.mean_loss, found.zero_loss)]
     lower = np.asarray(spreads[0].mean < 0)
-    above = max(float(jnp.max(2 * x.mean / (x.high - x.low))) for x in spreads)
+    # Where a unit's constant is its mean, or zero, there is no difference and no interval.
+    above = max(float(np.max(2 * x.mean / np.maximum(x.high - x.low, 1e-30))) for x in spreads)
     missed = [name for name, bad in zip(found.units, clear & ~lower, strict=True) if bad]
     where = f" (not {', '.join(missed)})" if missed else ""
     told = f"{own:.4f}; mean {mean:.4f}, zero {zero:.4f}; lower in {(clear & lower).sum()} of {clear.sum()} units"

@@ -254,6 +254,8 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path) -> None:
             write_torch(file, values)
         with pytest.raises(ValueError, match=message):
             JacobianLens.load(tmp_path / "x.pt")
+    with pytest.raises(IsADirectoryError, match="is a directory, and a file is needed"):
+        JacobianLens.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="There is no file"):
         JacobianLens.load(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="last layer's matrix is not the identity"):

@@ -166,6 +166,7 @@ def test_what_cannot_be_is_told() -> None:
         ({"negative": negative[0]}, r"negative has shape \[7\]"),
         ({"layers": 3}, "layers is 3, and must be 0 to 2"),
         ({"layers": []}, "layers is empty"),
+        ({"positions": [-1, -1]}, r"positions holds \[-1, -1\]: each once is enough"),
         ({"positions": 9}, "position"),
         ({"site": "z"}, "one row of features for each token is needed: it has heads"),
         ({"site": "embed"}, "it lies outside the layers"),
@@ -179,6 +180,8 @@ def test_what_cannot_be_is_told() -> None:
             difference_of_means(MODEL, options.pop("positive"), options.pop("negative"), **options)
     with pytest.raises(TypeError, match="called inside a trace"):
         jax.jit(lambda ids: difference_of_means(MODEL, ids, negative, **SETTINGS).vector)(positive)
+    with pytest.raises(ValueError, match="penalty is 1e-300, and too small"):
+        logistic_probe(MODEL, positive, negative, layers=1, penalty=1e-300, **SETTINGS)
     with pytest.raises(ValueError, match="penalty is 0, and a number above 0 is needed"):
         linear_probe(MODEL, positive, negative, penalty=0, **SETTINGS)
     found = difference_of_means(MODEL, positive, negative, layers=[0, 1], controls=False, **SETTINGS)

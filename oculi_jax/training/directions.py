@@ -198,6 +198,9 @@ class Sample:
         at = at[0] if at is not None and isinstance(positions, int | np.integer) else at
         if () in (chosen, at):
             raise ValueError(f"{'layers' if chosen == () else 'positions'} is empty: name one at least.")
+        for what, some in (("layers", chosen), ("positions", at)):
+            if isinstance(some, tuple) and len(set(some)) < len(some):
+                raise ValueError(f"{what} holds {listing(some)}: each once is enough.")
         prompts = []
         for ids, mask, what in zip((positive, negative), masks, ("positive", "negative"), strict=True):
             tokens, real, one = check_prompts(config, ids, mask)

@@ -157,7 +157,12 @@ def _logistic(
         chance = 0.5 * (1 + np.tanh(w @ x.T / 2))
         slope = (chance - labels) @ x / len(x) + ridge * w
         curve = (x.T[None] * (chance * (1 - chance))[:, None]) @ x / len(x) + np.diag(ridge)
-        step = np.linalg.solve(curve, slope[..., None])[..., 0]
+        try:
+            step = np.linalg.solve(curve, slope[..., None])[..., 0]
+        except np.linalg.LinAlgError:
+            raise ValueError(
+                f"penalty is {penalty:g}, and too small: where a direction tells all prompts apart it says how long that may be."
+            ) from None
         before, length = value(w), np.ones((len(w), 1))
         for _ in range(30):  # a whole step may go too far
             worse = value(w - length * step) > before + 1e-12

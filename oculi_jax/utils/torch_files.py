@@ -36,6 +36,8 @@ def read_torch(path: Path) -> Any:
     """
     if not path.exists():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory, and a file is needed.")
     try:
         with zipfile.ZipFile(path) as archive:
             (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
