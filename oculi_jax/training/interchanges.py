@@ -156,7 +156,12 @@ def prepare(
         raise ValueError(f"labels holds what is no token id of this model: they are 0 to {config.vocab_size - 1}.")
     chosen = _several(layers, "layers", 0, config.num_hidden_layers - 1)
     places = _several(positions, "positions", *_ends(tokens, mask))
-    others = places if source_positions is None else _several(source_positions, "source_positions", distinct=False)
+    others = _several(
+        places if source_positions is None else source_positions,
+        "source_positions",
+        *_ends(spoilt, other_mask),
+        distinct=False,
+    )
     if len(others) != len(places):
         raise ValueError(
             f"positions are {listing(places)} and source_positions {listing(others)}: one of these to each of those is needed."
