@@ -97,13 +97,20 @@ class RankOneEdit:
         which = "" if not shape else f", {listing(shape)} edits"
         parts = []
         for what, chosen in (("changed", self.changes), ("kept", ~self.changes)):
-            others = {name: found[chosen] for name, found in self.controls.items()}
-            parts.append(f"{what} {beside(self.hits[chosen], others, 'held-out prompts')}")
+            others = {name: _by_prompt(found, chosen) for name, found in self.controls.items()}
+            parts.append(f"{what} {beside(_by_prompt(self.hits, chosen), others, 'held-out prompts')}")
         detected = jax.tree.map(lambda x: np.mean(x), self.detection)
         parts.append(f"detection AUROC {ranged(detected)}")
         return (
             f"RankOneEdit({self.edit.site}, layer {np.ravel(self.edit.layer)[0]}{which}\n  " + "\n  ".join(parts) + ")"
         )
+
+
+def _by_prompt(hits: Float[np.ndarray, "... M"], chosen: Bool[np.ndarray, "... M"]) -> Float[np.ndarray, " M"]:
+    """Of each prompt its mean over the edits for which it is chosen: an interval is over prompts, which edits share."""
+    hits, chosen = (x.reshape(-1, x.shape[-1]) for x in (hits, chosen))
+    some = chosen.any(axis=0)
+    return np.mean(hits[:, some], axis=0, where=chosen[:, some])
 
 
 def rank_one_edit(
