@@ -25,7 +25,8 @@ from ..run import forward
 from ..sites import SITES
 from .controls import beside
 from .fitting import fit
-from .objective import AT_ONCE, Objective, moments
+from .objective import Objective, moments
+from .running import AT_ONCE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
