@@ -194,7 +194,9 @@ def test_heads_are_a_site_like_another() -> None:
 
 
 def test_what_cannot_be_is_told() -> None:
+    """A token that one source prompt has not would be NaN there, of which token 0 is the likeliest."""
     model, _, labels = made()
+    short = np.arange(T)[None] < np.where(np.arange(N) == 3, 5, T)[:, None]
     good: dict[str, Any] = dict(method=DAS(rank=2), steps=1, **SETTINGS)
     for given, options, message in (
         ((BASE, SOURCE[:3], labels), {}, r"source \[3, 7\] and labels \[1000\]: \[B, T\], \[B, S\] and \[B\] are needed"),
@@ -209,6 +211,8 @@ def test_what_cannot_be_is_told() -> None:
         ((BASE, SOURCE, labels), {"site": "residual"}, "Unknown site 'residual'"),
         ((BASE, SOURCE, labels), {"positions": 7}, "positions is 7, and must be -7 to 6"),
         ((BASE, SOURCE, labels), {"positions": (0, 1), "source_positions": 1}, "one of these to each of those"),
+        ((BASE, SOURCE, labels), {"source_positions": 5, "source_mask": short}, "source_positions is 5, and must be -5 to 4"),
+        ((BASE, SOURCE, labels), {"positions": 5, "source_mask": short}, "source_positions is 5, and must be -5 to 4"),
         ((BASE, SOURCE, labels), {"held_out": 2}, "held_out is 2, and must be a share"),
         ((BASE, SOURCE, labels), {"held_out": "0.5"}, "held_out is '0.5', and must be a share"),
         ((BASE, SOURCE, labels), {"learning_rate": np.nan}, "learning_rate is nan, and must be a finite number above 0"),

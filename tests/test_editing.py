@@ -86,6 +86,8 @@ def test_controls_are_beside_it() -> None:
     assert kept["steering"] <= 0.5  # what writes everywhere changes what is to stay
     assert "changed" in repr(found) and "kept" in repr(found) and repr(found).count("untrained model") == 2
     assert "detection AUROC" in repr(found) and repr(found).count("random direction") == 2
+    # Intervals are over prompts, which the four edits share: each of them is to stay under three edits at least.
+    assert f"of {len(found.held_out)} held-out prompts" in repr(found) and len(found.kept) > 3 * len(found.held_out)
 
 
 def test_hits_are_what_ordinary_sweeps_of_the_edits_say() -> None:

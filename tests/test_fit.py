@@ -60,6 +60,8 @@ def test_the_held_out_loss_is_measured_at_each_twentieth() -> None:
         (DATA[1] ** 2).mean(), rel=1e-5
     )
     assert fit(squares, np.zeros(3), DATA, steps=2, batch_size=4, key=KEY).parameters.dtype == jnp.float32
+    odd = fit(squares, np.zeros(3), DATA, steps=39, batch_size=4, key=KEY, held_out=DATA).measured
+    assert odd is not None and odd.tolist() == [*range(0, 39, 2), 39]  # no more often, of whatever number of steps
 
 
 def test_the_order_is_a_function_of_key_and_step() -> None:

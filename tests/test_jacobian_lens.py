@@ -88,6 +88,15 @@ def test_it_is_the_mean_of_what_autograd_finds(x64: None) -> None:
     np.testing.assert_array_equal(got[-1], np.eye(E))
 
 
+def test_sums_over_positions_are_float32s_in_a_model_of_half_precision(tmp_path: Path) -> None:
+    """Of more positions than bfloat16 counts: the last layer's matrix, a sum of ones over their number, is the identity still."""
+    tokens = np.stack([prompt(261, seed) for seed in range(2)])
+    model = tiny_llama(dtype=jnp.bfloat16)
+    found = fit_jacobian_lens(model, tokens, skip=1, key=jax.random.key(0), controls=False, progress=False).lens
+    np.testing.assert_array_equal(found.matrix[-1], np.eye(E))
+    found.save(tmp_path / "lens.pt")
+
+
 def test_a_fit_stands_beside_its_controls() -> None:
     tokens = np.stack([prompt(9, seed) for seed in range(4)])
     found = fit_jacobian_lens(MODEL, tokens, skip=SKIP, key=jax.random.key(0), progress=False)

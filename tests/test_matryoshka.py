@@ -198,6 +198,19 @@ def test_a_circuit_that_is_known_is_found_and_controls_are_at_chance() -> None:
     assert "4 held-out pairs; random scores" in repr(found) and "2 seeds" in repr(found) and "nodes: CPR" in repr(found)
 
 
+def test_controls_of_nodes_keep_the_input_so_that_they_can_be_wrong() -> None:
+    """A fit to shuffled answers ranks `input` low, and all circuits without it are empty: its curve would be 0 whatever it learnt."""
+    clean, corrupted, metric = planted.pairs()
+    prompts, units = (clean, corrupted, None, None), Units.of(planted.MODEL.config, "nodes", None)
+    settings: dict[str, Any] = dict(held_out=0.25, seeds=1, controls=True, key=KEY)
+    search = Search(planted.MODEL, prompts, metric, units, "corrupted", **settings)
+    right = np.isin(planted.GRAPH.writers, planted.NODES).astype(np.float32)
+    control = np.where(np.arange(units.n) == planted.GRAPH.node("input"), -1, right).astype(np.float32)
+    found = search.judged(np.stack([right, control]))
+    np.testing.assert_array_equal(found["controls"]["shuffled answers"].faithfulness, found["curve"].faithfulness)
+    assert found["curve"].faithfulness[-2] == pytest.approx(1, abs=0.01) and control[0] == -1
+
+
 def test_what_comes_with_it_is_what_held_out_pairs_say() -> None:
     """It is scores like others; and its curve is that of the pairs which it names, which it was not fitted to."""
     found = of_nodes()

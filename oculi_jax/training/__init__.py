@@ -4,6 +4,7 @@ from .aligning import align, interchange_accuracy
 from .alignment import Alignment, Alignments, VariableScore
 from .controls import untrained
 from .detection import auroc
+from .direction_masks import DBM
 from .directions import Direction
 from .disentangling import Disentanglement, disentanglement
 from .editing import RankOneEdit, rank_one_edit
@@ -11,7 +12,6 @@ from .fitting import Fit, fit
 from .gradient_sampling import SampledEdges, ugs
 from .jacobian_lens import JacobianLens, fit_jacobian_lens
 from .lenses import FittedLens, lens_kl
-from .masking import DBM
 from .masks import LearnedScores
 from .nested_masks import matryoshka
 from .optimal import OptimalAblation, optimal_ablation

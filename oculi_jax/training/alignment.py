@@ -122,9 +122,8 @@ class Alignments:
         found = self._hits(control)
         n = found.shape[-1]
         drawn = np.random.default_rng(0).integers(0, n, (_DRAWS, n))
-        own, others = (
-            _scores(x) for x in (found.mean(axis=-1)[None], np.moveaxis(found[..., drawn].mean(axis=-1), -1, 0))
-        )
+        often = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float32)  # each pair in each draw
+        own, others = (_scores(x) for x in (found.mean(axis=-1)[None], np.moveaxis(found @ often.T / n, -1, 0)))
         ends = np.quantile(others, [0.025, 0.975], axis=0)
         return VariableScore(*(Interval(own[0, i], ends[0, i], ends[1, i]) for i in range(2)))
 

@@ -14,16 +14,14 @@ from jaxtyping import Bool, Float, Int
 
 from ..arrays import AnyArray, check_host, integer, integers, listing, random_key, share
 from ..backends import check_model
-from ..backends.jax.compiled import compiled
-from ..capture import CaptureSpec
 from ..intervals import Interval, bootstrap
 from ..intervention import Steer
 from ..prompts import check_prompts
 from ..pytrees import pytree, static
-from ..run import forward
 from ..sites import Site, site_of
 from .controls import ranged, untrained
 from .detection import above, auroc
+from .running import captured
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -38,7 +36,6 @@ Estimator: TypeAlias = Callable[
     tuple[Float[np.ndarray, "K P n"], Float[np.ndarray, "K P"]],
 ]
 DRAWS = 20  # random directions, and labellings in a random order
-_AT_ONCE = 16  # prompts
 
 
 @pytree
@@ -225,7 +222,9 @@ class Sample:
         """What a model has at the places, of the positive prompts and then of the negative ones."""
         layers = self.layers if isinstance(self.layers, tuple) else (self.layers,)
         at = (self.positions,) if isinstance(self.positions, int) else self.positions
-        found = [_values(model, ids, mask, self.site, layers, at) for ids, mask in self.prompts]
+        found = [
+            captured(model, ids, mask, self.site, layers, "mean" if at is None else at) for ids, mask in self.prompts
+        ]
         values = np.concatenate([np.asarray(x, np.float64) for x in found])
         wrong = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
         if wrong.size:
@@ -246,29 +245,6 @@ def check_site(name: str, config: DecoderConfig) -> Site:
             f"site is {name!r}, and a site of the layers with one row of features for each token is needed: {why}."
         )
     return site
-
-
-@compiled("site", "layers", "positions")
-def _values(
-    model: Decoder,
-    tokens: AnyArray,
-    mask: AnyArray | None,
-    site: str,
-    layers: tuple[int, ...],
-    positions: tuple[int, ...] | None,
-) -> Float[Array, "B L P n"]:
-    """What a site holds of each prompt, at some of its tokens, or on average."""
-
-    def one(prompt: tuple[Array, Array | None]) -> Array:
-        ids, real = prompt
-        spec = CaptureSpec(site, layers, positions)
-        found = forward(model, ids, capture=spec, mask=real, logits="none")[site].astype(jnp.float32)
-        if positions is not None:
-            return found
-        weights = jnp.ones(ids.shape, jnp.float32) if real is None else real.astype(jnp.float32)
-        return jnp.einsum("lte,t->le", found, weights / jnp.sum(weights), precision="highest")[:, None]
-
-    return jax.lax.map(one, (tokens, mask), batch_size=min(len(tokens), _AT_ONCE))
 
 
 def judged(sample: Sample, estimator: Estimator, held_out: float, key: Array, controls: bool) -> Direction:

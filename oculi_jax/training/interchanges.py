@@ -14,8 +14,6 @@ from jaxtyping import Bool, Float, Int
 
 from ..arrays import AnyArray, as_array, integer, listing
 from ..backends import check_model
-from ..backends.jax.compiled import compiled
-from ..capture import CaptureSpec
 from ..intervention import Basis, Layer, Positions, Values, field
 from ..intervention.each import Whole
 from ..intervention.edit import Edit
@@ -23,16 +21,14 @@ from ..intervention.named import Sizes, at
 from ..intervention.subspace import interchange
 from ..prompts import check_prompts
 from ..pytrees import pytree
-from ..run import forward
 from ..sites import SITES, site_of
+from .running import captured, likeliest, logits_from
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..intervention.protocol import Intervention
     from ..models.decoder.model import Decoder
-
-_AT_ONCE = 16  # prompts
 
 
 @pytree
@@ -205,7 +201,7 @@ def _read(
 ) -> list[np.ndarray]:
     """What a site holds at each layer, of each prompt `[B, …]`; on the host."""
     once = None if positions is None else tuple(dict.fromkeys(positions))
-    found = np.asarray(_captured(model, tokens, mask, site, layers, once))
+    found = np.asarray(captured(model, tokens, mask, site, layers, once))
     if once is not None and once != positions:
         assert positions is not None
         rows = [once.index(x) for x in positions]
@@ -213,35 +209,11 @@ def _read(
     return [found[:, i] for i in range(len(layers))]
 
 
-@compiled("site", "layers", "positions")
-def _captured(
-    model: Decoder,
-    tokens: AnyArray,
-    mask: AnyArray | None,
-    site: str,
-    layers: tuple[int, ...],
-    positions: tuple[int, ...] | None,
-) -> Float[Array, "B L ..."]:
-    def one(prompt: tuple[Array, Array | None]) -> Array:
-        spec = CaptureSpec(site, layers, positions)
-        return forward(model, prompt[0], capture=spec, mask=prompt[1], logits="none")[site]
-
-    return jax.lax.map(one, (tokens, mask), batch_size=min(len(tokens), _AT_ONCE))
-
-
-def last_logits(model: Decoder, there: Intervention, layer: int, example: dict[str, Any]) -> Float[Array, " V"]:
-    """What a base prompt's run ends in, from its layer on."""
-    start = layer, example["resid"]
-    logits = forward(model, example["tokens"], there, mask=example["mask"], logits="last", start=start).logits
-    assert logits is not None
-    return logits
-
-
 def surprise(
     model: Decoder, there: Intervention, layer: int, example: dict[str, Any], shuffled: Array
 ) -> Float[Array, ""]:
     """−log p of the label, or of another pair's, in nats."""
-    logits = last_logits(model, there, layer, example)
+    logits = logits_from(model, there, layer, example)
     label = jnp.where(shuffled > 0, example["shuffled"], example["label"])
     return jax.nn.logsumexp(logits) - logits[label]
 
@@ -264,30 +236,21 @@ def hits(
     widest = max(basis.shape[1] for basis in bases)
     given = np.stack([np.pad(basis, ((0, 0), (0, widest - basis.shape[1]))) for basis in bases]).astype(np.float32)
     at = np.asarray(places, np.int32)
-    said = _likeliest(pairs.model, given, at, pairs.examples(rows), pairs.site, pairs.layer, pairs.positions)
+    there = _Weighted(pairs.site, pairs.layer, pairs.positions)
+    said = likeliest(pairs.model, (given, at), pairs.examples(rows), there, pairs.layer)
     want = [pairs.labels] * len(bases) if labels is None else labels
     return (np.asarray(said) == np.stack([label[rows] for label in want])).astype(np.float32)
 
 
-@compiled("site", "layer", "positions")
-def _likeliest(
-    model: Decoder,
-    bases: AnyArray,
-    places: AnyArray,
-    examples: dict[str, Any],
-    site: str,
-    layer: int,
-    positions: tuple[int, ...],
-) -> Int[Array, "R M"]:
-    def of(given: tuple[Array, Array]) -> Array:
-        basis, place = given
+@dataclass(frozen=True)
+class _Weighted:
+    """The interchange of a pair in a subspace `[n, r]` at a place."""
 
-        def one(example: dict[str, Any]) -> Array:
-            where = where_of(site, layer, positions, example["source"], place)
-            there: Any = Weighted(site, layer, basis, basis, where.source, where.position)
-            return jnp.argmax(last_logits(model, there, layer, example))
+    site: str
+    layer: int
+    positions: tuple[int, ...]
 
-        n = len(examples["tokens"])
-        return jax.lax.map(one, examples, batch_size=min(n, _AT_ONCE))
-
-    return jax.lax.map(of, (jnp.asarray(bases), jnp.asarray(places)))
+    def __call__(self, own: tuple[AnyArray, AnyArray], example: dict[str, Any]) -> Intervention:
+        basis, place = own
+        where = where_of(self.site, self.layer, self.positions, example["source"], jnp.asarray(place))
+        return Weighted(where.site, where.layer, basis, basis, where.source, where.position)

@@ -22,7 +22,8 @@ from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
 from ..data.record import contents, describe
-from ..intervention import Edit
+from ..intervention import Edit, PerLayer
+from ..intervention.edit import site_shaped
 from ..prompts import bucket
 from ..pytrees import pytree
 from ..run import forward
@@ -304,6 +305,12 @@ def _block(width: int, n_tokens: int) -> int:
     return max(size for size in range(1, min(width, most) + 1) if width % size == 0)
 
 
+@site_shaped
+def _plus(x: Array, value: Array) -> Array:
+    """In float32 or wider, so that what comes back over tokens is summed there, of a model in half precision too."""
+    return x + value
+
+
 @compiled("block", donate=("total",))
 def _added(
     total: Float[Array, "L E E"],
@@ -319,7 +326,7 @@ def _added(
 
     def last(added: Float[Array, "L 1 E"]) -> Float[Array, " E"]:
         """The sum over V of what the last layer leaves, with something added to each layer's stream at each position of V."""
-        there = Edit("resid_post", "add", None, places, added)
+        there = Edit("resid_post", "apply", None, places, PerLayer(added), _plus)
         spec = CaptureSpec("resid_post", [n_layers - 1])
         left = forward(model, ids, there, capture=spec, mask=real, logits="none")["resid_post"][0]
         return jnp.sum(jnp.where(valid[:, None], left, jnp.zeros((), left.dtype)), axis=0, dtype=total.dtype)

@@ -20,14 +20,13 @@ from ..pytrees import pytree
 from ..reading import Translator
 from ..run import forward
 from .controls import beside
+from .running import AT_ONCE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..models.decoder.config import DecoderConfig
     from ..models.decoder.model import Decoder
-
-_AT_ONCE = 16  # prompts
 
 
 @pytree
@@ -171,4 +170,4 @@ def divergences(
         found = jax.lax.map(jax.checkpoint(lambda rows: divergence(rows, model, log_p, real)), moved)
         return found / jnp.sum(real, dtype=found.dtype)
 
-    return jax.lax.map(one, (jnp.asarray(tokens), jnp.asarray(mask)), batch_size=min(len(tokens), _AT_ONCE))
+    return jax.lax.map(one, (jnp.asarray(tokens), jnp.asarray(mask)), batch_size=min(len(tokens), AT_ONCE))

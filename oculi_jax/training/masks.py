@@ -155,10 +155,10 @@ class Search:
 
         controls = {}
         if self.controls:
-            drawn = self.rng.normal(size=self.units.n).astype(np.float32)
+            drawn, shuffled = self.rng.normal(size=self.units.n).astype(np.float32), values[-1].copy()
             if self.units.kind == "nodes":
-                drawn[0] = np.inf  # without `input` every circuit is empty
-            controls = {"random scores": curve(drawn), "shuffled answers": curve(values[-1])}
+                drawn[0] = shuffled[0] = np.inf  # without `input` every circuit is empty, whatever else was learnt
+            controls = {"random scores": curve(drawn), "shuffled answers": curve(shuffled)}
         return {
             "curve": curve(each.mean(axis=0)), "controls": controls,
             "seeds": tuple(map(curve, each)) if len(each) > 1 else (),
@@ -215,8 +215,8 @@ class LearnedScores(Scores):
         values, graph: as in `Scores`; with several seeds their mean.
         each: float32 `[R, …]`, of each seed.
         curve: of circuits of these scores, on the held-out pairs.
-        controls: the same of scores that should be worth nothing: `"random scores"` (of nodes with `input` first, without which
-            nothing is kept), and `"shuffled answers"`, fitted likewise, each pair to the answer of another one.
+        controls: the same of scores that should be worth nothing: `"random scores"`, and `"shuffled answers"`, fitted likewise,
+            each pair to the answer of another one; of nodes both with `input` first, without which nothing is kept.
         seeds: the same of each seed's scores, where there are several.
         losses: `[steps, R]`, of the seeds.
         held_out: `[M]`, which pairs these are.

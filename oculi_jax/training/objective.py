@@ -20,14 +20,13 @@ from ..means import mean_activations
 from ..metrics import Metric, apply_metric, check_metric, kl_divergence, of_prompt
 from ..prompts import check_prompts
 from ..run import forward
+from .running import AT_ONCE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..metrics import MetricLike
     from ..models.decoder.model import Decoder
-
-AT_ONCE = 16  # prompts
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from ..sites import SITES
 from ..sweeps.running import check_progress, part_of, told
 from .controls import beside
 from .fitting import fit
-from .objective import AT_ONCE, Objective, moments
+from .objective import Objective, moments
 from .resuming import beside_file, path_of
+from .running import AT_ONCE
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -52,8 +52,8 @@ class Pruned:
         open: the share of gates that are open, in expectation, at the end: what was asked for is 1 − sparsity.
         each: float32 `[R, …]`, log α of each seed; the circuit is of their mean.
         curve: of the circuit alone, on the held-out pairs.
-        controls: the same of circuits of as many units: `"random scores"` (of nodes with `input` first), and
-            `"shuffled answers"`, fitted likewise, each pair to what another one is to say.
+        controls: the same of circuits of as many units: `"random scores"`, and `"shuffled answers"`, fitted likewise, each pair to
+            what another one is to say; of nodes both with `input` first.
         seeds: the same of each seed's circuit, where there are several.
         losses: `[steps, R]`, of the seeds, multipliers included.
         held_out: `[M]`, which pairs these are.

@@ -13,7 +13,7 @@ from jax import Array
 
 from .steps import Programs
 
-MEASURED = 20  # times that it is measured between the first step and the last
+MEASURED = 20  # times that it is measured after the first step, at most
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Watch:
 
     @property
     def every(self) -> int:
-        return max(1, self.steps // MEASURED)
+        return -(-self.steps // MEASURED)
 
     def next(self, done: int) -> int:
         """After how many steps it is to be measured again, or all are made."""
