@@ -67,6 +67,20 @@ def test_a_direction_is_written_judged_and_generated_with(
     assert steered["tokens"] == trained.str_tokens(new)
 
 
+def test_without_a_layer_the_one_in_the_middle_is_written(
+    trained: LlamaAttentionAdapter, files: tuple[str, ...], tmp_path: Path, oculi_here
+) -> None:
+    code, out, err = oculi_here("steer", *files, "-o", str(tmp_path / "x.safetensors"))
+    assert code == 0, err
+    assert "x.safetensors: layer 2, the one in the middle; --layer says another." in "".join(out.split("\n"))
+    (first, first_mask), (second, second_mask) = (padded(texts, trained.tokenizer) for texts in (FRENCH, ITALIAN))
+    want = difference_of_means(trained.model, first, second, key=jax.random.key(0), controls=False,
+                               positive_mask=first_mask, negative_mask=second_mask)  # fmt: skip
+    saved = load(tmp_path / "x.safetensors")
+    assert isinstance(saved, Steer) and saved.layer == 2
+    np.testing.assert_array_equal(saved.vector, want.vector[2])
+
+
 def test_all_layers_are_shown_beside_their_controls(files: tuple[str, ...], tmp_path: Path, oculi_here) -> None:
     code, out, err = oculi_here("steer", *files, "--position", "mean", "--site", "mlp_out")
     assert code == 0, err
@@ -82,7 +96,6 @@ def test_mistakes_are_told(files: tuple[str, ...], tmp_path: Path, oculi_here) -
     (tmp_path / "few.txt").write_text("a\nb\nc")
     target = str(tmp_path / "x.safetensors")
     for arguments, message in (
-        (("steer", *files, "-o", target), "--output is given, and no --layer"),
         (("steer", *files[:3], str(tmp_path / "few.txt")), "holds 3 prompts, and --negative needs 4 at least"),
         (("steer", *files, "--site", "resid"), "Unknown site"),
         (

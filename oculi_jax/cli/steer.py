@@ -44,11 +44,18 @@ def steer(
     positive: Annotated[Path, _file("prompts that are to be told from the others, and steered towards")],
     negative: Annotated[Path, _file("the others")],
     layer: Annotated[
-        int | None, typer.Option(help="At which layer; all are shown where it is left out.", min=0, show_default=False)
+        int | None,
+        typer.Option(
+            help="At which layer. Where it is left out all are shown, and the one in the middle is written.",
+            min=0,
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The safetensors file to write, of one layer.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="The safetensors file to write, of one layer's direction.", show_default=False
+        ),
     ] = None,
     site: Annotated[str, typer.Option(help="Which site: a row of features for each token.")] = "resid_pre",
     position: Annotated[
@@ -70,8 +77,6 @@ def steer(
     at = _position(position)
     if output is not None:
         output = check_output(output)
-        if layer is None:
-            raise ValueError("--output is given, and no --layer: a file holds the direction of one layer.")
     rows = {name: _rows(path, name) for name, path in (("positive", positive), ("negative", negative))}
     config = config_of(model)
     if config is not None:
@@ -91,9 +96,12 @@ def steer(
         )  # fmt: skip
     _show(found, as_json)
     if output is not None:
-        named = {"model": model or "tiny-facts", "layer": str(layer), "site": site, "position": position}
-        oculi_jax.save(found.steer(), output, metadata=named)
-        console(quiet=as_json).print(f"Wrote {output}.", markup=False)
+        # Not the layer whose held-out figures are best: these would then say too much of it.
+        there = adapter.model.config.num_hidden_layers // 2 if layer is None else layer
+        named = {"model": model or "tiny-facts", "layer": str(there), "site": site, "position": position}
+        oculi_jax.save(found.at(there).steer(), output, metadata=named)
+        chosen = f": layer {there}, the one in the middle; --layer says another" if layer is None else ""
+        console(quiet=as_json).print(f"Wrote {output}{chosen}.", markup=False)
 
 
 def _position(text: str) -> int | None:
