@@ -211,7 +211,7 @@ def test_what_cannot_be_is_told() -> None:
         ((BASE, SOURCE, labels), {"site": "residual"}, "Unknown site 'residual'"),
         ((BASE, SOURCE, labels), {"positions": 7}, "positions is 7, and must be -7 to 6"),
         ((BASE, SOURCE, labels), {"positions": (0, 1), "source_positions": 1}, "one of these to each of those"),
-        ((BASE, SOURCE, labels), {"source_positions": 5, "source_mask": short}, "positions .of the source prompts too, since source_positions is None. is 5, and must be -5 to 4"),
+        ((BASE, SOURCE, labels), {"source_positions": 5, "source_mask": short}, "source_positions is 5, and must be -5 to 4"),
         ((BASE, SOURCE, labels), {"positions": 5, "source_mask": short}, "positions .of the source prompts too, since source_positions is None. is 5, and must be -5 to 4"),
         ((BASE, SOURCE, labels), {"held_out": 2}, "held_out is 2, and must be a share"),
         ((BASE, SOURCE, labels), {"held_out": "0.5"}, "held_out is '0.5', and must be a share"),
