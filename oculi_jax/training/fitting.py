@@ -35,7 +35,8 @@ class Fit:
 
     Attributes:
         parameters: as `start`: after the last step; or, with `stop`, where the held-out loss was lowest.
-        losses: `[steps, …]`, the mean loss of each step's batch, before that step; NaN after a fit has stopped.
+        losses: `[steps, …]`, the mean loss of each step's batch, before that step; NaN after a fit has stopped, and no more steps
+            than were made when all had.
         held_out: `[n, …]`, the mean loss of the held-out examples; None where there are none.
         measured: `[n]`, after how many steps these were measured.
 
@@ -208,7 +209,7 @@ def check_parameters(start: object, many: int) -> tuple[Start, tuple[int, ...]]:
     floating = tuple(bool(jnp.issubdtype(x.dtype, jnp.floating)) for x in leaves)
     if not any(floating):
         raise ValueError(
-            f"start has no floating-point leaf, so there is nothing to fit: it holds {len(leaves)} others, which are carried."
+            f"start has no floating-point leaf, so there is nothing to fit: of its leaves, {len(leaves)}, all are carried."
         )
     axes = leaves[0].shape[:many]
     for (path, _), x in zip(named, leaves, strict=True):

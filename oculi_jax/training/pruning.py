@@ -49,7 +49,8 @@ class Pruned:
 
     Attributes:
         circuit: of the units whose gates are open most often, pruned of what leads nowhere; its scores are their log α.
-        open: the share of gates that are open, in expectation, at the end: what was asked for is 1 − sparsity.
+        open: the share of gates that are open, in expectation, at the mean of the seeds' log α: what was asked for is
+            1 − sparsity.
         each: float32 `[R, …]`, log α of each seed; the circuit is of their mean.
         curve: of the circuit alone, on the held-out pairs.
         controls: the same of circuits of as many units: `"random scores"`, and `"shuffled answers"`, fitted likewise, each pair to
