@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oculi_jax import forward
+from oculi_jax import forward, mean_activations
 from oculi_jax.circuits import Circuit, Scores, faithfulness
 from oculi_jax.intervention import Edit
 from oculi_jax.metrics import logit_difference
@@ -240,6 +240,16 @@ def test_neurons_and_other_ablations_are_scored_too() -> None:
         **SETTINGS,
     )
     assert found.kind == "neurons" and found.values.shape == (3, 40) and found.controls == {}
+    # The means that take the place of what is left out are of the pairs that it was fitted to, for the others as well.
+    held = found.held_out
+    rest = np.setdiff1d(np.arange(len(CLEAN)), held)
+    own, ends = logit_difference(np.asarray(METRIC.a)[held], np.asarray(METRIC.b)[held]), []
+    for rows in (rest, held):
+        means = mean_activations(MODEL, CORRUPTED[rows], "act", mask=MASK[rows])
+        curve = faithfulness(MODEL, found, CLEAN[held], CORRUPTED[held], own, ablation=dict(means), mask=MASK[held])
+        ends.append(curve.empty)
+    np.testing.assert_allclose(found.curve.empty, ends[0], atol=1e-5)
+    assert np.abs(ends[1] - ends[0]).max() > 1e-3
 
 
 def test_what_cannot_be_is_told() -> None:

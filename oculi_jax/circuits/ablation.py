@@ -92,9 +92,11 @@ def ablated(
     return found
 
 
-def ablation_of(model: Decoder, pairs: Pairs, kind: str, ablation: str | Mapping[str, Any]) -> Ablated | None:
-    """What was asked for, checked; None for the corrupted run."""
+def ablation_of(model: Decoder, pairs: Pairs, kind: str, ablation: str | Mapping[str, Any] | Ablated) -> Ablated | None:
+    """What was asked for, checked, or is that already, of other pairs perhaps; None for the corrupted run."""
     config = model.config
+    if isinstance(ablation, Ablated):
+        return ablation
     if isinstance(ablation, Mapping):
         return _values(config, kind, ablation, pairs.clean.shape[1])
     if ablation not in NAMES:

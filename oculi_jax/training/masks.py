@@ -97,7 +97,7 @@ class Search:
         check_host((model, prompts))
         clean, corrupted, mask, corrupted_mask = prompts
         pairs = Pairs.of(model, clean, corrupted, metric, mask, corrupted_mask)
-        self.model, self.units, self.ablation = model, units, ablation
+        self.model, self.units = model, units
         self.seeds, self.controls = integer(seeds, "seeds", 1), controls
         split, self.key = jax.random.split(random_key(key))
         self.rng = np.random.default_rng(np.asarray(jax.random.key_data(split)).reshape(-1))
@@ -145,11 +145,14 @@ class Search:
             what: is judged, of scores.
         """
         each = values[: self.seeds]
+        instead: Any = (
+            "corrupted" if self.other is None else self.other
+        )  # means too are of the pairs that were fitted to
 
         def curve(row: Float[np.ndarray, " n"]) -> Curve:
             of, scores = self.judges, Scores(self.units.laid(row), self.units.graph)
             return faithfulness(
-                self.model, what(scores), of.clean, of.corrupted, of.metric, ablation=self.ablation, mask=of.mask,
+                self.model, what(scores), of.clean, of.corrupted, of.metric, ablation=instead, mask=of.mask,
                 corrupted_mask=of.corrupted_mask,
             )  # fmt: skip
 
