@@ -149,7 +149,8 @@ def ranking_row(model: Any, tokenizer: Any) -> Row:
     text = ", ".join(f"{name} {x.mean:.2f} ({x.low:.2f} to {x.high:.2f})" for name, x in spreads.items())
     text += f"; three seeds {apart:.3f} apart; shuffled answers {found.controls['shuffled answers'].cpr:.2f}"
     first = values["Matryoshka"] == max(values.values())
-    above = all(x.low > spreads["random"].high for name, x in spreads.items() if name != "random")
+    # By more than what circuits of nothing differ by: these have 0.25, half of the last interval of sizes, as random ones do.
+    above = all(x.low > spreads["random"].high + 0.01 for name, x in spreads.items() if name != "random")
     ok = first and above and apart <= 0.03
     return verdict(text, "Matryoshka first, all above random; seeds within 0.03", ok, values=values, seeds=seeds)
 
