@@ -26,7 +26,7 @@ from oculi_jax.training import OptimalAblation, fit_jacobian_lens, matryoshka, o
 from oculi_jax.utils.tokens import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "weights"))
-from tiny_facts_text import CAPITAL, CONTINENT, CURRENCY, LANGUAGE, WORLD  # type: ignore[import-not-found]
+from tiny_facts_text import CAPITAL, CONTINENT, CURRENCY, LANGUAGE, WORLD
 
 N_PAIRS, STEPS = 160, 500  # of which a quarter is held out
 TEXTS = (

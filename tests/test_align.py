@@ -227,7 +227,7 @@ def test_what_cannot_be_is_told() -> None:
             align(model, *given, **{**good, **options})
     with pytest.raises(ValueError, match="basis is 'neuron', and must be 'neurons' or 'pca'. Did you mean 'neurons'?"):
         DBM("neuron")
-    for method in (lambda: DAS("2"), lambda: BoundlessDAS("1"), lambda: DBM(penalty="x")):  # type: ignore[arg-type]
+    for method in (lambda: DAS("2"), lambda: BoundlessDAS("1"), lambda: DBM(penalty="x")):
         with pytest.raises(TypeError, match="is needed"):
             method()
     for changes, said in (({"learning_rate": "0.1"}, "learning_rate is '0.1'"), ({"file": 3}, "file is 3")):

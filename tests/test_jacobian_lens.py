@@ -19,6 +19,7 @@ from oculi_jax.analysis.logit_lens import LogitLensAnalysis
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.training import FittedLens, JacobianLens, fit_jacobian_lens
 from oculi_jax.training.lenses import apart
+from oculi_jax.utils.files import read_tensors, write_tensors
 
 from .test_forward_laws import near
 from .test_logit_lens import chances
@@ -138,13 +139,17 @@ def test_a_fit_that_is_ended_goes_on_to_the_same_matrices(tmp_path: Path) -> Non
     assert seen[0] >= 1  # it went on
     again: list[int] = []
     found = fit_jacobian_lens(MODEL, tokens, file=file, progress=lambda done, _: again.append(done), **settings)
-    assert 4 in again and again[0] == 4  # the lens had ended
+    assert again[0] == 4  # the lens had ended
     np.testing.assert_array_equal(found.lens.matrix, whole.lens.matrix)
     np.testing.assert_array_equal(found.controls["untrained weights"], whole.controls["untrained weights"])
     with pytest.raises(ValueError, match="is of another fit: skip is 4 there, and 3 here"):
         fit_jacobian_lens(MODEL, tokens, file=file, progress=False, skip=3, key=jax.random.key(1))
     with pytest.raises(ValueError, match="is of another fit: not the same prompts"):
         fit_jacobian_lens(MODEL, tokens[:, ::-1], file=file, progress=False, **settings)
+    arrays, header = read_tensors(file)
+    write_tensors(file, {**arrays, "lens done": np.array(9)}, header, name=file)
+    with pytest.raises(ValueError, match="is damaged: lens done is not there, or not what a fit writes"):
+        fit_jacobian_lens(MODEL, tokens, file=file, progress=False, **settings)
 
 
 def test_the_identity_is_the_logit_lens_exactly() -> None:

@@ -280,6 +280,8 @@ def _mean(
     if saved is not None and name in saved.held:
         total = jnp.asarray(saved.array(name, total.shape, total.dtype))
         done = int(saved.array(f"{name} done", (), np.int64))
+        if not 0 < done <= len(prompts):
+            raise saved.damaged(f"{name} done")
     advance(done)
     for number, prompt in enumerate(prompts[done:], done + 1):
         total = jax.block_until_ready(_added(total, model, *_placed(prompt, skip), _block(width, len(prompt))))

@@ -145,9 +145,8 @@ class Search:
             what: is judged, of scores.
         """
         each = values[: self.seeds]
-        instead: Any = (
-            "corrupted" if self.other is None else self.other
-        )  # means too are of the pairs that were fitted to
+        # Means too are of the pairs that were fitted to.
+        instead: Any = "corrupted" if self.other is None else self.other
 
         def curve(row: Float[np.ndarray, " n"]) -> Curve:
             of, scores = self.judges, Scores(self.units.laid(row), self.units.graph)

@@ -118,7 +118,7 @@ class Saved:
         n_fits, at = losses.shape[1], self.array("at", (None,), np.int64)
         own = self.array("losses", (None, n_fits), np.float32)
         if len(own) > len(losses):
-            raise self._damaged("losses")
+            raise self.damaged("losses")
         losses[: len(own)] = own
         watch.lowest = self.array("lowest", (n_fits,), np.float32)
         watch.waited = self.array("waited", (n_fits,), np.int32)
@@ -129,12 +129,13 @@ class Saved:
         """What it held by a name; ValueError where that is not of this shape, whose None may be anything, and dtype."""
         own = self.held.get(name)
         if own is None or own.dtype != dtype or own.ndim != len(shape):
-            raise self._damaged(name)
+            raise self.damaged(name)
         if any(n not in (None, m) for n, m in zip(shape, own.shape, strict=True)):
-            raise self._damaged(name)
+            raise self.damaged(name)
         return own
 
-    def _damaged(self, name: str) -> ValueError:
+    def damaged(self, name: str) -> ValueError:
+        """The error of a file that does not hold by that name what it was to."""
         return ValueError(f"{str(self.path)!r} is damaged: {name} is not there, or not what a fit writes. Remove it.")
 
     def write(self, state: dict[str, Any], losses: np.ndarray, watch: Watch, *, always: bool) -> None:
