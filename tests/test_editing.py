@@ -55,7 +55,7 @@ def world() -> dict[str, Any]:
 @cache
 def learnt() -> RankOneEdit:
     w = world()
-    return rank_one_edit(w["model"], w["tokens"], w["answers"], layer=LAYER, steps=60, held_out=w["held_out"], mask=w["mask"],
+    return rank_one_edit(w["model"], w["tokens"], w["answers"], layer=LAYER, steps=60, held_out=w["held_out"], mask=w["mask"], seeds=2,
                          key=jax.random.key(0), progress=False)  # fmt: skip
 
 
@@ -100,12 +100,26 @@ def test_hits_are_what_ordinary_sweeps_of_the_edits_say() -> None:
     assert not want.T[~kept].any()
 
 
+def test_each_seed_does_as_well() -> None:
+    found = learnt()
+    assert found.by_seed.shape == (2, *found.hits.shape) and repr(found).count("; 2 seeds ") == 2
+    np.testing.assert_array_equal(found.by_seed[0], found.hits)
+    second = found.by_seed[1]
+    assert second[found.changes].mean() >= 0.9 and second[~found.changes].mean() >= 0.95
+
+
 def test_one_edit_is_one_of_many_and_detects_what_it_reads() -> None:
     """And what is read is the definition's, of the stream of whole runs."""
     w, n = world(), 2
     rows = np.flatnonzero(np.isin(w["country"], [0, 1, 2, 8, 9, 10]))
-    one = rank_one_edit(w["model"], w["tokens"][rows], w["answers"][n, rows], layer=LAYER, steps=40, controls=False,
-                        held_out=w["held_out"][rows], mask=w["mask"][rows], key=jax.random.key(0), progress=False)  # fmt: skip
+    settings: Any = dict(layer=LAYER, steps=40, controls=False, held_out=w["held_out"][rows], mask=w["mask"][rows],
+                         key=jax.random.key(0), progress=False)  # fmt: skip
+    one, two = (
+        rank_one_edit(w["model"], w["tokens"][rows], w["answers"][n, rows], seeds=seeds, **settings) for seeds in (1, 2)
+    )
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-2, atol=1e-4)
+    np.testing.assert_array_equal(two.by_seed[0], one.hits)
+    assert one.by_seed.shape == (1, *one.hits.shape) and "seeds" not in repr(one)
     assert one.hits.shape == (one.held_out.size,) and one.losses.shape == (40,) and one.changed.mean() == 1
     edit, reads = one.edit, []
     assert isinstance(edit, RankOne) and edit.layer == LAYER

@@ -78,7 +78,7 @@ def fitted() -> tuple[Any, OptimalAblation, np.ndarray]:
     model = linear()
     runs = jax.jit(jax.vmap(lambda ids: forward(model, ids, capture=("z", "mlp_out"))))(IDS)
     metric = Squares((-1,), runs.logits[:, -1])
-    settings: Any = dict(loss=metric, layers=[LAST], steps=120, batch_size=45, learning_rate=0.1)
+    settings: Any = dict(loss=metric, layers=[LAST], steps=120, batch_size=45, learning_rate=0.1, seeds=2)
     found = optimal_ablation(model, IDS, **settings, **SETTINGS)
     return runs, found, Objective.of(model, IDS, None, metric, 0.25, jax.random.split(KEY)[0]).fitted
 
@@ -95,7 +95,7 @@ def test_where_the_loss_is_a_square_the_constant_is_that_of_least_squares() -> N
     runs, found, rows = fitted()
     assert found.units == (*(f"a2.h{h}" for h in range(H)), "m2") and len(found.held_out) == N // 4
     np.testing.assert_allclose(found.whole_loss, 0, atol=1e-4)
-    rest = np.setdiff1d(np.arange(N), found.held_out)
+    rest, least = np.setdiff1d(np.arange(N), found.held_out), []
     for unit in range(H + 1):
         seen = runs["mlp_out"][:, LAST, :, 1:] if unit == H else runs["z"][:, LAST, unit]
         seen, w = np.asarray(seen, np.float64), reads(unit)
@@ -111,7 +111,12 @@ def test_where_the_loss_is_a_square_the_constant_is_that_of_least_squares() -> N
         np.testing.assert_allclose(best, seen[rows, -1].mean(axis=0), atol=1e-6)
         own = np.linalg.lstsq(np.tile(w, (len(held), 1)), last[held].reshape(-1), rcond=None)[0]
         assert loss(own).mean() * 0.999 <= found.loss[unit].mean() <= loss(best).mean() * 1.02
+        least.append([loss(own).mean(), loss(best).mean()])
         assert found.loss[unit].mean() < min(found.mean_loss[unit].mean(), found.zero_loss[unit].mean())
+    first, second = found.by_seed
+    low, high = np.mean(least, axis=0)
+    assert first == pytest.approx(found.loss.mean(), rel=1e-6) and first != second
+    assert low * 0.999 <= second <= high * 1.02 and "; 2 seeds " in repr(found)
 
 
 @pytest.mark.torch

@@ -192,6 +192,21 @@ def test_it_learns_what_the_model_will_say_on_tokens_it_has_not_seen() -> None:
     chex.assert_trees_all_equal(MODEL, before)
 
 
+def test_seeds_differ_in_the_order_of_prompts_alone() -> None:
+    """The first is the one seed of a fit that has one. Where a batch is all prompts, both are the same."""
+    tokens = ids(16, 4)
+    one, whole, half = (
+        train_tuned_lens(MODEL, tokens, **settings(steps=6, batch_size=size, learning_rate=1e-2, seeds=seeds))
+        for size, seeds in ((6, 1), (12, 2), (6, 2))
+    )
+    np.testing.assert_allclose(half.kl, one.kl, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(half.losses, one.losses, rtol=1e-4)
+    np.testing.assert_allclose(whole.by_seed, whole.kl[:, :-1].mean(), rtol=1e-5)
+    assert one.by_seed.shape == (1,) and half.by_seed[0] == pytest.approx(half.kl[:, :-1].mean(), rel=1e-6)
+    assert 1e-4 < abs(half.by_seed[1] / half.by_seed[0] - 1) < 0.2
+    assert "; 2 seeds " in repr(half) and "seeds" not in repr(one)
+
+
 @pytest.mark.numerical
 def test_padding_is_not_learned_from() -> None:
     tokens, pad = ids(4, 11), np.full((4, 5), 9, np.int32)

@@ -107,7 +107,7 @@ def planted() -> Llama:
 
 @cache
 def found() -> SampledEdges:
-    settings: Any = dict(steps=300, batch_size=16, penalty=0.02, learning_rate=0.1, constants_rate=0.1)
+    settings: Any = dict(steps=300, batch_size=16, penalty=0.02, learning_rate=0.1, constants_rate=0.1, seeds=2)
     return ugs(planted(), IDS, key=KEY, progress=False, **settings)
 
 
@@ -141,9 +141,20 @@ def test_its_loss_is_the_circuits_and_below_its_controls() -> None:
     mean = mean_activations(model, IDS, "mlp_out")
     far = [np.linalg.norm(np.asarray(x["mlp_out"])[0, THIRDS[2]] - there[-1]) for x in (got.constants, mean)]
     assert far[0] < 0.5 * far[1]
-    assert "random edges" in repr(got) and "held-out prompts" in repr(got)
+    assert "random edges" in repr(got) and "held-out prompts" in repr(got) and "; 2 seeds " in repr(got)
+    first, second = got.by_seed  # the second has found as good a circuit by other masks
+    assert first == pytest.approx(got.loss.mean(), rel=1e-6) and first != second
+    assert second < 0.25 * min(controls["random edges"], controls["no edges"], controls["mean constants"])
     curve = faithfulness(model, got.scores, ids, ids, metric, ablation=got.constants, sizes=(0.05, 1.0))
     np.testing.assert_allclose(curve.empty, got.controls["no edges"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_seed_is_the_only_one_of_a_fit_that_has_one() -> None:
+    settings: Any = dict(steps=5, batch_size=8, learning_rate=0.1, key=KEY, progress=False)
+    one, two = (ugs(planted(), IDS, seeds=seeds, **settings) for seeds in (1, 2))
+    np.testing.assert_allclose(two.scores.values, one.scores.values, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-4)
+    assert one.by_seed.shape == (1,) and "seeds" not in repr(one)
 
 
 def test_corrupted_prompts_take_the_place_of_constants() -> None:
@@ -170,6 +181,7 @@ def test_what_cannot_be_is_told() -> None:
         (None, {"learning_rate": 0}, "learning_rate is 0, and must be a finite number above 0"),
         (None, {"constants_rate": np.inf}, "constants_rate is inf"),
         (None, {"steps": 0}, "steps is 0"),
+        (None, {"seeds": 0}, "seeds is 0"),
         (IDS[:, :2], {}, r"clean has shape \[64, 4\], and corrupted \[64, 2\]"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

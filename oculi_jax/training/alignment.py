@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from ..intervals import Interval
 from ..intervention import Subspace
 from ..pytrees import pytree
-from .controls import beside, ranged, share
+from .controls import beside, ranged
 
 _DRAWS = 2000
 
@@ -50,8 +50,7 @@ class Alignment:
     def __repr__(self) -> str:
         there = self.subspace
         where = f"{there.site}, layer {there.layer}, position {there.positions}, rank {there.basis.shape[1]}"
-        seeds = f"; {len(self.by_seed)} seeds {share(self.by_seed)}" if len(self.by_seed) > 1 else ""
-        return f"Alignment({where}: {beside(self.accuracy, self.controls, 'held-out pairs')}{seeds})"
+        return f"Alignment({where}: {beside(self.accuracy, self.controls, 'held-out pairs', self.by_seed)})"
 
 
 @pytree

@@ -1,4 +1,4 @@
-"""What a learnt thing is judged beside: a model that was never trained, and how a number and its controls print."""
+"""What a learnt thing is judged beside: a model that was never trained, and other seeds; and how a number and all these print."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from ..arrays import random_key
 from ..backends import check_model
@@ -57,7 +57,15 @@ def _drawn(x: Any, key: Array, layered: bool) -> Any:
     return jax.device_put((mean + spread * jax.random.normal(key, x.shape, wide.dtype)).astype(x.dtype), x.sharding)
 
 
-def share(values: Float[np.ndarray, " M"]) -> str:
+def orders(n: int, seeds: int, key: Array) -> Int[np.ndarray, "N S"]:
+    """Which of n examples each seed of a fit has in the place of each: the first seed that one, all others one in an order drawn
+    for them.
+    """
+    drawn = [np.asarray(jax.random.permutation(jax.random.fold_in(key, seed), n)) for seed in range(1, seeds)]
+    return np.stack([np.arange(n), *drawn], axis=1).astype(np.int32)
+
+
+def shown(values: Float[np.ndarray, " M"]) -> str:
     """A mean as it prints, with its interval where there is more than one value."""
     return f"{float(np.mean(values)):.2f}" if len(values) < 2 else ranged(bootstrap(values))
 
@@ -68,11 +76,17 @@ def ranged(spread: Interval) -> str:
     return f"{mean:.2f} ({low:.2f} to {high:.2f})"
 
 
-def beside(values: Float[np.ndarray, " M"], controls: Mapping[str, Float[np.ndarray, " M"]], of: str) -> str:
-    """A number as it prints: its mean and interval, of what, and each control's.
+def beside(
+    values: Float[np.ndarray, " M"],
+    controls: Mapping[str, Float[np.ndarray, " M"]],
+    of: str,
+    by_seed: Float[np.ndarray, " S"],
+) -> str:
+    """A number as it prints: its mean and interval, of what, each control's, and that of seeds where there are several.
 
     Args:
         of: what it was measured on, such as `"held-out pairs"`.
     """
-    others = "".join(f"; {name} {share(found)}" for name, found in controls.items())
-    return f"{share(values)} of {len(values)} {of}{others}"
+    others = "".join(f"; {name} {shown(found)}" for name, found in controls.items())
+    seeds = f"; {len(by_seed)} seeds {shown(by_seed)}" if len(by_seed) > 1 else ""
+    return f"{shown(values)} of {len(values)} {of}{others}{seeds}"

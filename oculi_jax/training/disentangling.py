@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ..intervals import Interval
 from ..intervention import Subspace
 from .aligning import interchange_accuracy
-from .controls import share
+from .controls import shown
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -62,8 +62,8 @@ class Disentanglement:
         return Interval(*(jnp.float32(x) for x in (self.score, low, high)))
 
     def __repr__(self) -> str:
-        kept = "; ".join(f"{name} kept {share(x)} of {len(x)}" for name, x in self.isolate.items())
-        return f"Disentanglement({self.score:.2f}: cause {share(self.cause)} of {len(self.cause)}; {kept})"
+        kept = "; ".join(f"{name} kept {shown(x)} of {len(x)}" for name, x in self.isolate.items())
+        return f"Disentanglement({self.score:.2f}: cause {shown(self.cause)} of {len(self.cause)}; {kept})"
 
 
 def disentanglement(

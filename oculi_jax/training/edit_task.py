@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -106,6 +106,10 @@ class Task:
     @property
     def rest(self) -> Int[np.ndarray, "N"]:
         return np.setdiff1d(np.arange(self.changes.shape[1]), self.held)
+
+    def seeded(self, seeds: int) -> Task:
+        """As many of each edit, which differ in the order of prompts: all edits once, and once more."""
+        return replace(self, **{name: np.tile(getattr(self, name), (seeds, 1)) for name in ("answers", "changes")})
 
     def pairs(self) -> dict[str, Int[np.ndarray, "N R"]]:
         """Pairs of a prompt to change and one to keep, of each edit; every one occurs as often as any other, or once more."""

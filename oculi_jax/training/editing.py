@@ -28,7 +28,6 @@ from .controls import beside, ranged, untrained
 from .detection import auroc
 from .directions import check_site
 from .edit_task import Seen, Task
-from .fitting import Fit
 from .resuming import path_of
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class RankOneEdit:
     Attributes:
         edit: the intervention; of several edits a family, for `sweep` or `generate`.
         hits: `[…, M]`, of each held-out prompt, 1 where the likeliest token under the edit is its answer, else 0.
+        by_seed: `[S, …, M]`, `hits` of what each seed found; the first is this one.
         changes: `[…, M]`, whether that answer is another one than the model's own.
         controls: `hits` again, of a `"random direction"` written as strongly; of `"steering"`, which writes the same direction at
             every token of every prompt; of an edit learnt in an `"untrained model"`, where prompts that are to stay have other
@@ -73,6 +73,7 @@ class RankOneEdit:
 
     edit: RankOne
     hits: Float[np.ndarray, "... M"]
+    by_seed: Float[np.ndarray, "S ... M"]
     changes: Bool[np.ndarray, "... M"]
     controls: Mapping[str, Float[np.ndarray, "... M"]]
     detection: Interval
@@ -95,7 +96,8 @@ class RankOneEdit:
         parts = []
         for what, chosen in (("changed", self.changes), ("kept", ~self.changes)):
             others = {name: _by_prompt(found, chosen) for name, found in self.controls.items()}
-            parts.append(f"{what} {beside(_by_prompt(self.hits, chosen), others, 'held-out prompts')}")
+            seeds = np.array([_by_prompt(found, chosen).mean() for found in self.by_seed])
+            parts.append(f"{what} {beside(_by_prompt(self.hits, chosen), others, 'held-out prompts', seeds)}")
         detected = jax.tree.map(lambda x: np.mean(x), self.detection)
         parts.append(f"detection AUROC {ranged(detected)}")
         return (
@@ -122,6 +124,7 @@ def rank_one_edit(
     learning_rate: float = 0.03,
     penalty: float = 0.1,
     held_out: ArrayLike = 0.25,
+    seeds: int = 1,
     key: Array,
     mask: ArrayLike | None = None,
     controls: bool = True,
@@ -147,6 +150,8 @@ def rank_one_edit(
         penalty: 0 or more.
         held_out: the prompts that are kept for judging, bool `[B]`: phrasings, for instance, that the edit is not to know. Or a
             share, drawn by the key among prompts that are alike in which edits change them.
+        seeds: how many fits of each edit, of the same program, each with an order of prompts of its own; what the first found is
+            returned.
         key: a JAX random key.
         mask: bool `[B, T]`, True at real tokens.
         controls: whether to run them; the untrained model's takes as much time again.
@@ -174,7 +179,11 @@ def rank_one_edit(
     if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < np.inf:
         raise ValueError(f"penalty is {penalty!r}, and a number that is not negative is needed.")
     check_host((model, tokens, answers))
-    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    steps, batch_size, seeds = (
+        integer(steps, "steps", 1),
+        integer(batch_size, "batch_size", 1),
+        integer(seeds, "seeds", 1),
+    )
     learning_rate, key, path = number(learning_rate, "learning_rate"), random_key(key), path_of(file)
     check_progress(progress)
     ids, real, one = check_prompts(config, tokens, mask)
@@ -191,19 +200,30 @@ def rank_one_edit(
     chosen, order, drawn, other = jax.random.split(key, 4)
     held = _held_out(held_out, changes, chosen)
     task = Task(np.atleast_2d(wanted), changes, held, order, steps, batch_size, learning_rate, penalty)
-    found, own = task.learn(seen, file=path, progress=progress)
-    hits = {"": task.hits(seen, own)}
+    found, every = task.seeded(seeds).learn(seen, file=path, progress=progress)
+    own = jax.tree.map(lambda x: x[: len(changes)], every)
+    by_seed = task.seeded(seeds).hits(seen, every)
+    beside = {}
     if controls:
-        hits["random direction"] = task.hits(seen, {**own, "write": _turned(own["write"], drawn)})
-        hits["steering"] = task.hits(seen, {**own, "read": 0 * own["read"], "bias": jnp.asarray(task.most(seen, own))})
+        beside["random direction"] = task.hits(seen, {**own, "write": _turned(own["write"], drawn)})
+        beside["steering"] = task.hits(
+            seen, {**own, "read": 0 * own["read"], "bias": jnp.asarray(task.most(seen, own))}
+        )
         blank = Seen.of(untrained(model, other), seen.tokens, seen.mask, site, layer)
-        hits["untrained model"] = task.hits(blank, task.learn(blank, file=None, progress=progress)[1])
-    return _result(wanted.shape[:-1], seen, task, found, own, hits)
+        beside["untrained model"] = task.hits(blank, task.learn(blank, file=None, progress=progress)[1])
+    return _result(wanted.shape[:-1], seen, task, found.losses, own, by_seed, beside)
 
 
 def _result(
-    axes: tuple[int, ...], seen: Seen, task: Task, found: Fit, own: dict[str, Array], hits: dict[str, np.ndarray]
+    axes: tuple[int, ...],
+    seen: Seen,
+    task: Task,
+    losses: Float[np.ndarray, "N SR"],
+    own: dict[str, Array],
+    by_seed: Float[np.ndarray, "SR M"],
+    beside: dict[str, Float[np.ndarray, "R M"]],
 ) -> RankOneEdit:
+    """With the axes of the answers: of the first seed's edits, but for `by_seed`."""
     read = task.read(seen, own)[:, task.held]
     areas = [auroc(x[y], x[~y]) for x, y in zip(read, task.changes[:, task.held], strict=True)]
     detection = jax.tree.map(lambda *x: np.stack(x).reshape(axes), *areas)
@@ -213,10 +233,11 @@ def _result(
 
     layers = np.full(axes, seen.layer) if axes else seen.layer
     edit = RankOne(seen.site, layers, *(shaped(own[name]) for name in ("read", "write", "bias")))
-    hits = {name: shaped(x) for name, x in hits.items()}
+    seeds = by_seed.reshape(-1, *axes, len(task.held))
     changes = shaped(task.changes[:, task.held])
-    losses = found.losses.reshape(-1, *axes)
-    return RankOneEdit(edit, hits.pop(""), changes, hits, detection, losses, task.held)
+    controls = {name: shaped(x) for name, x in beside.items()}
+    losses = losses[:, : len(task.changes)].reshape(-1, *axes)
+    return RankOneEdit(edit, seeds[0], seeds, changes, controls, detection, losses, task.held)
 
 
 def _held_out(given: ArrayLike, changes: Bool[np.ndarray, "R B"], key: Array) -> Int[np.ndarray, " M"]:

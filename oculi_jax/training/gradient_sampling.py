@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +27,7 @@ from ..circuits.trials import values_of
 from ..metrics import of_prompt
 from ..output import Activations
 from ..pytrees import pytree
-from .controls import beside
+from .controls import beside, orders
 from .fitting import Fit, fit
 from .objective import Objective, moments
 
@@ -54,6 +53,7 @@ class SampledEdges:
         constants: site → array, what takes the place of a writer's write in the edges that are cut: `z` `[L, H, D]`, `mlp_out`
             `[L, E]`, `embed` `[E]`, an `ablation=` of `faithfulness` and `run_circuit`. None where the corrupted prompt's run does.
         loss: `[M]`, of each held-out prompt in `circuit()`.
+        by_seed: `[S]`, its mean for what each seed found; the first is this one.
         controls: the same of `"random edges"`, as many, the mean of eight draws; `"no edges"`; `"mean constants"`, of the same
             circuit with means instead of what was learnt; and `"whole"`, the model as it is.
         losses: `[steps]`, penalty included.
@@ -72,17 +72,22 @@ class SampledEdges:
     scores: Scores
     constants: Activations | None
     loss: Float[np.ndarray, "M"]
+    by_seed: Float[np.ndarray, "S"]
     controls: Mapping[str, Float[np.ndarray, "M"]]
     losses: Float[np.ndarray, "N"]
     held_out: Int[np.ndarray, "M"]
 
     def circuit(self, above: float = 0.5) -> Circuit:
         """The edges that are kept with more than this probability, pruned."""
-        values, graph = np.asarray(self.scores.values), self.scores.graph
-        return Circuit(graph, edges=(values > above) & graph.edges, scores=values)
+        return _likely(self.scores, above)
 
     def __repr__(self) -> str:
-        return f"SampledEdges({self.circuit()}: {beside(self.loss, self.controls, 'held-out prompts')})"
+        return f"SampledEdges({self.circuit()}: {beside(self.loss, self.controls, 'held-out prompts', self.by_seed)})"
+
+
+def _likely(scores: Scores, above: float) -> Circuit:
+    values, graph = np.asarray(scores.values), scores.graph
+    return Circuit(graph, edges=(values > above) & graph.edges, scores=values)
 
 
 def ugs(
@@ -97,6 +102,7 @@ def ugs(
     learning_rate: float = 0.05,
     constants_rate: float = 0.01,
     held_out: float = 0.25,
+    seeds: int = 1,
     key: Array,
     mask: ArrayLike | None = None,
     corrupted_mask: ArrayLike | None = None,
@@ -121,6 +127,7 @@ def ugs(
         learning_rate: of the log odds of edges.
         constants_rate: of the constants, in units of the root mean square of what a writer varies by.
         held_out: the share of prompts, drawn by the key, that are kept for judging.
+        seeds: how many fits, as one program, each with its own masks and order of prompts; what the first found is returned.
         key: a JAX random key: of masks, of what is held out, of the order of prompts, of random circuits.
         mask, corrupted_mask: bool, shaped as `clean`, True at real tokens; the second is the first where it is not given.
         file, progress: as in `fit`.
@@ -139,14 +146,18 @@ def ugs(
     """
     if isinstance(penalty, bool) or not isinstance(penalty, int | float | np.number) or not 0 <= penalty < np.inf:
         raise ValueError(f"penalty is {penalty!r}, and must be 0 or more: what an edge costs.")
-    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    steps, batch_size, seeds = (
+        integer(steps, "steps", 1),
+        integer(batch_size, "batch_size", 1),
+        integer(seeds, "seeds", 1),
+    )
     learning_rate = number(learning_rate, "learning_rate")
     constants_rate = number(constants_rate, "constants_rate")
     begin, order, drawn = jax.random.split(random_key(key), 3)
     objective = Objective.of(model, clean, mask, loss, held_out, begin)
     search = _Search(objective, corrupted, corrupted_mask, constants_rate / learning_rate)
     options: Any = dict(steps=steps, batch_size=batch_size, file=file, progress=progress)
-    found = search.fitted(penalty, learning_rate, key=order, **options)
+    found = search.fitted(penalty, learning_rate, seeds, order, **options)
     return search.judged(found, drawn)
 
 
@@ -181,13 +192,18 @@ class _Search:
         given = self.pairs.clean, self.pairs.corrupted, self.pairs.mask, self.pairs.corrupted_mask
         return [None if x is None else np.asarray(x)[rows] for x in given]
 
-    def fitted(self, penalty: float, learning_rate: float, **options: Any) -> Fit:
-        """The log odds of edges, and how many units constants moved."""
+    def fitted(self, penalty: float, learning_rate: float, seeds: int, key: Array, **options: Any) -> Fit:
+        """The log odds of edges, and how many units constants moved, of each seed."""
         import optax
 
         model, metric, edges = self.objective.model, self.objective.metric, jnp.asarray(self.graph.edges)
+        rows = self.objective.seen
+        _, corrupted, _, corrupted_mask = self._of(rows)
+        given = {**self.objective.examples(rows), "corrupted": corrupted, "corrupted_mask": corrupted_mask}
+        every = jax.tree.map(jnp.asarray, given)
 
-        def loss(parameters: Any, example: Any, now: Any) -> Array:
+        def loss(parameters: Any, of_seeds: Array, now: Any) -> Array:
+            example = jax.tree.map(lambda x: x[of_seeds[parameters["seed"]]], every)
             p = jnp.where(edges, jax.nn.sigmoid(parameters["edges"]), 0.0)
             prompt = example["tokens"], example["mask"]
             own = self.constants(parameters["moved"]) if self.learns else None
@@ -198,28 +214,33 @@ class _Search:
             found = measure(model, normalised, prompt[1], of_prompt(metric, example["number"]))
             return found + penalty * jnp.sum(p)
 
-        rows = self.objective.seen
-        _, corrupted, _, corrupted_mask = self._of(rows)
-        data = {**self.objective.examples(rows), "corrupted": corrupted, "corrupted_mask": corrupted_mask}
-        start: dict[str, Any] = {"edges": np.full(edges.shape, _BEGIN, np.float32)}
+        start: dict[str, Any] = {"edges": np.full((seeds, *edges.shape), _BEGIN, np.float32)}
         if self.learns:
-            start["moved"] = {site: np.zeros(mean.shape, np.float32) for site, mean in self.means.items()}
-        return fit(loss, start, data, optimiser=optax.adam(learning_rate, b2=_DECAY), **options)
+            start["moved"] = {site: np.zeros((seeds, *mean.shape), np.float32) for site, mean in self.means.items()}
+        start["seed"] = np.arange(seeds, dtype=np.int32)
+        optimiser = optax.adam(learning_rate, b2=_DECAY)
+        return fit(loss, start, orders(len(rows), seeds, key), optimiser=optimiser, key=key, many=1, **options)
 
     def judged(self, found: Fit, key: Array) -> SampledEdges:
         """The circuit of the likely edges on what was held out, beside its controls."""
-        p = np.where(self.graph.edges, np.asarray(jax.nn.sigmoid(found.parameters["edges"])), 0)
-        scores = Scores(jnp.asarray(p, jnp.float32), self.graph)
-        constants = Activations(self.constants(found.parameters["moved"])) if self.learns else None
-        made = SampledEdges(scores, constants, np.zeros(0), {}, found.losses, self.objective.held)
-        kept = made.circuit().edges
+        (scores, constants), *rest = (self._of_seed(found, seed) for seed in found.parameters["seed"])
+        kept = _likely(scores, 0.5).edges
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1))
         random = [self.graph.pruned(self.graph.random(int(kept.sum()), rng)) for _ in range(_RANDOM)]
         whole, own, none, *others = self._losses(np.stack([kept, np.zeros_like(kept), *random]), constants)
         controls = {"random edges": np.mean(others, axis=0), "no edges": none}
         if self.learns:
             controls["mean constants"] = self._losses(kept[None], Activations(self.means))[1]
-        return replace(made, loss=own, controls={**controls, "whole": whole})
+        by_seed = [own, *(self._losses(_likely(other, 0.5).edges[None], theirs)[1] for other, theirs in rest)]
+        return SampledEdges(
+            scores, constants, own, np.mean(by_seed, axis=1), {**controls, "whole": whole}, found.losses[:, 0], self.objective.held
+        )  # fmt: skip
+
+    def _of_seed(self, found: Fit, seed: Array) -> tuple[Scores, Activations | None]:
+        """Its probabilities and its constants."""
+        own = jax.tree.map(lambda x: x[seed], found.parameters)
+        p = jnp.where(jnp.asarray(self.graph.edges), jax.nn.sigmoid(own["edges"]), 0.0)
+        return Scores(p, self.graph), Activations(self.constants(own["moved"])) if self.learns else None
 
     def _losses(self, masks: np.ndarray, constants: Activations | None) -> Float[np.ndarray, "R M"]:
         """Of the whole model and of each circuit, on each held-out prompt."""

@@ -31,7 +31,7 @@ from ..sweeps.running import check_progress, told
 from ..utils.files import write_aside
 from ..utils.torch_files import read_torch, write_torch
 from .controls import untrained
-from .lenses import FittedLens, apart, check_rows, divergences, rows_of
+from .lenses import FittedLens, apart, by_prompt, check_rows, divergences, rows_of
 from .resuming import Saved, path_of
 
 if TYPE_CHECKING:
@@ -249,7 +249,8 @@ def fit_jacobian_lens(
     kl, logit, *rest_kl = (
         np.asarray(divergences(one, model, None, ids[held], real[held])) for one in (lens, None, *beside.values())
     )
-    return FittedLens(lens, kl, {"logit lens": logit, **dict(zip(beside, rest_kl, strict=True))}, None, held)
+    known = {"logit lens": logit, **dict(zip(beside, rest_kl, strict=True))}
+    return FittedLens(lens, kl, by_prompt(kl).mean(keepdims=True), known, None, held)
 
 
 def _long_enough(prompts: list[Int[np.ndarray, "N"]], skip: int) -> list[Int[np.ndarray, "N"]]:

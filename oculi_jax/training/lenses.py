@@ -36,6 +36,8 @@ class FittedLens:
     Attributes:
         lens: a `TunedLens` or a `JacobianLens`.
         kl: `[M, L]`, as `lens_kl` gives it, of each held-out prompt.
+        by_seed: `[S]`, its mean over prompts and layers, but for the last one, where every lens is the model, of what each seed
+            found; the first is this one.
         controls: the same of `"logit lens"`, which translates nothing, and of `"untrained weights"`: what the same fit finds where
             the model had learnt nothing.
         losses: `[steps]`, of a lens that is fitted by steps: the mean over layers of each step's batch; else None.
@@ -50,16 +52,20 @@ class FittedLens:
 
     lens: Translator
     kl: Float[np.ndarray, "M L"]
+    by_seed: Float[np.ndarray, "S"]
     controls: Mapping[str, Float[np.ndarray, "M L"]]
     losses: Float[np.ndarray, "N"] | None
     held_out: Int[np.ndarray, "M"]
 
     def __repr__(self) -> str:
-        def mean(kl: Float[np.ndarray, "M L"]) -> Float[np.ndarray, "M"]:
-            return kl[:, : max(1, kl.shape[1] - 1)].mean(axis=1)  # at the last layer every lens is the model
+        controls = {name: by_prompt(kl) for name, kl in self.controls.items()}
+        told = beside(by_prompt(self.kl), controls, "held-out prompts", self.by_seed)
+        return f"{self.lens!r}, nats from the model: {told}"
 
-        controls = {name: mean(kl) for name, kl in self.controls.items()}
-        return f"{self.lens!r}, nats from the model: {beside(mean(self.kl), controls, 'held-out prompts')}"
+
+def by_prompt(kl: Float[np.ndarray, "M L"]) -> Float[np.ndarray, "M"]:
+    """The mean over layers, but for the last one, where every lens is the model."""
+    return kl[:, : max(1, kl.shape[1] - 1)].mean(axis=1)
 
 
 def lens_kl(

@@ -26,7 +26,7 @@ from ..circuits.scores import Scores
 from ..circuits.trials import bytes_of_gradient
 from ..metrics import of_prompt
 from ..pytrees import pytree
-from .controls import ranged
+from .controls import ranged, shown
 from .fitting import Fit, fit
 
 if TYPE_CHECKING:
@@ -246,8 +246,8 @@ class LearnedScores(Scores):
 
 
 def beside(curve: Curve, controls: Mapping[str, Curve], seeds: tuple[Curve, ...], of: str) -> str:
-    """A number of a curve as it prints, `"cpr"` or `"faithfulness"` of its last circuit: with its interval, each control's, and the
-    ends of the seeds'.
+    """A number of a curve as it prints, `"cpr"` or `"faithfulness"` of its last circuit: with its interval, each control's, and
+    that of seeds where there are several.
     """
     name = {"cpr": "CPR"}.get(of, of)
 
@@ -261,7 +261,4 @@ def beside(curve: Curve, controls: Mapping[str, Curve], seeds: tuple[Curve, ...]
 
     text = f"{name} {told(curve)} of {len(curve.empty)} held-out pairs"
     text += "".join(f"; {what} {told(other)}" for what, other in controls.items())
-    if seeds:
-        values = sorted(map(number, seeds))
-        text += f"; {len(seeds)} seeds {values[0]:.2f} to {values[-1]:.2f}"
-    return text
+    return text + (f"; {len(seeds)} seeds {shown(np.array([*map(number, seeds)]))}" if seeds else "")

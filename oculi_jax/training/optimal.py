@@ -26,7 +26,7 @@ from ..pytrees import pytree, static
 from ..run import forward
 from ..sites import SITES
 from ..sweeps.running import check_progress, part_of, told
-from .controls import beside
+from .controls import beside, orders
 from .fitting import fit
 from .objective import Objective, moments
 from .resuming import beside_file, path_of
@@ -56,7 +56,8 @@ class OptimalAblation:
             `HeadAblation`, `PerLayer` and, of all three sites and all layers, `ablation=` of circuits take.
         units: `U` names, as in `circuits.Graph`: `a0.h1` a head, `m0` an MLP, `input` the embedding; static.
         loss: `[U, M]`, of each unit at its constant and each held-out prompt.
-        mean_loss, zero_loss: the same at its mean over the other prompts, and at zero.
+        by_seed: `[S]`, its mean over units and prompts for what each seed found; the first is this one.
+        mean_loss, zero_loss: `loss` at its mean over the other prompts, and at zero.
         whole_loss: `[M]`, of the model as it is.
         held_out: `[M]`, which prompts these are.
 
@@ -72,6 +73,7 @@ class OptimalAblation:
     constants: Activations
     units: tuple[str, ...] = static()
     loss: Float[np.ndarray, "U M"]
+    by_seed: Float[np.ndarray, "S"]
     mean_loss: Float[np.ndarray, "U M"]
     zero_loss: Float[np.ndarray, "U M"]
     whole_loss: Float[np.ndarray, "M"]
@@ -80,9 +82,8 @@ class OptimalAblation:
     def __repr__(self) -> str:
         others = {"mean": self.mean_loss, "zero": self.zero_loss}
         controls = {name: found.mean(axis=0) for name, found in others.items()} | {"whole": self.whole_loss}
-        return (
-            f"OptimalAblation({len(self.units)} units: {beside(self.loss.mean(axis=0), controls, 'held-out prompts')})"
-        )
+        told = beside(self.loss.mean(axis=0), controls, "held-out prompts", self.by_seed)
+        return f"OptimalAblation({len(self.units)} units: {told})"
 
 
 def optimal_ablation(
@@ -96,6 +97,7 @@ def optimal_ablation(
     batch_size: int = 16,
     learning_rate: float = 0.05,
     held_out: float = 0.25,
+    seeds: int = 1,
     key: Array,
     mask: ArrayLike | None = None,
     file: str | os.PathLike[str] | None = None,
@@ -117,6 +119,8 @@ def optimal_ablation(
         steps, batch_size: of the fits, by Adam.
         learning_rate: in units of the root mean square of what the unit varies by; it falls to 0 by a cosine.
         held_out: the share of prompts, drawn by the key, that are kept for judging. A quarter of the rest say where to stop.
+        seeds: how many fits of each unit, of the same program, each with an order of prompts of its own; what the first found is
+            returned.
         key: a JAX random key: of what is held out, and of the order of prompts.
         mask: bool `[B, T]`, True at real tokens.
         file: as in `fit`; each layer has one of its own beside it, `NAME.LAYER.safetensors`.
@@ -142,7 +146,7 @@ def optimal_ablation(
     path = path_of(file)
     begin, order = jax.random.split(random_key(key))
     objective = Objective.of(model, tokens, mask, loss, held_out, begin)
-    search = _Search(objective, names, chosen)
+    search = _Search(objective, names, chosen, integer(seeds, "seeds", 1))
     options: Any = dict(steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     with told("Fitting constants", progress, steps * len(search.layers)) as advance:
         found = [
@@ -175,8 +179,8 @@ def _asked(model: Decoder, sites: Any, layers: Any) -> tuple[tuple[str, ...], tu
 class _Search:
     """The units of several layers, each with what it holds on average and how far that varies."""
 
-    def __init__(self, objective: Objective, names: tuple[str, ...], chosen: tuple[int, ...]):
-        self.objective, self.names, self.chosen = objective, names, chosen
+    def __init__(self, objective: Objective, names: tuple[str, ...], chosen: tuple[int, ...], seeds: int):
+        self.objective, self.names, self.chosen, self.seeds = objective, names, chosen, seeds
         self.n_heads = objective.model.config.num_attention_heads
         means, spreads = moments(objective, names)
         self.means, self.spreads = jax.tree.map(np.asarray, (means, spreads))
@@ -211,32 +215,44 @@ class _Search:
         """What is found of the units of one layer: constants of each, and losses on what is held out."""
         import optax
 
-        units, objective = self.units(layer), self.objective
+        units, objective, n = self.units(layer), self.objective, self.seeds
+        rows = np.arange(len(units), dtype=np.int32)
         numbers = np.array([number for *_, number, _ in units], np.int32)
         spreads = jnp.array([self.spreads[site][place] for site, place, *_ in units])
         every = self._examples(layer)
-        fitted, choosing = (
-            jax.tree.map(lambda x, rows=rows: x[rows], every) for rows in (objective.fitted, objective.choosing)
-        )
         means = self._means(units)
-        costs = [self._losses(every, layer, end, numbers) for end in (means, jax.tree.map(jnp.zeros_like, means))]
+        ends = means, jax.tree.map(jnp.zeros_like, means)
+        costs = [self._losses(every, layer, end, numbers) for end in ends]
         mean, zero = (losses[:-1, objective.seen].mean(axis=1) for losses in costs)
         begun = jax.tree.map(lambda x: jnp.where(jnp.asarray(mean <= zero)[:, None], x, 0), means)
 
         def constants(moved: Any, row: Any) -> dict[str, Array]:
             return {site: x[row] + spreads[row] * moved[site] for site, x in begun.items()}
 
-        def loss(parameters: Any, example: Any) -> Array:
+        def loss(parameters: Any, of_seeds: Array) -> Array:
+            example = jax.tree.map(lambda x: x[of_seeds[parameters["seed"]]], every)
             own = constants(parameters["moved"], parameters["row"])
             return _value(objective.model, objective.metric, layer, objective.logits, own, parameters["unit"], example)
 
-        start = {"moved": jax.tree.map(np.zeros_like, begun), "row": np.arange(len(units)), "unit": numbers}
-        falling = optax.adam(optax.cosine_decay_schedule(learning_rate, options["steps"]))
-        found = fit(loss, start, fitted, optimiser=falling, key=key, held_out=choosing, many=1, stop=_PATIENCE, file=file,
-                    progress=part_of(advance), **options)  # fmt: skip
-        best = jax.vmap(constants)(found.parameters["moved"], jnp.arange(len(units)))
-        of = [losses[:, objective.held] for losses in (self._losses(every, layer, best, numbers), *costs)]
-        return {"layer": layer, "constants": best, "losses": np.stack(of)[:, :-1], "whole": of[0][-1]}
+        start = {"moved": jax.tree.map(lambda x: np.zeros((n, *x.shape), x.dtype), begun)}
+        start |= {"row": np.tile(rows, (n, 1)), "unit": np.tile(numbers, (n, 1))}
+        start["seed"] = np.repeat(np.arange(n, dtype=np.int32)[:, None], len(units), axis=1)
+        found = fit(
+            loss, start, objective.fitted[orders(len(objective.fitted), n, key)], key=key, many=2, stop=_PATIENCE, file=file,
+            held_out=np.repeat(objective.choosing[:, None], n, axis=1), progress=part_of(advance),
+            optimiser=optax.adam(optax.cosine_decay_schedule(learning_rate, options["steps"])), **options,
+        )  # fmt: skip
+        best = jax.vmap(lambda moved: jax.vmap(constants)(moved, rows))(found.parameters["moved"])
+        every_seed = [jax.tree.map(lambda x, seed=seed: x[seed], best) for seed in range(n)]
+        own = np.stack([self._losses(every, layer, x, numbers) for x in every_seed])[..., objective.held]
+        beside = np.stack(costs)[..., objective.held]
+        return {
+            "layer": layer,
+            "constants": every_seed[0],
+            "own": own[:, :-1],
+            "beside": beside[:, :-1],
+            "whole": own[0, -1],
+        }
 
     def _means(self, units: Sequence[Unit]) -> dict[str, Float[Array, "R n"]]:
         """Of each site the means, of one unit a row: rows of other sites' units are zero."""
@@ -272,11 +288,11 @@ class _Search:
             for row, (site, place, *_) in enumerate(self.units(one["layer"])):
                 own = (self.chosen.index(place[0]), *place[1:]) if place else ()
                 arrays[site][own] = one["constants"][site][row]
-        loss, mean, zero = np.concatenate([one["losses"] for one in found], axis=1)
+        own, others = (np.concatenate([one[name] for one in found], axis=1) for name in ("own", "beside"))
         return OptimalAblation(
             Activations(jax.tree.map(jnp.asarray, arrays)),
             tuple(name for one in found for *_, name in self.units(one["layer"])),
-            loss, mean, zero, found[0]["whole"], self.objective.held,
+            own[0], own.mean(axis=(1, 2)), others[0], others[1], found[0]["whole"], self.objective.held,
         )  # fmt: skip
 
 

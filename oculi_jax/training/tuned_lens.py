@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,13 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from ..arrays import check_host, integer, listing, random_key
+from ..arrays import check_host, integer, listing, number, random_key
 from ..backends import check_model
 from ..pytrees import pytree
 from ..utils.files import read_tensors, write_aside, write_tensors
-from .controls import untrained
+from .controls import orders, untrained
 from .fitting import fit
-from .lenses import FittedLens, apart, check_rows, divergence, divergences, rows_of, streams
+from .lenses import FittedLens, apart, by_prompt, check_rows, divergence, divergences, rows_of, streams
 from .resuming import path_of
 
 if TYPE_CHECKING:
@@ -159,6 +159,7 @@ def train_tuned_lens(
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     held_out: float = 0.25,
+    seeds: int = 1,
     key: Array,
     mask: ArrayLike | None = None,
     controls: bool = True,
@@ -178,6 +179,7 @@ def train_tuned_lens(
         batch_size: prompts a step; at most as many as are fitted on.
         learning_rate: of the first step.
         held_out: the share of prompts, drawn by the key, that are kept for judging.
+        seeds: how many fits, as one program, each with an order of prompts of its own; what the first found is returned.
         key: a JAX random key: of what is held out, of the order of prompts, of the untrained model.
         mask: bool `[B, T]`, True at real tokens.
         controls: whether to fit a lens to the streams of an untrained model as well, by which it is to say what this one says, for
@@ -198,37 +200,55 @@ def train_tuned_lens(
         (TunedLens(weight [4, 192, 192], bias [4, 192]), True)
     """
     config = check_model(model)
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, int | float | np.number):
-        raise TypeError(f"learning_rate is {learning_rate!r}, and a number is needed.")
-    if not 0 < learning_rate <= 1e3:
-        raise ValueError(f"learning_rate is {learning_rate!r}, and must be above 0, and at most 1000.")
+    learning_rate = number(learning_rate, "learning_rate")
     if config.num_hidden_layers == 1:
         raise ValueError("This model has one layer, after which it speaks for itself: there is nothing to translate.")
-    steps, batch_size = integer(steps, "steps", 1), integer(batch_size, "batch_size", 1)
+    steps, batch_size, seeds = (
+        integer(steps, "steps", 1),
+        integer(batch_size, "batch_size", 1),
+        integer(seeds, "seeds", 1),
+    )
     check_host((model, tokens))
     path = path_of(file)
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, order, other = jax.random.split(random_key(key), 3)
     held, rest = apart(len(ids), held_out, split)
-    data, n_real = {"tokens": ids[rest], "mask": real[rest]}, float(real[rest].sum() / len(rest))
+    data, n_real = (
+        {"tokens": jnp.asarray(ids[rest]), "mask": jnp.asarray(real[rest])},
+        float(real[rest].sum() / len(rest)),
+    )
 
-    def fitted(reads: Decoder | None, file: Path | None) -> tuple[TunedLens, np.ndarray, np.ndarray]:
-        """The lens, how far it is from the model, and the losses."""
-        start = TunedLens.identity(config)
-        begin = TunedLens(start.weight[:-1], start.bias[:-1])  # the last layer has nothing to learn
+    def fitted(
+        reads: Decoder | None, file: Path | None, seeds: int
+    ) -> tuple[list[TunedLens], list[np.ndarray], np.ndarray]:
+        """Of each seed the lens, how far it is from the model, and the losses."""
+        loss, identity = _loss_of(model, reads, n_real), TunedLens.identity(config)
+
+        def of_seed(parameters: dict[str, Any], rows: Array) -> Array:
+            return loss(parameters["lens"], jax.tree.map(lambda x: x[rows[parameters["seed"]]], data))
+
+        # The last layer has nothing to learn.
+        begin = jax.tree.map(lambda x: np.zeros((seeds, x.shape[0] - 1, *x.shape[1:]), x.dtype), identity)
+        start = {"lens": begin, "seed": np.arange(seeds, dtype=np.int32)}
         found = fit(
-            _loss_of(model, reads, n_real), begin, data, steps=steps, batch_size=min(batch_size, len(rest)), key=order,
+            of_seed, start, orders(len(rest), seeds, order), steps=steps, batch_size=min(batch_size, len(rest)), key=order, many=1,
             optimiser=_adam(learning_rate, steps), file=file, progress=progress,
         )  # fmt: skip
-        lens = TunedLens(*(jnp.pad(x, ((0, 1), *((0, 0),) * (x.ndim - 1))) for x in jax.tree.leaves(found.parameters)))
-        return lens, np.asarray(divergences(lens, model, reads, ids[held], real[held])), found.losses
+        own = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 1), *((0, 0),) * (x.ndim - 2))), found.parameters["lens"])
+        lenses = [jax.tree.map(lambda x, seed=seed: x[seed], own) for seed in range(seeds)]
+        return (
+            lenses,
+            [np.asarray(divergences(lens, model, reads, ids[held], real[held])) for lens in lenses],
+            found.losses,
+        )
 
-    lens, kl, losses = fitted(None, path)
+    lenses, kl, losses = fitted(None, path, seeds)
     beside = {"logit lens": np.asarray(divergences(None, model, None, ids[held], real[held]))}
     if controls:
         own = None if path is None else path.with_stem(f"{path.stem}-untrained")
-        beside["untrained weights"] = fitted(untrained(model, other), own)[1]
-    return FittedLens(lens, kl, beside, losses / (config.num_hidden_layers - 1), held)
+        beside["untrained weights"] = fitted(untrained(model, other), own, 1)[1][0]
+    by_seed = np.array([by_prompt(x).mean() for x in kl])
+    return FittedLens(lenses[0], kl[0], by_seed, beside, losses[:, 0] / (config.num_hidden_layers - 1), held)
 
 
 def _adam(learning_rate: float, steps: int) -> optax.GradientTransformation:
