@@ -65,6 +65,14 @@ def orders(n: int, seeds: int, key: Array) -> Int[np.ndarray, "N S"]:
     return np.stack([np.arange(n), *drawn], axis=1).astype(np.int32)
 
 
+def another(n: int, rng: np.random.Generator) -> Int[np.ndarray, " N"]:
+    """For each of n, drawn, another one than itself: whose answer a control is asked for."""
+    drawn = rng.permutation(n)
+    found = np.empty(n, np.int32)
+    found[drawn] = np.roll(drawn, 1)
+    return found
+
+
 def shown(values: Float[np.ndarray, " M"]) -> str:
     """A mean as it prints, with its interval where there is more than one value."""
     return f"{float(np.mean(values)):.2f}" if len(values) < 2 else ranged(bootstrap(values))

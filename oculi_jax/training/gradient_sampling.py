@@ -27,7 +27,7 @@ from ..circuits.trials import values_of
 from ..metrics import of_prompt
 from ..output import Activations
 from ..pytrees import pytree
-from .controls import beside, orders
+from .controls import another, beside, orders
 from .fitting import Fit, fit
 from .objective import Objective, moments
 
@@ -54,8 +54,9 @@ class SampledEdges:
             `[L, E]`, `embed` `[E]`, an `ablation=` of `faithfulness` and `run_circuit`. None where the corrupted prompt's run does.
         loss: `[M]`, of each held-out prompt in `circuit()`.
         by_seed: `[S]`, its mean for what each seed found; the first is this one.
-        controls: the same of `"random edges"`, as many, the mean of eight draws; `"no edges"`; `"mean constants"`, of the same
-            circuit with means instead of what was learnt; and `"whole"`, the model as it is.
+        controls: the same of `"shuffled answers"`, the circuit and constants of a fit in which each prompt was to say what
+            another one is to; of `"random edges"`, as many as of the circuit, the mean of eight draws; `"no edges"`;
+            `"mean constants"`, the circuit with means instead of what was learnt; and `"whole"`, the model as it is.
         losses: `[steps]`, penalty included.
         held_out: `[M]`, which prompts these are.
 
@@ -65,7 +66,7 @@ class SampledEdges:
         >>> found.scores, found.constants
         (Scores(29 writers, 77 readers, 927 edges), {embed [192], z [4, 6, 32], mlp_out [4, 192]})
         >>> list(found.controls), found.circuit(above=0.9).kind
-        (['random edges', 'no edges', 'mean constants', 'whole'], 'edges')
+        (['shuffled answers', 'random edges', 'no edges', 'mean constants', 'whole'], 'edges')
         >>> curve = circuits.faithfulness(model, found.scores, ids, other, metric, ablation=found.constants)
     """
 
@@ -106,6 +107,7 @@ def ugs(
     key: Array,
     mask: ArrayLike | None = None,
     corrupted_mask: ArrayLike | None = None,
+    controls: bool = True,
     file: str | os.PathLike[str] | None = None,
     progress: Progress | bool | None = None,
 ) -> SampledEdges:
@@ -130,6 +132,7 @@ def ugs(
         seeds: how many fits, as one program, each with its own masks and order of prompts; what the first found is returned.
         key: a JAX random key: of masks, of what is held out, of the order of prompts, of random circuits.
         mask, corrupted_mask: bool, shaped as `clean`, True at real tokens; the second is the first where it is not given.
+        controls: whether to fit once more, to shuffled answers; the other controls cost little, and are always made.
         file, progress: as in `fit`.
 
     Returns:
@@ -157,8 +160,8 @@ def ugs(
     objective = Objective.of(model, clean, mask, loss, held_out, begin)
     search = _Search(objective, corrupted, corrupted_mask, constants_rate / learning_rate)
     options: Any = dict(steps=steps, batch_size=batch_size, file=file, progress=progress)
-    found = search.fitted(penalty, learning_rate, seeds, order, **options)
-    return search.judged(found, drawn)
+    found = search.fitted(penalty, learning_rate, seeds, controls, order, **options)
+    return search.judged(found, seeds, drawn)
 
 
 def sampled(p: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
@@ -192,8 +195,10 @@ class _Search:
         given = self.pairs.clean, self.pairs.corrupted, self.pairs.mask, self.pairs.corrupted_mask
         return [None if x is None else np.asarray(x)[rows] for x in given]
 
-    def fitted(self, penalty: float, learning_rate: float, seeds: int, key: Array, **options: Any) -> Fit:
-        """The log odds of edges, and how many units constants moved, of each seed."""
+    def fitted(
+        self, penalty: float, learning_rate: float, seeds: int, controls: bool, key: Array, **options: Any
+    ) -> Fit:
+        """The log odds of edges, and how many units constants moved: of each seed, and of one to shuffled answers."""
         import optax
 
         model, metric, edges = self.objective.model, self.objective.metric, jnp.asarray(self.graph.edges)
@@ -202,8 +207,9 @@ class _Search:
         given = {**self.objective.examples(rows), "corrupted": corrupted, "corrupted_mask": corrupted_mask}
         every = jax.tree.map(jnp.asarray, given)
 
-        def loss(parameters: Any, of_seeds: Array, now: Any) -> Array:
-            example = jax.tree.map(lambda x: x[of_seeds[parameters["seed"]]], every)
+        def loss(parameters: Any, of_fits: Array, now: Any) -> Array:
+            row = of_fits[parameters["fit"]]
+            example, asked = jax.tree.map(lambda x: x[row], every), every["number"][parameters["asked"][row]]
             p = jnp.where(edges, jax.nn.sigmoid(parameters["edges"]), 0.0)
             prompt = example["tokens"], example["mask"]
             own = self.constants(parameters["moved"]) if self.learns else None
@@ -211,34 +217,40 @@ class _Search:
             instead = ablated(model, "edges", prompt, (example["corrupted"], example["corrupted_mask"]), other, None)
             kept = jnp.where(edges, sampled(p, now.key), 0.0)
             normalised = masked(model, prompt, kept, instead, "edges", False, remat=True)
-            found = measure(model, normalised, prompt[1], of_prompt(metric, example["number"]))
+            found = measure(model, normalised, prompt[1], of_prompt(metric, asked))
             return found + penalty * jnp.sum(p)
 
-        start: dict[str, Any] = {"edges": np.full((seeds, *edges.shape), _BEGIN, np.float32)}
+        n = seeds + controls
+        start: dict[str, Any] = {"edges": np.full((n, *edges.shape), _BEGIN, np.float32)}
         if self.learns:
-            start["moved"] = {site: np.zeros((seeds, *mean.shape), np.float32) for site, mean in self.means.items()}
-        start["seed"] = np.arange(seeds, dtype=np.int32)
+            start["moved"] = {site: np.zeros((n, *mean.shape), np.float32) for site, mean in self.means.items()}
+        own = np.tile(np.arange(len(rows), dtype=np.int32), (seeds, 1))
+        others = [
+            another(len(rows), np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1)))
+        ] * controls
+        start |= {"fit": np.arange(n, dtype=np.int32), "asked": np.stack([*own, *others])}
         optimiser = optax.adam(learning_rate, b2=_DECAY)
-        return fit(loss, start, orders(len(rows), seeds, key), optimiser=optimiser, key=key, many=1, **options)
+        return fit(loss, start, orders(len(rows), n, key), optimiser=optimiser, key=key, many=1, **options)
 
-    def judged(self, found: Fit, key: Array) -> SampledEdges:
+    def judged(self, found: Fit, seeds: int, key: Array) -> SampledEdges:
         """The circuit of the likely edges on what was held out, beside its controls."""
-        (scores, constants), *rest = (self._of_seed(found, seed) for seed in found.parameters["seed"])
+        (scores, constants), *rest = (self._of_fit(found, number) for number in found.parameters["fit"])
         kept = _likely(scores, 0.5).edges
         rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).reshape(-1))
         random = [self.graph.pruned(self.graph.random(int(kept.sum()), rng)) for _ in range(_RANDOM)]
         whole, own, none, *others = self._losses(np.stack([kept, np.zeros_like(kept), *random]), constants)
-        controls = {"random edges": np.mean(others, axis=0), "no edges": none}
+        told = [own, *(self._losses(_likely(other, 0.5).edges[None], theirs)[1] for other, theirs in rest)]
+        controls = {"shuffled answers": told[-1]} if len(told) > seeds else {}
+        controls |= {"random edges": np.mean(others, axis=0), "no edges": none}
         if self.learns:
             controls["mean constants"] = self._losses(kept[None], Activations(self.means))[1]
-        by_seed = [own, *(self._losses(_likely(other, 0.5).edges[None], theirs)[1] for other, theirs in rest)]
-        return SampledEdges(
-            scores, constants, own, np.mean(by_seed, axis=1), {**controls, "whole": whole}, found.losses[:, 0], self.objective.held
-        )  # fmt: skip
+        controls["whole"] = whole
+        by_seed, losses = np.mean(told[:seeds], axis=1), found.losses[:, 0]
+        return SampledEdges(scores, constants, own, by_seed, controls, losses, self.objective.held)
 
-    def _of_seed(self, found: Fit, seed: Array) -> tuple[Scores, Activations | None]:
+    def _of_fit(self, found: Fit, number: Array) -> tuple[Scores, Activations | None]:
         """Its probabilities and its constants."""
-        own = jax.tree.map(lambda x: x[seed], found.parameters)
+        own = jax.tree.map(lambda x: x[number], found.parameters)
         p = jnp.where(jnp.asarray(self.graph.edges), jax.nn.sigmoid(own["edges"]), 0.0)
         return Scores(p, self.graph), Activations(self.constants(own["moved"])) if self.learns else None
 

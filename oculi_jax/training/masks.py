@@ -26,7 +26,7 @@ from ..circuits.scores import Scores
 from ..circuits.trials import bytes_of_gradient
 from ..metrics import of_prompt
 from ..pytrees import pytree
-from .controls import ranged, shown
+from .controls import another, ranged, shown
 from .fitting import Fit, fit
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ class Search:
         n = len(self.rest)
         asked = np.tile(np.arange(n, dtype=np.int32), (self.n_fits, 1))
         if self.controls:
-            drawn = self.rng.permutation(n)
-            asked[-1, drawn] = np.roll(drawn, 1)  # nobody's own
+            asked[-1] = another(n, self.rng)
         begun = {name: np.repeat(np.asarray(x)[None], self.n_fits, axis=0) for name, x in start.items()}
         begun["order"] = np.stack([self.rng.permutation(n) for _ in range(self.n_fits)]).astype(np.int32)
         begun["asked"] = asked
