@@ -12,8 +12,8 @@ from scipy.special import expit, log_softmax, logit
 
 from oculi_jax import forward
 from oculi_jax.circuits import Circuit, run_circuit
-from oculi_jax.training import prune
-from oculi_jax.training.pruning import constraint, divergence, gates, opening
+from oculi_jax.training import Now, masks, prune
+from oculi_jax.training.pruning import constraint, divergence, gate_loss, gates, opening
 
 from . import planted
 from .test_matryoshka import CLEAN, CORRUPTED, MASK, METRIC, MODEL, searched
@@ -55,20 +55,37 @@ def test_multipliers_ascend_and_gates_descend() -> None:
 
 
 def test_the_loss_is_the_divergence_from_the_whole_model() -> None:
+    """Of the pair's own run, or of another one's, whose answer it is asked for: there all gates are open."""
     search, parameters = searched(MODEL, "nodes")
     share = RNG.uniform(size=16).astype(np.float32)
-    pair, number = search.pair(parameters, jnp.int32(1)), int(search.rest[1])
+    pair, (other, number) = search.pair(parameters, jnp.int32(1)), search.rest
     rows = (CLEAN[number], CORRUPTED[number])
-    last = MASK[number].sum() - 1
-    p, q = (
-        log_softmax(np.asarray(run.logits[last], np.float64))
-        for run in (
-            forward(MODEL, rows[0], mask=MASK[number]),
-            run_circuit(MODEL, *rows, nodes=share, mask=MASK[number]),
-        )
-    )
-    found = float(jax.jit(lambda share: divergence(pair, pair.kept(share)))(share))
-    assert found == pytest.approx((np.exp(p) * (p - q)).sum(), rel=1e-4) and found > 0.1
+
+    def last(run: Any, number: int) -> Any:
+        return log_softmax(np.asarray(run.logits[MASK[number].sum() - 1], np.float64))
+
+    whole, asked = (last(forward(MODEL, CLEAN[i], mask=MASK[i]), i) for i in (number, other))
+    q = last(run_circuit(MODEL, *rows, nodes=share, mask=MASK[number]), number)
+    found = float(jax.jit(lambda share: divergence(pair, pair.kept(share), jnp.asarray(whole, jnp.float32)))(share))
+    assert found == pytest.approx((np.exp(whole) * (whole - q)).sum(), rel=1e-4) and found > 0.1
+
+    shuffled = {**parameters, "asked": jnp.array([1, 0]), "log_alpha": jnp.full(16, 30.0), "multipliers": jnp.zeros(2)}
+    now = Now(jnp.int32(0), jax.random.key(0), jnp.float32(0))
+    found = float(jax.jit(lambda given: gate_loss(search, "kl")(given, jnp.int32(1), now))(shuffled))
+    assert found == pytest.approx((np.exp(asked) * (asked - whole)).sum(), rel=1e-4) and found > 0.1
+
+
+@pytest.mark.parametrize("kind", ["nodes", "neurons", "edges"])
+def test_what_corrupted_runs_write_is_kept_or_made_again_to_the_same_end(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, parameters = searched(MODEL, kind)
+    monkeypatch.setattr(masks, "_MOST_BYTES", 0)
+    again, _ = searched(MODEL, kind)
+    assert kept.writes is not None and again.writes is None
+    share = jnp.asarray(RNG.uniform(size=kept.units.shape), jnp.float32)
+    one, other = (jax.jit(search.pair(parameters, jnp.int32(1)).kept)(share) for search in (kept, again))
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_circuit_that_is_known_is_found_at_the_size_that_was_asked_for() -> None:

@@ -138,7 +138,7 @@ def _mean(model: Decoder, pairs: Pairs, kind: str, positional: bool) -> Ablated:
     scale and what it must be multiplied by.
     """
     n_columns = pairs.clean.shape[1]
-    size = partial(_bytes, model, kind)
+    size = partial(bytes_of_writes, model, kind)
     total: Any = None
     for chunk in pairs.calls(model, size, _KEPT_BYTES):
         added = _sums(model, pairs.of_call(chunk), kind=kind, n_places=n_columns if positional else 1)
@@ -154,7 +154,8 @@ def _mean(model: Decoder, pairs: Pairs, kind: str, positional: bool) -> Ablated:
     return Ablated(means, True)
 
 
-def _bytes(model: Decoder, kind: str, n_tokens: int) -> int:
+def bytes_of_writes(model: Decoder, kind: str, n_tokens: int) -> int:
+    """What a prompt's writes take up, in float32."""
     c = model.config.sizes
     per_token = c["L"] * c["F"] if kind == "neurons" else c["L"] * (c["H"] * c["D"] + c["E"])
     return 4 * n_tokens * per_token

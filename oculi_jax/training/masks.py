@@ -14,9 +14,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from ..arrays import AnyArray, check_host, integer, one_of, random_key, share
+from ..backends.jax.compiled import compiled
 from ..backends.jax.programs import measure
 from ..capture import at_positions
-from ..circuits.ablation import ablated, ablation_of
+from ..circuits.ablation import ablated, ablation_of, bytes_of_writes, seen
 from ..circuits.circuit import KINDS, Circuit
 from ..circuits.curve import Curve, faithfulness
 from ..circuits.graph import Graph
@@ -28,6 +29,7 @@ from ..metrics import of_prompt
 from ..pytrees import pytree
 from .controls import another, ranged, shown
 from .fitting import Fit, fit
+from .running import AT_ONCE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     from ..models.decoder.config import DecoderConfig
     from ..models.decoder.model import Decoder
 
-_MOST_BYTES = 1 << 30  # that a backward pass keeps; where it would keep more, layers run again
+_MOST_BYTES = (
+    1 << 30
+)  # that are kept, of a backward pass or of corrupted runs; where there would be more, it runs again
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ class Search:
         self.rest, self.held = _split(len(pairs.clean), held_out, self.rng)
         self.pairs, self.judges = pairs.some(self.rest), pairs.some(self.held)
         self.other = ablation_of(model, self.pairs, units.kind, ablation)
-        self.remat = bytes_of_gradient(model, units.kind, pairs.clean.shape[1]) > _MOST_BYTES
+        n_tokens = pairs.clean.shape[1]
+        self.remat = bytes_of_gradient(model, units.kind, n_tokens) > _MOST_BYTES
+        self.writes = None  # of the corrupted runs, the same in every step
+        if self.other is None and len(self.rest) * bytes_of_writes(model, units.kind, n_tokens) <= _MOST_BYTES:
+            self.writes = _writes(model, self.pairs.corrupted, self.pairs.corrupted_mask, kind=units.kind)
 
     @property
     def n_fits(self) -> int:
@@ -124,15 +132,7 @@ class Search:
     def pair(self, parameters: Mapping[str, Array], example: Int[Array, ""]) -> Pair:
         """The pair that an example is in a fit."""
         number = parameters["order"][example]
-        other = parameters["asked"][number]
-        pairs = self.pairs
-
-        def prompt(tokens: AnyArray, mask: AnyArray | None, which: Array) -> tuple[Array, Array | None]:
-            return jnp.asarray(tokens)[which], None if mask is None else jnp.asarray(mask)[which]
-
-        clean, spoilt = prompt(pairs.clean, pairs.mask, number), prompt(pairs.corrupted, pairs.corrupted_mask, number)
-        metric = of_prompt(jax.tree.map(jnp.asarray, pairs.metric), other)
-        return Pair(self, clean, spoilt, prompt(pairs.clean, pairs.mask, other), metric)
+        return Pair(self, number, parameters["asked"][number])
 
     def judged(
         self, values: Float[np.ndarray, "R n"], what: Callable[[Scores], Scores | Circuit] = lambda scores: scores
@@ -168,33 +168,51 @@ class Search:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of prompts in a fit, and what is asked of it.
-
-    Attributes:
-        prompt, spoilt: what runs, and what takes the place of what is not kept: ids and mask.
-        asked: the clean prompt whose answer is asked for: its own, but for the control.
-        metric: of that.
+    """A pair of prompts in a fit, by its number, and the number of the one whose answer it is asked for: but for the control, the
+    same.
     """
 
     search: Search
-    prompt: tuple[Array, Array | None]
-    spoilt: tuple[Array, Array | None]
-    asked: tuple[Array, Array | None]
-    metric: Any
+    number: Int[Array, ""]
+    asked: Int[Array, ""]
+
+    @property
+    def prompt(self) -> tuple[Array, Array | None]:
+        """What runs: ids and mask."""
+        pairs = self.search.pairs
+        return self._row(pairs.clean), self._row(pairs.mask)
+
+    def _row(self, given: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.asarray(x)[self.number], given)
 
     def kept(self, share: Float[Array, "..."]) -> Float[Array, "T E"]:
         """The stream after the final norm of the run of which a mask keeps a share of each unit."""
-        search, units = self.search, self.search.units
-        instead = ablated(search.model, units.kind, self.prompt, self.spoilt, search.other, None)
+        search, units, pairs = self.search, self.search.units, self.search.pairs
+        instead = self._row(search.writes)
+        if instead is None:
+            spoilt = self._row(pairs.corrupted), self._row(pairs.corrupted_mask)
+            instead = ablated(search.model, units.kind, self.prompt, spoilt, search.other, None)
         return masked(search.model, self.prompt, share, instead, units.kind, units.graph.grouped, remat=search.remat)
 
     def value(self, normalised: Float[Array, "T E"]) -> Float[Array, ""]:
         """The metric of a run."""
-        return measure(self.search.model, normalised, self.prompt[1], self.metric)
+        metric = of_prompt(jax.tree.map(jnp.asarray, self.search.pairs.metric), self.asked)
+        return measure(self.search.model, normalised, self.prompt[1], metric)
 
-    def predicted(self, normalised: Float[Array, "T E"], mask: Array | None) -> Float[Array, " V"]:
-        """The log-probabilities of the next token."""
-        return jax.nn.log_softmax(self.search.model.logits(at_positions(normalised, 0, (-1,), mask)[0]))
+    def predicted(self, normalised: Float[Array, "T E"]) -> Float[Array, " V"]:
+        """The log-probabilities of the next token after a run."""
+        last = at_positions(normalised, 0, (-1,), self.prompt[1])[0]
+        return jax.nn.log_softmax(self.search.model.logits(last))
+
+
+@compiled("kind")
+def _writes(model: Decoder, tokens: AnyArray, mask: AnyArray | None, *, kind: str) -> dict[str, Float[Array, "B ..."]]:
+    """What each prompt's run writes."""
+
+    def one(prompt: tuple[Array, Array | None]) -> dict[str, Array]:
+        return seen(model, kind, *prompt)
+
+    return jax.lax.map(one, (tokens, mask), batch_size=min(len(tokens), AT_ONCE))
 
 
 def _split(n: int, held_out: float, rng: np.random.Generator) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]:

@@ -18,14 +18,12 @@ from jaxtyping import Float, Int
 
 from ..arrays import integer, one_of
 from ..backends import check_model
-from ..backends.jax.layout import lay_out
-from ..backends.jax.programs import passed
-from ..backends.jax.taps import Taps
 from ..circuits.circuit import Circuit
 from ..circuits.curve import Curve
 from ..circuits.scores import Scores
 from ..pytrees import pytree
 from .masks import Pair, Search, Units, beside
+from .objective import last_logits
 
 if TYPE_CHECKING:
     import optax
@@ -173,10 +171,12 @@ def prune(
 def gate_loss(search: Search, loss: str) -> Callable[..., Array]:
     """The loss of `prune`, of one pair."""
 
+    whole = last_logits(search.model, search.pairs.clean, search.pairs.mask) if loss == "kl" else None
+
     def of(parameters: Any, example: Array, now: Any) -> Array:
         log_alpha, pair = parameters["log_alpha"], search.pair(parameters, example)
         run = pair.kept(search.units.laid(gates(now.key, log_alpha)))
-        lost = divergence(pair, run) if loss == "kl" else -pair.value(run)
+        lost = -pair.value(run) if whole is None else divergence(pair, run, whole[pair.asked])
         return lost + constraint(parameters["multipliers"], 1 - jnp.mean(opening(log_alpha)), now.schedule)
 
     return of
@@ -201,10 +201,7 @@ def constraint(multipliers: Float[Array, "2"], shut: Array, target: Array) -> Ar
     return first * (shut - target) + second * (shut - target) ** 2
 
 
-def divergence(pair: Pair, run: Float[Array, "T E"]) -> Float[Array, ""]:
-    """KL of a run's distribution of the next token from that of the whole model after the clean prompt, in nats."""
-    model, layout = pair.search.model, lay_out(pair.search.model.config, *pair.asked)
-    whole = passed(model, Taps.of((), model.config, layout), (), to_end=True).normalised
-    assert whole is not None
-    p, q = pair.predicted(whole, pair.asked[1]), pair.predicted(run, pair.prompt[1])
+def divergence(pair: Pair, run: Float[Array, "T E"], whole: Float[Array, " V"]) -> Float[Array, ""]:
+    """KL of a run's distribution of the next token from the whole model's, of which the logits are given, in nats."""
+    p, q = jax.nn.log_softmax(whole), pair.predicted(run)
     return jnp.sum(jnp.exp(p) * (p - q))
