@@ -19,44 +19,47 @@ if TYPE_CHECKING:
     from .utils.tokens import Tokenizer
 
 
-def check_tokens(tokens: ArrayLike, vocab_size: int) -> AnyArray:
-    """Ids `[T]` as int32, checked by value where the host can see them."""
+NAMES = ("tokens", "mask")
+
+
+def check_tokens(tokens: ArrayLike, vocab_size: int, name: str = "tokens") -> AnyArray:
+    """Ids `[T]` as int32, checked by value where the host can see them; `name` is what they were given as."""
     if isinstance(tokens, str):
         raise TypeError(
-            "tokens is text, and ids [T] are needed: encode it with the tokenizer, or give it to the adapter."
+            f"{name} is text, and ids [T] are needed: encode it with the tokenizer, or give it to the adapter."
         )
-    array = ids_of(tokens)
+    array = ids_of(tokens, name)
     if array.ndim != 1:
         hint = " Map forward over a batch with jax.vmap." if array.ndim == 2 else ""
-        hint = " It is one prompt with an axis for a batch: give tokens[0]." if array.shape[:-1] == (1,) else hint
-        raise ValueError(f"tokens has shape {listing(array.shape)}, and one sequence [T] is needed.{hint}")
+        hint = f" It is one prompt with an axis for a batch: give {name}[0]." if array.shape[:-1] == (1,) else hint
+        raise ValueError(f"{name} has shape {listing(array.shape)}, and one sequence [T] is needed.{hint}")
     if array.shape[0] == 0:
-        raise ValueError("The prompt is empty: tokens has shape [0], and at least one token is needed.")
+        raise ValueError(f"The prompt is empty: {name} has shape [0], and at least one token is needed.")
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"tokens has dtype {array.dtype}, and integers are needed.")
+        raise TypeError(f"{name} has dtype {array.dtype}, and integers are needed.")
     if on_device(array):
         return jax.lax.convert_element_type(array, np.int32)
     wrong = np.flatnonzero((array < 0) | (array >= vocab_size))
     if wrong.size:
         raise ValueError(
-            f"tokens[{wrong[0]}] is {array[wrong[0]]}, and this model's vocabulary has ids 0 to {vocab_size - 1}."
+            f"{name}[{wrong[0]}] is {array[wrong[0]]}, and this model's vocabulary has ids 0 to {vocab_size - 1}."
         )
     return array.astype(np.int32)
 
 
-def ids_of(tokens: object) -> Any:
+def ids_of(tokens: object, name: str = "tokens") -> Any:
     """An array of ids; TypeError or ValueError for a tokenizer's whole answer, and for rows of unequal lengths."""
     if isinstance(tokens, Mapping):
         if "input_ids" in tokens:
-            raise TypeError('tokens is a dictionary, as a tokenizer returns it; give its ids: tokens["input_ids"].')
+            raise TypeError(f'{name} is a dictionary, as a tokenizer returns it; give its ids: {name}["input_ids"].')
         raise TypeError(
-            f"tokens is a dictionary with {', '.join(map(str, tokens)) or 'nothing in it'}, and ids are needed."
+            f"{name} is a dictionary with {', '.join(map(str, tokens)) or 'nothing in it'}, and ids are needed."
         )
     if not isinstance(tokens, str) and is_text(tokens):
-        raise TypeError("These are texts, and ids are needed: tokens, mask = oculi_jax.padded(texts, tokenizer).")
+        raise TypeError(f"{name} holds texts, and ids are needed: {name}, mask = oculi_jax.padded(texts, tokenizer).")
     if isinstance(tokens, list | tuple) and len({np.size(row) for row in tokens if np.ndim(row) == 1}) > 1:
         raise ValueError(
-            "tokens holds prompts of unequal lengths. Make one array of them, and a mask: tokens, mask = oculi_jax.padded(rows)."
+            f"{name} holds prompts of unequal lengths. Make one array of them, and a mask: {name}, mask = oculi_jax.padded(rows)."
         )
     return as_array(tokens)
 
@@ -117,45 +120,47 @@ def warn_of_padding(tokens: np.ndarray, pad: int | None, name: str) -> None:
         )
 
 
-def check_mask(mask: ArrayLike | None, n_tokens: int) -> AnyArray | None:
-    """bool `[T]`, or None; checked by value where the host can see it."""
+def check_mask(mask: ArrayLike | None, n_tokens: int, names: tuple[str, str] = NAMES) -> AnyArray | None:
+    """bool `[T]`, or None; checked by value where the host can see it. `names` are what tokens and mask were given as."""
+    name = names[1]
     if mask is None:
         return None
     array = as_array(mask)
     if array.shape != (n_tokens,):
-        raise ValueError(f"mask has shape {listing(array.shape)}, and tokens [{n_tokens}].")
+        raise ValueError(f"{name} has shape {listing(array.shape)}, and {names[0]} [{n_tokens}].")
     if array.dtype != bool:
-        raise TypeError(f"mask has dtype {array.dtype}, and bool is needed: True at real tokens.")
+        raise TypeError(f"{name} has dtype {array.dtype}, and bool is needed: True at real tokens.")
     if not on_device(array) and not array.any():
-        raise ValueError("mask is False everywhere: there is no real token.")
+        raise ValueError(f"{name} is False everywhere: there is no real token.")
     return array
 
 
 def check_prompts(
-    config: DecoderConfig, tokens: ArrayLike, mask: ArrayLike | None
+    config: DecoderConfig, tokens: ArrayLike, mask: ArrayLike | None, names: tuple[str, str] = NAMES
 ) -> tuple[AnyArray, AnyArray | None, bool]:
-    """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given."""
-    given = tokens if isinstance(tokens, str) else ids_of(tokens)
+    """Ids `[B, T]`, mask `[B, T]` or None, and whether one prompt `[T]` was given; `names` are what the two were given as."""
+    name = names[0]
+    given = tokens if isinstance(tokens, str) else ids_of(tokens, name)
     if not isinstance(given, str) and given.ndim > 2:
         hint = " padded returns two things, tokens and mask: give each by itself." if isinstance(tokens, tuple) else ""
-        raise ValueError(f"tokens has shape {listing(given.shape)}, and ids [B, T] are needed.{hint}")
+        raise ValueError(f"{name} has shape {listing(given.shape)}, and ids [B, T] are needed.{hint}")
     if isinstance(given, str) or given.ndim != 2:
-        tokens = check_tokens(tokens, config.vocab_size)[None]
-        mask = check_mask(mask, tokens.shape[1])
+        tokens = check_tokens(tokens, config.vocab_size, name)[None]
+        mask = check_mask(mask, tokens.shape[1], names)
         return tokens, None if mask is None else mask[None], True
     if not len(given):
-        raise ValueError("tokens has shape [0, T]: there is no prompt.")
-    rows = [check_tokens(row, config.vocab_size) for row in given]
+        raise ValueError(f"{name} has shape [0, T]: there is no prompt.")
+    rows = [check_tokens(row, config.vocab_size, name) for row in given]
     xp = jnp if any(map(on_device, rows)) else np
     if mask is not None:
         masks = as_array(mask)
         if masks.shape != given.shape:
-            raise ValueError(f"mask has shape {listing(masks.shape)}, and tokens {listing(given.shape)}.")
+            raise ValueError(f"{names[1]} has shape {listing(masks.shape)}, and {name} {listing(given.shape)}.")
         for row in masks:
-            check_mask(row, given.shape[1])
+            check_mask(row, given.shape[1], names)
         return xp.stack(rows), masks, False
     if xp is np:
-        warn_of_padding(np.stack(rows), config.pad_token_id, "mask")
+        warn_of_padding(np.stack(rows), config.pad_token_id, names[1])
     return xp.stack(rows), None, False
 
 

@@ -201,6 +201,8 @@ def test_what_cannot_be_is_told() -> None:
     for given, options, message in (
         ((BASE, SOURCE[:3], labels), {}, r"source \[3, 7\] and labels \[1000\]: \[B, T\], \[B, S\] and \[B\] are needed"),
         ((BASE[0], SOURCE, labels), {}, r"\[B, T\], \[B, S\] and \[B\] are needed"),
+        ((BASE, SOURCE + 60, labels), {}, r"source\[0\] is \d+, and this model's vocabulary"),
+        ((BASE, SOURCE, labels), {"source_mask": np.ones(3, bool)}, r"source_mask has shape \[3\], and source \[1000, 7\]"),
         ((BASE, SOURCE, labels + 60), {}, "labels holds what is no token id of this model: they are 0 to 60"),
         ((BASE, SOURCE, labels), {"method": DAS(rank=25)}, "rank is 25, and must be 1 to 24"),
         ((BASE, SOURCE, labels), {"layers": 3}, "layers is 3, and must be 0 to 2"),

@@ -164,6 +164,8 @@ def test_what_cannot_be_is_told() -> None:
     for changes, message in (
         ({"positive": positive[:3]}, r"positive has shape \[3, 7\], and prompts \[B, T\] are needed, four at least"),
         ({"negative": negative[0]}, r"negative has shape \[7\]"),
+        ({"negative": [[1, 61]] * 4}, r"negative\[1\] is 61, and this model's vocabulary"),
+        ({"negative_mask": np.ones(3, bool)}, r"negative_mask has shape \[3\], and negative \["),
         ({"layers": 3}, "layers is 3, and must be 0 to 2"),
         ({"layers": []}, "layers is empty"),
         ({"positions": [-1, -1]}, r"positions holds \[-1, -1\]: each once is enough"),

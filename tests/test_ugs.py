@@ -184,6 +184,7 @@ def test_what_cannot_be_is_told() -> None:
         (None, {"constants_rate": np.inf}, "constants_rate is inf"),
         (None, {"steps": 0}, "steps is 0"),
         (None, {"seeds": 0}, "seeds is 0"),
+        (IDS + 60, {}, r"corrupted\[0\] is \d+, and this model's vocabulary"),
         (IDS[:, :2], {}, r"clean has shape \[64, 4\], and corrupted \[64, 2\]"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

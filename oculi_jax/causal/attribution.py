@@ -248,8 +248,8 @@ class _Pairs(NamedTuple):
         asked: tuple[Any, ...] = DEFAULT,
     ) -> _Pairs:
         config = check_model(model)
-        clean, real, single = check_prompts(config, clean, mask)
-        corrupted, _, other = check_prompts(config, corrupted, None)
+        clean, real, single = check_prompts(config, clean, mask, ("clean", "mask"))
+        corrupted, _, other = check_prompts(config, corrupted, None, ("corrupted", "mask"))
         if (single, clean.shape) != (other, corrupted.shape):
             shapes = (listing(x.shape[alone:]) for x, alone in ((clean, single), (corrupted, other)))
             raise ValueError(

@@ -99,7 +99,7 @@ def set_up(
         raise ValueError(f"direction is {direction!r}, and must be 'denoising' (clean into corrupted) or 'noising'.")
     by = (by,) if isinstance(by, str) else tuple(by)
     where = tuple(check_grid(name, by, config) for name in sites)
-    clean, mask, single = check_prompts(config, clean, mask)
+    clean, mask, single = check_prompts(config, clean, mask, ("clean", "mask"))
     n_prompts, n_tokens = clean.shape
     metric, _ = check_metric(metric, config.vocab_size, clean, mask)
     model = _over(mesh, model) if run else model
@@ -212,7 +212,10 @@ def _spoilt(model: Decoder, plain: Runs, corrupted: Any, background: tuple[Any, 
     if are_interventions(corrupted):
         return replace(plain, interventions=(*background, *as_list(corrupted)))
     tokens, _, alone = check_prompts(
-        model.config, corrupted, None if plain.mask is None else np.ones(np.shape(corrupted), bool)
+        model.config,
+        corrupted,
+        None if plain.mask is None else np.ones(np.shape(corrupted), bool),
+        ("corrupted", "mask"),
     )
     if tokens.shape != plain.tokens.shape or alone != single:
         shapes = [listing(x.shape[int(one) :]) for x, one in ((plain.tokens, single), (tokens, alone))]

@@ -118,8 +118,8 @@ def verify(
         )
     config = check_model(model)
     number = number_of(result, prompt)
-    clean, real, single = check_prompts(config, clean, mask)
-    corrupted, _, _ = check_prompts(config, corrupted, None)
+    clean, real, single = check_prompts(config, clean, mask, ("clean", "mask"))
+    corrupted, _, _ = check_prompts(config, corrupted, None, ("corrupted", "mask"))
     entries = entries_of(result, site, number)
     sizes = {**config.sizes, "T": clean.shape[1], "S": clean.shape[1]}
     _check_own(result, entries, clean, corrupted, single, sizes)

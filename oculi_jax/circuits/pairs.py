@@ -56,10 +56,11 @@ class Pairs(NamedTuple):
     ) -> Pairs:
         """Raises ValueError or TypeError for what can be seen to be wrong."""
         config = check_model(model)
-        clean, real, single = check_prompts(config, clean, mask)
+        clean, real, single = check_prompts(config, clean, mask, ("clean", "mask"))
         given = mask if corrupted_mask is None else corrupted_mask
+        names = "corrupted", "mask" if corrupted_mask is None else "corrupted_mask"
         corrupted, _, other = check_prompts(
-            config, corrupted, None if given is None else np.ones(np.shape(corrupted), bool)
+            config, corrupted, None if given is None else np.ones(np.shape(corrupted), bool), names
         )
         if (single, clean.shape) != (other, corrupted.shape):
             shapes = (listing(x.shape[int(alone) :]) for x, alone in ((clean, single), (corrupted, other)))
@@ -68,7 +69,7 @@ class Pairs(NamedTuple):
                 "one in its place, so they must have one shape. Choose prompts of as many tokens.".format(*shapes)
             )
         rows = corrupted[0] if other else corrupted
-        other_real = None if given is None else check_prompts(config, rows, given)[1]
+        other_real = None if given is None else check_prompts(config, rows, given, names)[1]
         if real is None and other_real is not None:
             real = np.ones(clean.shape, bool)
         checked: Any = (None, ())

@@ -200,7 +200,7 @@ class Sample:
                 raise ValueError(f"{what} holds {listing(some)}: each once is enough.")
         prompts = []
         for ids, mask, what in zip((positive, negative), masks, ("positive", "negative"), strict=True):
-            tokens, real, one = check_prompts(config, ids, mask)
+            tokens, real, one = check_prompts(config, ids, mask, (what, f"{what}_mask"))
             if one or len(tokens) < 4:
                 raise ValueError(
                     f"{what} has shape {listing(np.shape(ids))}, and prompts [B, T] are needed, four at least: some to fit on, and "

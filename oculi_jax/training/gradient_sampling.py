@@ -157,7 +157,7 @@ def ugs(
     learning_rate = number(learning_rate, "learning_rate")
     constants_rate = number(constants_rate, "constants_rate")
     begin, order, drawn = jax.random.split(random_key(key), 3)
-    objective = Objective.of(model, clean, mask, loss, held_out, begin)
+    objective = Objective.of(model, clean, mask, loss, held_out, begin, "clean")
     search = _Search(objective, corrupted, corrupted_mask, constants_rate / learning_rate)
     options: Any = dict(steps=steps, batch_size=batch_size, file=file, progress=progress)
     found = search.fitted(penalty, learning_rate, seeds, controls, order, **options)

@@ -136,7 +136,8 @@ def prepare(
         why = "its last axis is tokens" if found.layered else "it lies outside the layers"
         raise ValueError(f"site is {site!r}, and a site of the layers whose last axis holds features is needed: {why}.")
     (tokens, mask, one), (spoilt, other_mask, _) = (
-        check_prompts(config, ids, mask) for ids, mask in zip((base, source), masks, strict=True)
+        check_prompts(config, ids, mask, names)
+        for ids, mask, names in zip((base, source), masks, (("base", "mask"), ("source", "source_mask")), strict=True)
     )
     ids = as_array(labels)
     if one or len(tokens) != len(spoilt) or ids.shape != (len(tokens),):

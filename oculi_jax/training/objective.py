@@ -56,17 +56,18 @@ class Objective:
         loss: MetricLike | None,
         held_out: float,
         key: Array,
+        name: str = "tokens",
     ) -> Objective:
-        """Checks what is given; the loss for None is the divergence of the next token from the whole model's.
+        """Checks what is given, as `name`; the loss for None is the divergence of the next token from the whole model's.
 
         Raises:
             ValueError, TypeError: something that can be seen to be wrong, before a fit begins.
         """
         config = check_model(model)
         check_host((model, tokens))
-        ids, real, one = check_prompts(config, tokens, mask)
+        ids, real, one = check_prompts(config, tokens, mask, (name, "mask"))
         if one:
-            raise ValueError(f"tokens has shape {listing(np.shape(tokens))}, and several prompts [B, T] are needed.")
+            raise ValueError(f"{name} has shape {listing(np.shape(tokens))}, and several prompts [B, T] are needed.")
         rows = _split(len(ids), held_out, key)
         given = kl_divergence(last_logits(model, ids, real)) if loss is None else loss
         metric, _ = check_metric(given, config.vocab_size, ids, real)
