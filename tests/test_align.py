@@ -167,6 +167,8 @@ def test_places_and_seeds_of_one_program_are_those_of_single_ones() -> None:
     want = found.accuracy.max(axis=1)
     assert (float(score.mean.mean), float(score.best.mean)) == pytest.approx((want.mean(), want.max()))
     assert score.mean.low <= score.mean.mean <= score.mean.high and "2 layers × 2 positions" in repr(found)
+    last, other = (f"position -1 {x[0]:.2f}, -2 {x[1]:.2f}" for x in found.accuracy)
+    assert repr(found).endswith(f"\n  layer {LAYER}: {last}\n  layer 2: {other})") and "\n" not in repr(alone)
 
 
 def test_disentanglement_is_the_mean_of_what_moved_and_what_stayed() -> None:

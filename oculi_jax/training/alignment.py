@@ -138,7 +138,11 @@ class Alignments:
         told = "".join(f"{name}mean {ranged(x.mean)}, best {ranged(x.best)}" for name, x in shown)
         n, m = len(self.layers), len(self.positions)
         many = f"{n} layer{'s' * (n > 1)} × {m} position{'s' * (m > 1)}, {len(self.every[0].held_out)} held-out pairs"
-        return f"Alignments({many}: {told})"
+        places = [
+            f"{place} {value:.2f}" for place, value in zip(self.positions * n, self.accuracy.ravel(), strict=True)
+        ]
+        rows = [f"\n  layer {layer}: position {', '.join(places[i * m :][:m])}" for i, layer in enumerate(self.layers)]
+        return f"Alignments({many}: {told}{''.join(rows) if n * m > 1 else ''})"
 
 
 def _scores(accuracy: Float[np.ndarray, "N L P"]) -> Float[np.ndarray, "N 2"]:

@@ -191,7 +191,7 @@ def rank_one_edit(
     if one or wanted.shape[-1:] != (len(ids),) or wanted.ndim > 2 or wanted.dtype.kind not in "iu":
         raise ValueError(
             f"tokens has shape {listing(np.shape(tokens))}, and answers is {wanted.dtype} {listing(wanted.shape)}: ids [B, T], and "
-            "[B], or [R, B] of R edits, are needed."
+            "[B], or [R, B] of R edits, are needed: of each answer the token that comes first after the prompt."
         )
     if ((wanted < 0) | (wanted >= config.vocab_size)).any():
         raise ValueError(f"answers holds what is no token id of this model: they are 0 to {config.vocab_size - 1}.")

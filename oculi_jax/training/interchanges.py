@@ -147,7 +147,7 @@ def prepare(
         )
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(
-            f"labels has dtype {ids.dtype}, and token ids are needed, such as tokenizer.encode(answer)[-1] of each."
+            f"labels has dtype {ids.dtype}, and token ids are needed: of each answer the token that comes first after the prompt."
         )
     if (np.asarray(ids) < 0).any() or (np.asarray(ids) >= config.vocab_size).any():
         raise ValueError(f"labels holds what is no token id of this model: they are 0 to {config.vocab_size - 1}.")
