@@ -225,7 +225,7 @@ def test_what_cannot_be_is_told() -> None:
         ((BASE, SOURCE, labels), {"source_positions": 4, "source_mask": np.arange(SOURCE.shape[1]) < np.full((len(SOURCE), 1), 3)},
          "source_positions is 4, and must be -3 to 2"),
         ((BASE, SOURCE, labels), {"method": DBM(np.full((24, 1), np.nan))}, "not orthonormal"),
-        ((BASE[:1], SOURCE[:1], labels[:1]), {}, "There are 1 pairs"),
+        ((BASE[:1], SOURCE[:1], labels[:1]), {}, "There is 1 pair, and some"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             align(model, *given, **{**good, **options})

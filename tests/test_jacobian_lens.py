@@ -18,7 +18,7 @@ from oculi_jax import LogitConfig, forward, lens, load, save
 from oculi_jax.analysis.logit_lens import LogitLensAnalysis
 from oculi_jax.models.llama import LlamaAttentionAdapter
 from oculi_jax.training import FittedLens, JacobianLens, fit_jacobian_lens
-from oculi_jax.training.lenses import apart
+from oculi_jax.training.splitting import apart
 from oculi_jax.utils.files import read_tensors, write_tensors
 
 from .test_forward_laws import near
@@ -78,7 +78,9 @@ def test_it_is_the_mean_of_what_autograd_finds(x64: None) -> None:
         mask[row] = mask[row, :: 1 - 2 * (row % 2)]
         tokens[row, mask[row]] = prompt(n, row)
     keys = map(jax.random.key, range(99))
-    key = next(key for key in keys if apart(4, 0.25, jax.random.split(key)[0])[0][0] == 0)  # the first is kept back
+    key = next(
+        key for key in keys if apart(jax.random.permutation(jax.random.split(key)[0], 4), 0.25)[0][0] == 0
+    )  # the first is kept back
     with pytest.warns(UserWarning, match="1 of 3 prompts to fit on have fewer than 6 tokens"):
         found = fit_jacobian_lens(model, tokens, mask=mask, skip=SKIP, key=key, controls=False, progress=False)
     want = np.mean([jacobians_by_torch(model, prompt(lengths[row], row)) for row in (1, 2)], axis=0)
@@ -281,7 +283,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path) -> None:
         ({}, "3 of 3 prompts to fit on have fewer than 18 tokens"),
         ({"skip": -1}, "skip is -1"),
         ({"held_out": 1.0}, "held_out is 1.0"),
-        ({"tokens": tokens[:1]}, "There is one prompt"),
+        ({"tokens": tokens[:1]}, "There is 1 prompt, and some"),
     ):
         with pytest.raises(ValueError, match=message):
             fit_jacobian_lens(MODEL, **{"tokens": tokens, "key": key, "progress": False, **options})

@@ -292,7 +292,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path: Path) -> None:
         some_lens().check(tiny_llama(num_hidden_layers=2).config)
     good = ids(4, 0)
     for tokens, options, error, message in (
-        (good[0], {}, ValueError, "There is one prompt"),
+        (good[0], {}, ValueError, "There is 1 prompt, and some"),
         (good + 60, {}, ValueError, "ids 0 to 60"),
         (good * 1.0, {}, TypeError, "integers are needed"),
         (good[:0], {}, ValueError, "there is no prompt"),

@@ -31,8 +31,9 @@ from ..sweeps.running import check_progress, told
 from ..utils.files import write_aside
 from ..utils.torch_files import read_torch, write_torch
 from .controls import untrained
-from .lenses import FittedLens, apart, by_prompt, check_rows, divergences, rows_of
+from .lenses import FittedLens, by_prompt, check_rows, divergences, rows_of
 from .resuming import Saved, path_of
+from .splitting import apart
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -228,7 +229,7 @@ def fit_jacobian_lens(
     check_host((model, tokens))
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, other = jax.random.split(random_key(key))
-    held, rest = apart(len(ids), held_out, split)
+    held, rest = apart(jax.random.permutation(split, len(ids)), held_out)
     prompts = _long_enough([row[own] for row, own in zip(ids[rest], real[rest], strict=True)], skip)
     others = {"untrained weights": untrained(model, other)} if controls else {}
     saved = None

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, listing, share
+from ..arrays import AnyArray, listing
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -113,16 +113,6 @@ def check_rows(
     """Ids and mask `[B, T]`; of one prompt too."""
     ids, real, _ = check_prompts(config, tokens, mask)
     return ids, np.ones(ids.shape, bool) if real is None else real
-
-
-def apart(n: int, held_out: float, key: Array) -> tuple[Int[np.ndarray, "M"], Int[np.ndarray, "N"]]:
-    """Which of n prompts are kept back, drawn by a key, and which are not; each in order."""
-    kept = share(held_out, "held_out", "prompts")
-    if n < 2:
-        raise ValueError("There is one prompt, and some are needed to fit on, and some to judge on.")
-    n_held = min(max(1, round(kept * n)), n - 1)
-    order = np.asarray(jax.random.permutation(key, n))
-    return np.sort(order[:n_held]), np.sort(order[n_held:])
 
 
 def rows_of(

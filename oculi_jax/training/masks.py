@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..arrays import AnyArray, check_host, integer, one_of, random_key, share
+from ..arrays import AnyArray, check_host, integer, one_of, random_key
 from ..backends.jax.compiled import compiled
 from ..backends.jax.programs import measure
 from ..capture import at_positions
@@ -30,6 +30,7 @@ from ..pytrees import pytree
 from .controls import another, ranged, shown
 from .fitting import Fit, fit
 from .running import AT_ONCE
+from .splitting import apart
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -105,7 +106,7 @@ class Search:
         self.seeds, self.controls = integer(seeds, "seeds", 1), controls
         split, self.key = jax.random.split(random_key(key))
         self.rng = np.random.default_rng(np.asarray(jax.random.key_data(split)).reshape(-1))
-        self.rest, self.held = _split(len(pairs.clean), held_out, self.rng)
+        self.held, self.rest = apart(self.rng.permutation(len(pairs.clean)), held_out, "pairs")
         self.pairs, self.judges = pairs.some(self.rest), pairs.some(self.held)
         self.other = ablation_of(model, self.pairs, units.kind, ablation)
         n_tokens = pairs.clean.shape[1]
@@ -213,17 +214,6 @@ def _writes(model: Decoder, tokens: AnyArray, mask: AnyArray | None, *, kind: st
         return seen(model, kind, *prompt)
 
     return jax.lax.map(one, (tokens, mask), batch_size=min(len(tokens), AT_ONCE))
-
-
-def _split(n: int, held_out: float, rng: np.random.Generator) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]:
-    """The numbers of pairs to fit on, and of those to judge on."""
-    n_held = max(1, round(share(held_out, "held_out", "pairs") * n))
-    if n_held == n:
-        raise ValueError(
-            f"There {'is 1 pair' if n == 1 else f'are {n} pairs'}, and some are needed to fit on, and some to judge on."
-        )
-    order = rng.permutation(n)
-    return np.sort(order[n_held:]), np.sort(order[:n_held])
 
 
 @pytree

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..arrays import AnyArray, check_host, listing, share
+from ..arrays import AnyArray, check_host, listing
 from ..backends import check_model
 from ..backends.jax.compiled import compiled
 from ..capture import CaptureSpec
@@ -21,6 +21,7 @@ from ..metrics import Metric, apply_metric, check_metric, kl_divergence, of_prom
 from ..prompts import check_prompts
 from ..run import forward
 from .running import AT_ONCE
+from .splitting import apart
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -145,13 +146,12 @@ def _spreads(
 
 def _split(n: int, held_out: float, key: Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows to fit on, to choose by, a quarter of what is not held out, and to judge on; drawn by the key."""
-    n_held = max(1, round(share(held_out, "held_out", "prompts") * n))
-    n_choosing = max(1, round((n - n_held) / 4))
-    if n_held + n_choosing >= n:
-        raise ValueError(f"There are {n} prompts, and some are needed to fit on, some to choose by, some to judge on.")
     order = np.asarray(jax.random.permutation(key, n))
-    held, choosing, fitted = np.split(order, [n_held, n_held + n_choosing])
-    return np.sort(fitted), np.sort(choosing), np.sort(held)
+    held, rest = apart(order, held_out)
+    if len(rest) < 2:
+        raise ValueError(f"There are {n} prompts, and some are needed to fit on, some to choose by, some to judge on.")
+    choosing, fitted = apart(order[len(held) :], 0.25)
+    return fitted, choosing, held
 
 
 @compiled()

@@ -18,6 +18,7 @@ from ..sweeps.running import part_of
 from .alignment import Alignment
 from .fitting import Fit, fit
 from .interchanges import Pairs, Where, hits, surprise, where_of
+from .splitting import apart
 
 if TYPE_CHECKING:
     from ..intervention.protocol import Intervention
@@ -73,14 +74,11 @@ class Search:
         cls, method: Method[Any, Any], pairs: Pairs, key: Array, held_out: float, seeds: int, controls: bool
     ) -> Search:
         n = len(pairs.labels)
-        n_held = max(1, round(held_out * n))
-        if n_held == n:
-            raise ValueError(f"There are {n} pairs, and some are needed to fit on, and some to judge on.")
         names = ("fit", "held out", "shuffled", "random", "untrained")
         keys: dict[str, Array] = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        order = np.asarray(jax.random.permutation(keys["held out"], n))
+        held, rest = apart(jax.random.permutation(keys["held out"], n), held_out, "pairs")
         shuffled = pairs.labels[np.asarray(jax.random.permutation(keys["shuffled"], n))]
-        return cls(method, keys, np.sort(order[:n_held]), np.sort(order[n_held:]), shuffled, seeds, controls)
+        return cls(method, keys, held, rest, shuffled, seeds, controls)
 
     def fitted(
         self,

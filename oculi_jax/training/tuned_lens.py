@@ -22,8 +22,9 @@ from ..pytrees import pytree
 from ..utils.files import read_tensors, write_aside, write_tensors
 from .controls import orders, untrained
 from .fitting import fit
-from .lenses import FittedLens, apart, by_prompt, check_rows, divergence, divergences, rows_of, streams
+from .lenses import FittedLens, by_prompt, check_rows, divergence, divergences, rows_of, streams
 from .resuming import path_of
+from .splitting import apart
 
 if TYPE_CHECKING:
     import optax
@@ -212,7 +213,7 @@ def train_tuned_lens(
     path = path_of(file)
     ids, real = (np.asarray(x) for x in check_rows(config, tokens, mask))
     split, order, other = jax.random.split(random_key(key), 3)
-    held, rest = apart(len(ids), held_out, split)
+    held, rest = apart(jax.random.permutation(split, len(ids)), held_out)
     data, n_real = (
         {"tokens": jnp.asarray(ids[rest]), "mask": jnp.asarray(real[rest])},
         float(real[rest].sum() / len(rest)),
