@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxlib.version import __version__ as jaxlib_version
 
-from oculi_jax import forward
+from oculi_jax import embedded_model, forward
 from oculi_jax.backends.jax import compiled as module
 from oculi_jax.backends.jax.compiled import accepts, compiled, platform_of
-from oculi_jax.utils.devices import GPU_OPTIONS
+from oculi_jax.circuits import edge_attribution
+from oculi_jax.tasks import indirect_object
+from oculi_jax.utils.devices import CPU_OPTIONS, GPU_OPTIONS
 
 from .compilations import compilations
 from .tiny import prompt, tiny_llama
 
 X = np.arange(3, dtype=np.float32)
+TEMPLATE = "When {name_A} and {name_B} met at the {place}, {name_C} handed a {object} to"
 UNKNOWN = {"xla_gpu_no_such_option": True}
 
 
@@ -88,6 +92,33 @@ def test_an_option_that_the_compiler_does_not_know_is_asked_for_once(on_a_gpu: A
     with compilations() as found:
         np.testing.assert_array_equal(run(X), program()(X))
     assert accepts.cache_info().misses == 1 and len(found) == 1  # that of the fresh program
+
+
+def test_mapped_products_that_are_summed_are_right() -> None:
+    """Of more than 32,768 rows jaxlib 0.10.2 gives another number on a CPU (jax-ml/jax#39103), without an option."""
+    rows = np.stack([np.arange(40_000), np.zeros(40_000), np.ones(40_000)], axis=1).astype(np.float32)
+    matrix = np.diag(np.float32([1, 2, 3]))
+
+    @compiled()
+    def run(matrix: Any, rows: Any) -> Any:
+        return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
+
+    np.testing.assert_allclose(run(matrix, rows), np.arange(40_000.0) ** 2 + 9, rtol=1e-6)
+    assert (CPU_OPTIONS == {}) == (jaxlib_version != "0.10.2")
+
+
+@pytest.mark.real
+def test_scores_of_several_pairs_and_steps_are_the_means_of_single_pairs() -> None:
+    """Gradients of keys and values of twenty runs of fourteen tokens are such products."""
+    model, tokenizer = embedded_model()
+    pairs = indirect_object(tokenizer, 4, templates=[TEMPLATE], places=["park"], objects=["key"])
+
+    def scores(some: Any) -> np.ndarray:
+        given = dict(clean=some.clean, corrupted=some.corrupted, metric=some.metric, mask=some.mask)
+        return np.asarray(edge_attribution(model, **given, steps=5).values)
+
+    each = np.mean([scores(pairs[i : i + 1]) for i in range(4)], axis=0)
+    np.testing.assert_allclose(scores(pairs), each, atol=1e-4)
 
 
 def test_where_a_program_runs(monkeypatch: pytest.MonkeyPatch) -> None:

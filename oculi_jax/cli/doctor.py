@@ -17,6 +17,10 @@ _FLAGS = """
 On a GPU programs of oculi_jax are compiled with an option that halves the time of decoding and of short prompts. For a jax.jit of \
 your own around them, set it before Python starts:
 export XLA_FLAGS="$XLA_FLAGS {}\""""
+_WRONG = """
+jaxlib 0.10.2 computes some programs wrongly on a CPU. Those of oculi_jax are compiled with an option that prevents it. For a \
+jax.jit of your own, take another version of jaxlib, or set it before Python starts:
+export XLA_FLAGS="$XLA_FLAGS {}\""""
 
 
 def doctor(
@@ -33,7 +37,7 @@ def doctor(
     """
     check_model(model)
     from .. import trust as checks
-    from ..utils.devices import GPUS, get_device_info, gpu_flags
+    from ..utils.devices import CPU_OPTIONS, GPU_OPTIONS, GPUS, flags, get_device_info
 
     keep_programs()
     here = checks.devices()
@@ -47,7 +51,9 @@ def doctor(
     info = get_device_info()
     out.print(_machine(info))
     if info["platform"] in GPUS:
-        out.print(_FLAGS.format(gpu_flags()), markup=False, soft_wrap=True)
+        out.print(_FLAGS.format(flags(GPU_OPTIONS)), markup=False, soft_wrap=True)
+    if CPU_OPTIONS:
+        out.print(_WRONG.format(flags(CPU_OPTIONS)), markup=False, soft_wrap=True)
     if not wanted:
         out.print(
             "JAX has the CPU alone here, and torch is not installed: there is nothing to compare. The CPU is what the tests "

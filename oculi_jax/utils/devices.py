@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
+from jaxlib.version import __version__ as jaxlib_version
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +30,17 @@ _SHARE = 0.8
 # and compiled in a fraction of the time, since nothing is tuned.
 GPUS = ("gpu", "cuda", "rocm")
 GPU_OPTIONS: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+# jaxlib 0.10.2 fuses products with what follows them on a CPU, and so computes some programs wrongly, without a word
+# (jax-ml/jax#39103; neither 0.10.1 nor 0.11.0 does). Where products stay by themselves all is right, and as fast.
+_ALONE: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+CPU_OPTIONS = _ALONE if jaxlib_version == "0.10.2" else {}
 
 
-def gpu_flags() -> str:
-    """The options as a process is given them in `XLA_FLAGS`."""
-    return " ".join(f"--{name}={str(value).lower()}" for name, value in GPU_OPTIONS.items())
+def flags(options: dict[str, str | bool]) -> str:
+    """Options as a process is given them in `XLA_FLAGS`."""
+    return " ".join(
+        f"--{name}={value if isinstance(value, str) else str(value).lower()}" for name, value in options.items()
+    )
 
 
 class JaxDevice(Protocol):

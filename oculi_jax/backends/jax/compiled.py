@@ -17,7 +17,7 @@ from jax.core import Tracer
 from ...arrays import on_device, on_every_host, under_trace
 from ...intervention.edit import Edit
 from ...intervention.rows import Rows
-from ...utils.devices import GPU_OPTIONS, GPUS
+from ...utils.devices import CPU_OPTIONS, GPU_OPTIONS, GPUS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,27 +47,29 @@ def compiled(*static: str, donate: tuple[str, ...] = ()) -> Callable[[F], F]:
 
 
 class _Program:
-    """A function as JAX compiles it: on a GPU with its options, which JAX refuses for what is a part of another program. What it
-    gives is whole on each of several hosts.
+    """A function as JAX compiles it: with the options of the platform, which JAX refuses for what is a part of another program.
+    What it gives is whole on each of several hosts.
     """
 
     def __init__(self, function: Any, static: tuple[str, ...], donate: tuple[str, ...]):
         self._function = function
         self._settings: dict[str, Any] = {"static_argnames": static, "donate_argnames": donate, "inline": True}
+        self._tuned: dict[str, Any] = {}
 
     @cached_property
     def _plain(self) -> Any:
         return jax.jit(self._function, **self._settings)
 
-    @cached_property
-    def _with_options(self) -> Any:
-        return jax.jit(self._function, **self._settings, compiler_options=GPU_OPTIONS)
-
     def _of(self, given: Any) -> Any:
-        # Most processes have no GPU, and need not look at every array of every call.
-        leaves = jax.tree.leaves(given) if has_gpu() else []
-        tuned = leaves and platform_of(leaves) in GPUS and not under_trace(leaves) and accepts()
-        return self._with_options if tuned else self._plain
+        # Where no platform has options, as on most machines, not every array of every call need be looked at.
+        leaves = jax.tree.leaves(given) if CPU_OPTIONS or has_gpu() else []
+        platform = platform_of(leaves) if leaves else ""
+        options = options_of(platform)
+        if not options or under_trace(leaves):
+            return self._plain
+        if platform not in self._tuned:
+            self._tuned[platform] = jax.jit(self._function, **self._settings, compiler_options=options)
+        return self._tuned[platform]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return on_every_host(self._of((arguments, options))(*arguments, **options))
@@ -94,9 +96,16 @@ def platform_of(leaves: Iterable[Any]) -> str:
     return jax.default_backend() if default is None else getattr(default, "platform", default)
 
 
+def options_of(platform: str) -> dict[str, str | bool]:
+    """How programs are compiled there."""
+    if platform in GPUS:
+        return GPU_OPTIONS if accepts() else {}
+    return CPU_OPTIONS if platform == "cpu" else {}
+
+
 @lru_cache
 def accepts() -> bool:
-    """Whether the compiler knows the options: one that does not would refuse the program."""
+    """Whether the compiler knows a GPU's options: one that does not would refuse the program."""
     try:
         jax.jit(lambda x: x, compiler_options=GPU_OPTIONS).lower(np.int32(0)).compile()
     except jax.errors.JaxRuntimeError:
