@@ -338,3 +338,16 @@ def test_a_doctor_says_what_a_jit_of_ones_own_wants_on_a_gpu(oculi_here, monkeyp
     info = devices.get_device_info() | {"platform": "gpu"}
     monkeypatch.setattr(devices, "get_device_info", lambda: info)
     assert line in oculi_here("doctor")[1].splitlines()
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_doctor_names_a_jaxlib_that_computes_wrongly(
+    oculi_here, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    from oculi_jax.utils import devices
+
+    line = 'export XLA_FLAGS="$XLA_FLAGS --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"'
+    monkeypatch.setattr("oculi_jax.trust.devices", lambda: [])
+    monkeypatch.setattr(devices, "CPU_OPTIONS", devices.ALONE if wrong else {})
+    assert (line in oculi_here("doctor")[1].splitlines()) == wrong
+    assert line in (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
