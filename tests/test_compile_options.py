@@ -99,7 +99,7 @@ def test_mapped_products_that_are_summed_are_right() -> None:
     rows = np.stack([np.arange(40_000), np.zeros(40_000), np.ones(40_000)], axis=1).astype(np.float32)
     matrix = np.diag(np.float32([1, 2, 3]))
 
-    @compiled()
+    @compiled(alone=True)
     def run(matrix: Any, rows: Any) -> Any:
         return jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2))(rows)
 

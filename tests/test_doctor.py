@@ -253,14 +253,14 @@ def test_the_command(oculi_here: Callable[..., tuple[int, str, str]], monkeypatc
         "cpu (torch) in bfloat16 is as near to float32" in out
         and "resid_post" in out
         and "jax" in out
-        and "✗" not in out.partition(":\n")[2]
+        and "✗" not in out.partition("explains:\n")[2]
     )
     code, _, err = oculi_here("doctor", "--device", "mps")
     assert code == 2 and "device is 'mps', and to compare with JAX's CPU there is cpu here" in err
     own = network._rotate
     monkeypatch.setattr(network, "_rotate", lambda x, layout: -own(x, layout) * 2)
     code, out, _ = oculi_here("doctor")
-    assert code == 1 and "is WRONG, first at q of layer 0" in out and "✗" in out.partition(":\n")[2]
+    assert code == 1 and "is WRONG, first at q of layer 0" in out and "✗" in out.partition("explains:\n")[2]
     monkeypatch.setattr(trust, "has_torch", lambda: False)
     code, out, _ = oculi_here("doctor")
     assert code == 0 and "there is nothing to compare" in out

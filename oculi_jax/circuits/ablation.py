@@ -161,7 +161,7 @@ def bytes_of_writes(model: Decoder, kind: str, n_tokens: int) -> int:
     return 4 * n_tokens * per_token
 
 
-@compiled("kind", "n_places")
+@compiled("kind", "n_places", alone=True)
 def _sums(model: Decoder, batch: Batch, *, kind: str, n_places: int) -> tuple[dict[str, Array], Array]:
     """Sums over the real tokens of the corrupted prompts, at each of `n_places` positions or in all; and how many they are."""
 

@@ -141,7 +141,7 @@ def _bytes(model: Decoder, graph: Graph, steps: int, n_tokens: int) -> int:
     return backward + 4 * n_tokens * (len(graph.writers) * c["E"] + some * c["L"] * own + readers)
 
 
-@compiled("graph", "steps", "path", "at", "remat")
+@compiled("graph", "steps", "path", "at", "remat", alone=True)
 def _scores(
     model: Decoder, batch: Batch, rules: Rules | None, *, graph: Graph, steps: int, path: str, at: str, remat: bool
 ) -> Float[Array, "N M"]:

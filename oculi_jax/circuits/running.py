@@ -125,7 +125,7 @@ def share_of(
     return kind, jnp.asarray(array, jnp.float32), is_grouped
 
 
-@compiled("kind", "grouped")
+@compiled("kind", "grouped", alone=True)
 def _run(
     model: Decoder,
     clean: Any,

@@ -65,7 +65,7 @@ def bytes_of_gradient(model: Decoder, kind: str, n_tokens: int) -> int:
     return own + 2 * 4 * n_tokens * c["E"] * c["L"] * (3 * c["H"] + 1) if kind == "edges" else own
 
 
-@compiled("kind", "grouped", "at_once")
+@compiled("kind", "grouped", "at_once", alone=True)
 def _judged(
     model: Decoder,
     batch: Batch,

@@ -18,8 +18,8 @@ On a GPU programs of oculi_jax are compiled with an option that halves the time 
 your own around them, set it before Python starts:
 export XLA_FLAGS="$XLA_FLAGS {}\""""
 _WRONG = """
-jaxlib 0.10.2 computes some programs wrongly on a CPU. Those of oculi_jax are compiled with an option that prevents it. For a \
-jax.jit of your own, take another version of jaxlib, or set it before Python starts:
+jaxlib 0.10.2 computes some programs wrongly on a CPU. Those of oculi_jax.circuits are compiled with an option that prevents \
+it. For a jax.jit of your own, take another version of jaxlib, or set it before Python starts:
 export XLA_FLAGS="$XLA_FLAGS {}\""""
 
 

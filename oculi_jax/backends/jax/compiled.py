@@ -24,21 +24,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 KEPT = 64  # programs with functions of a user's in them: metrics, and what edits apply
 
 
-def compiled(*static: str, donate: tuple[str, ...] = ()) -> Callable[[F], F]:
+def compiled(*static: str, donate: tuple[str, ...] = (), alone: bool = False) -> Callable[[F], F]:
     """Makes a function a program: compiled once for each value of its `static` arguments, inlined under another trace.
 
     What JAX has compiled it keeps as long as the function that was compiled, and a lambda that is written anew for every call
     is another program each time. So each set of a user's functions has a copy of the function of its own, and the copies that
-    were not used for longest go, with all that was compiled for them; `jax.clear_caches()` lets go of all.
+    were not used for longest go, with all that was compiled for them; `jax.clear_caches()` lets go of all. `alone`: on a CPU its
+    products are not fused with what follows them where that gives wrong numbers, as of repeated weights it may.
     """
 
     def make(function: F) -> F:
-        common = _Program(function, static, donate)
+        common = _Program(function, static, donate, alone)
 
         @wraps(function)
         def program(*arguments: Any, **options: Any) -> Any:
             own = _functions((*arguments, *options.values()))
-            return (_copy(function, static, donate, own) if own else common)(*arguments, **options)
+            return (_copy(function, static, donate, alone, own) if own else common)(*arguments, **options)
 
         program.lower = common.lower  # type: ignore[attr-defined]
         return program  # type: ignore[return-value]
@@ -51,8 +52,8 @@ class _Program:
     What it gives is whole on each of several hosts.
     """
 
-    def __init__(self, function: Any, static: tuple[str, ...], donate: tuple[str, ...]):
-        self._function = function
+    def __init__(self, function: Any, static: tuple[str, ...], donate: tuple[str, ...], alone: bool):
+        self._function, self._on_cpu = function, CPU_OPTIONS if alone else {}
         self._settings: dict[str, Any] = {"static_argnames": static, "donate_argnames": donate, "inline": True}
         self._tuned: dict[str, Any] = {}
 
@@ -62,9 +63,9 @@ class _Program:
 
     def _of(self, given: Any) -> Any:
         # Where no platform has options, as on most machines, not every array of every call need be looked at.
-        leaves = jax.tree.leaves(given) if CPU_OPTIONS or has_gpu() else []
+        leaves = jax.tree.leaves(given) if self._on_cpu or has_gpu() else []
         platform = platform_of(leaves) if leaves else ""
-        options = options_of(platform)
+        options = self._on_cpu if platform == "cpu" else GPU_OPTIONS if platform in GPUS and accepts() else {}
         if not options or under_trace(leaves):
             return self._plain
         if platform not in self._tuned:
@@ -72,7 +73,15 @@ class _Program:
         return self._tuned[platform]
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return on_every_host(self._of((arguments, options))(*arguments, **options))
+        program = self._of((arguments, options))
+        try:
+            found = program(*arguments, **options)
+        except ValueError as error:
+            # A function of a user's may hold what an outer trace follows, which nothing that is given shows.
+            if program is self._plain or "compiler_options" not in str(error):
+                raise
+            found = self._plain(*arguments, **options)
+        return on_every_host(found)
 
     def lower(self, *arguments: Any, **options: Any) -> Any:
         """`jax.jit(…).lower` of what a call with these arguments would run."""
@@ -96,13 +105,6 @@ def platform_of(leaves: Iterable[Any]) -> str:
     return jax.default_backend() if default is None else getattr(default, "platform", default)
 
 
-def options_of(platform: str) -> dict[str, str | bool]:
-    """How programs are compiled there."""
-    if platform in GPUS:
-        return GPU_OPTIONS if accepts() else {}
-    return CPU_OPTIONS if platform == "cpu" else {}
-
-
 @lru_cache
 def accepts() -> bool:
     """Whether the compiler knows a GPU's options: one that does not would refuse the program."""
@@ -114,14 +116,14 @@ def accepts() -> bool:
 
 
 @lru_cache(maxsize=KEPT)
-def _copy(function: Any, static: tuple[str, ...], donate: tuple[str, ...], own: tuple[Any, ...]) -> Any:
+def _copy(function: Any, static: tuple[str, ...], donate: tuple[str, ...], alone: bool, own: tuple[Any, ...]) -> Any:
     """A program of its own for some functions of a user's: JAX knows what it compiled by the function object."""
     again = FunctionType(
         function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     )
     again.__kwdefaults__ = function.__kwdefaults__
     again.__dict__.update(function.__dict__)
-    return _Program(again, static, donate)
+    return _Program(again, static, donate, alone)
 
 
 def _functions(arguments: Iterable[Any]) -> tuple[Any, ...]:
