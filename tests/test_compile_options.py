@@ -77,6 +77,18 @@ def test_programs_at_the_top_level_are_given_the_options_and_nested_ones_are_not
         forward(model, ids)
 
 
+def test_a_function_that_holds_what_an_outer_trace_follows_is_part_of_it(on_a_gpu: Any) -> None:
+    """Nothing that is given shows it, and JAX refuses options there."""
+    on_a_gpu(dict(GPU_OPTIONS), known=True)
+
+    @compiled("fn")
+    def run(x: Any, *, fn: Any) -> Any:
+        return jnp.sum(fn(x))
+
+    slope = jax.grad(lambda scale: run(X, fn=lambda x: x * scale))(2.0)
+    np.testing.assert_allclose(slope, X.sum(), rtol=1e-6)
+
+
 def test_the_real_options_are_known_and_nothing_else_is_seen_of_them(on_a_gpu: Any) -> None:
     """The newest JAX may have dropped one: then this fails, and users' programs run without."""
     on_a_gpu(dict(GPU_OPTIONS))
